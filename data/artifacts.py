@@ -155,7 +155,7 @@ def storage_errors(path: Path) -> Iterator[None]:
             ) from error
         if isinstance(error, OSError) and code in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise UserError(
-                f"{error.filename or path} ({os.strerror(error.errno)})",
+                f"{error.filename or path} ({error.strerror})",
                 expected="a folder that can be written to",
                 action="change its rights, or write elsewhere with run.dir=<folder>",
             ) from error
@@ -299,7 +299,7 @@ def package_versions() -> dict[str, str]:
 
 
 def to_plain(value: Any) -> Any:
-    """Nested data as JSON knows it: dataclasses to mappings, arrays to lists, non-finite numbers to ``None``."""
+    """Nested data as JSON knows it: dataclasses are mappings, arrays lists, non-finite numbers ``None``."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
