@@ -1,0 +1,181 @@
+"""Intervals of means and of differences, resampled over users, and the tidy row every figure is reported in.
+
+One user's requests are not independent, so the bootstrap draws *users* with replacement and keeps
+all of a drawn user's values together (Efron & Tibshirani, An Introduction to the Bootstrap, 1993,
+ch. 8). A difference of two arms is drawn with the same users on both sides: what both arms find
+hard cancels out.
+
+Shapes: N values, G users, D bootstrap draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+DRAWS = 1000
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure with its percentile bootstrap interval at the 95 % level.
+
+    Attributes:
+        value: the figure on the data as it is.
+        low: lower end of the interval; NaN when no value was there.
+        high: upper end.
+        n: number of values behind the figure.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure of ``report.json``.
+
+    Attributes:
+        section: ``data``, ``semantic_ids``, ``forecast``, ``retrieval``, ``ranking`` or ``cost``.
+        metric: name of the measure, e.g. ``recall``, ``nll``, ``auc``.
+        arm: ``none``, ``anchor``, ``lm``, a control, or a difference such as ``lm - anchor``.
+        segment: part of the data the figure is of; ``all`` for the whole.
+        k: list length of a ranked measure, else None.
+        value: the figure.
+        ci_low: lower end of its 95 % interval, None where none was computed.
+        ci_high: upper end.
+        n: number of requests, rows or pairs behind it.
+        seeds: number of training seeds averaged over.
+    """
+
+    section: str
+    metric: str
+    arm: str
+    segment: str
+    k: int | None
+    value: float
+    ci_low: float | None
+    ci_high: float | None
+    n: int
+    seeds: int = 1
+
+    @classmethod
+    def of(
+        cls,
+        interval: Interval,
+        *,
+        section: str,
+        metric: str,
+        arm: str,
+        segment: str = "all",
+        k: int | None = None,
+        seeds: int = 1,
+    ) -> Row:
+        """The row of an interval."""
+        return cls(
+            section, metric, arm, segment, k, interval.value, interval.low, interval.high, interval.n, seeds
+        )
+
+
+def bootstrap_mean(values_N: ArrayLike, groups_N: ArrayLike, *, draws: int = DRAWS, seed: int = 0) -> Interval:
+    """Mean of values with an interval that resamples groups.
+
+    Args:
+        values_N: one value a request; NaN means "not defined here" and is left out.
+        groups_N: the user of each value, any integers.
+        draws: number of bootstrap draws.
+        seed: seed of the draws; the same seed draws the same users.
+
+    Returns:
+        The mean over values (not over groups) and its interval.
+
+    Raises:
+        ValueError: the two arrays differ in length.
+    """
+    values, groups = _aligned(values_N, groups_N)
+    defined = ~np.isnan(values)
+    values, groups = values[defined], groups[defined]
+    if not len(values):
+        return Interval(np.nan, np.nan, np.nan, 0)
+    sums_G, counts_G = _by_group(values, groups)
+    weights_DG = _draw(len(sums_G), draws, seed)
+    means_D = (weights_DG @ sums_G) / (weights_DG @ counts_G)
+    low, high = _percentiles(means_D)
+    return Interval(float(values.mean()), low, high, len(values))
+
+
+def paired_bootstrap(
+    a_N: ArrayLike, b_N: ArrayLike, groups_N: ArrayLike, *, draws: int = DRAWS, seed: int = 0
+) -> Interval:
+    """``mean(a) - mean(b)`` over the same requests, resampling users.
+
+    Args:
+        a_N: values of the one arm.
+        b_N: values of the other arm on the same requests, in the same order.
+        groups_N: the user of each request.
+        draws: number of bootstrap draws.
+        seed: seed of the draws.
+
+    Returns:
+        The difference and its interval; requests undefined (NaN) in either arm are left out.
+
+    Raises:
+        ValueError: the arrays differ in length.
+    """
+    a, groups = _aligned(a_N, groups_N)
+    b, _ = _aligned(b_N, groups_N)
+    return bootstrap_mean(a - b, groups, draws=draws, seed=seed)
+
+
+def bootstrap_statistic(
+    statistic: Callable[[NDArray[np.float64]], float], groups_N: ArrayLike, *, draws: int = 200, seed: int = 0
+) -> Interval:
+    """Interval of a figure that is no mean, such as an AUC or a difference of two.
+
+    Args:
+        statistic: from a weight a value (how often its user was drawn, shape ``(N,)``) to the figure.
+        groups_N: the user of each value.
+        draws: number of bootstrap draws; each calls ``statistic`` once.
+        seed: seed of the draws.
+
+    Returns:
+        The figure at weight one and the percentile interval of the draws; draws whose figure is not
+        finite (one class only, say) are left out.
+    """
+    groups = np.asarray(groups_N)
+    unique, inverse = np.unique(groups, return_inverse=True)
+    point = statistic(np.ones(len(groups)))
+    drawn = np.array([statistic(weights[inverse]) for weights in _draw(len(unique), draws, seed)])
+    low, high = _percentiles(drawn[np.isfinite(drawn)])
+    return Interval(float(point), low, high, len(groups))
+
+
+def _aligned(values: ArrayLike, groups: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    values_N, groups_N = np.asarray(values, dtype=np.float64), np.asarray(groups)
+    if values_N.shape != groups_N.shape or values_N.ndim != 1:
+        raise ValueError(f"{values_N.shape} values for {groups_N.shape} groups; expected two equal lengths")
+    return values_N, groups_N
+
+
+def _by_group(values: NDArray, groups: NDArray) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    _, inverse = np.unique(groups, return_inverse=True)
+    return np.bincount(inverse, weights=values), np.bincount(inverse).astype(np.float64)
+
+
+def _draw(n_groups: int, draws: int, seed: int) -> NDArray[np.float64]:
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(n_groups, np.full(n_groups, 1.0 / n_groups), size=draws).astype(np.float64)
+
+
+def _percentiles(values_D: NDArray) -> tuple[float, float]:
+    if not len(values_D):
+        return float("nan"), float("nan")
+    tail = 100 * (1 - LEVEL) / 2
+    low, high = np.percentile(values_D, [tail, 100 - tail])
+    return float(low), float(high)
