@@ -1,0 +1,128 @@
+"""DLRM equals TorchRec's own model, runs as its docstring says, and learns calibrated probabilities."""
+
+from __future__ import annotations
+
+import doctest
+import logging
+
+import pytest
+import torch
+from torchrec.models import dlrm as torchrec_dlrm
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+import models.dlrm
+from models.dlrm import DLRM, DLRMConfig
+from models.pointwise import PointwiseModule, RankerBatch, SparseTable, embedding_bags
+
+TABLES = [SparseTable("ad", 50, ("ad",)), SparseTable("advertiser", 10, ("advertiser", "history"))]
+CFG = DLRMConfig(embedding_dim=8, dense_layers=[16], over_layers=[16, 8])
+
+
+def random_sparse(rows: int, generator: torch.Generator) -> KeyedJaggedTensor:
+    history_lengths = torch.randint(0, 4, (rows,), generator=generator)
+    return KeyedJaggedTensor(
+        keys=["ad", "advertiser", "history"],
+        values=torch.cat(
+            [
+                torch.randint(0, 50, (rows,), generator=generator),
+                torch.randint(0, 10, (rows,), generator=generator),
+                torch.randint(0, 10, (int(history_lengths.sum()),), generator=generator),
+            ]
+        ),
+        lengths=torch.cat([torch.ones(2 * rows, dtype=torch.int64), history_lengths]),
+    )
+
+
+def test_docstring_example_runs() -> None:
+    assert doctest.testmod(models.dlrm).failed == 0
+
+
+def test_equals_torchrecs_dlrm_with_the_same_weights() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ours = DLRM(TABLES, n_dense=5, cfg=CFG)
+    theirs = torchrec_dlrm.DLRM(
+        embedding_bags(TABLES, 8),
+        dense_in_features=5,
+        dense_arch_layer_sizes=[16, 8],
+        over_arch_layer_sizes=[16, 8, 1],
+    )
+    theirs.load_state_dict(ours.state_dict())
+    dense_BN, sparse = torch.randn(12, 5, generator=generator), random_sparse(12, generator)
+    torch.testing.assert_close(ours(dense_BN, sparse), theirs(dense_BN, sparse).squeeze(-1))
+
+
+def test_an_empty_bag_is_a_zero_vector_and_other_rows_do_not_matter() -> None:
+    ranker = DLRM(TABLES, n_dense=2, cfg=CFG).eval()
+    keys = ["ad", "advertiser", "history"]
+    one = KeyedJaggedTensor(keys, torch.tensor([3, 4]), lengths=torch.tensor([1, 1, 0]))
+    two = KeyedJaggedTensor(keys, torch.tensor([3, 9, 4, 1, 5, 6]), lengths=torch.tensor([1, 1, 1, 1, 0, 2]))
+    dense_BN = torch.randn(2, 2)
+    torch.testing.assert_close(ranker(dense_BN[:1], one)[0], ranker(dense_BN, two)[0])
+
+
+def test_untrained_model_predicts_about_the_base_rate() -> None:
+    torch.manual_seed(0)
+    ranker = DLRM(TABLES, n_dense=5, cfg=CFG, base_rate=0.01)
+    generator = torch.Generator().manual_seed(1)
+    logits_B = ranker(torch.randn(256, 5, generator=generator), random_sparse(256, generator))
+    assert logits_B.mean().item() == pytest.approx(torch.logit(torch.tensor(0.01)).item(), abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "n_dense", "base_rate"),
+    [
+        ({"embedding_dim": 0}, 3, 0.5),
+        ({"over_layers": []}, 3, 0.5),
+        ({"dense_layers": [0]}, 3, 0.5),
+        ({}, 0, 0.5),
+        ({}, 3, 0.0),
+        ({}, 3, 1.0),
+        ({}, 3, float("nan")),
+    ],
+)
+def test_impossible_sizes_are_refused(changes: dict, n_dense: int, base_rate: float) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        DLRM(TABLES, n_dense=n_dense, cfg=DLRMConfig(**changes), base_rate=base_rate)
+
+
+@pytest.mark.parametrize("tables", [[], [SparseTable("a", 3, ("x",)), SparseTable("b", 3, ("x",))]])
+def test_tables_must_have_features_of_their_own(tables: list[SparseTable]) -> None:
+    with pytest.raises(ValueError, match="expected at least one"):
+        DLRM(tables, n_dense=3, cfg=CFG)
+
+
+def test_weights_undo_the_sampling_of_negatives() -> None:
+    """Nine of ten negatives dropped, the tenth weighted by ten: the fitted rate is that of the whole."""
+    torch.manual_seed(0)
+    rows, rate = 400, 0.5 / (0.5 + 0.5 * 10)
+    module = PointwiseModule(DLRM(TABLES, n_dense=1, cfg=CFG), learning_rate=0.02, weight_decay=0.0)
+    label_B = (torch.arange(rows) % 2).float()
+    batch = RankerBatch(
+        dense_BN=torch.zeros(rows, 1),
+        sparse=KeyedJaggedTensor(
+            ["ad", "advertiser", "history"],
+            torch.zeros(2 * rows, dtype=torch.int64),
+            lengths=torch.cat([torch.ones(2 * rows), torch.zeros(rows)]).long(),
+        ),
+        label_B=label_B,
+        weight_B=torch.where(label_B > 0, 1.0, 10.0),
+    )
+    optimizer = module.configure_optimizers()
+    for _ in range(200):
+        loss, weight = module._weighted_loss(batch)
+        optimizer.zero_grad()
+        (loss / weight).backward()
+        optimizer.step()
+    assert torch.sigmoid(module(batch)).mean().item() == pytest.approx(rate, abs=0.005)
+
+
+def test_torchrec_is_quiet_about_tracing_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("torch.fx._symbolic_trace")
+    with caplog.at_level(logging.WARNING, logger=logger.name):
+        logger.propagate, before = True, logger.propagate
+        try:
+            logger.warning("is_fx_tracing will return true for both fx.symbolic_trace and torch.export.")
+            logger.warning("something else")
+        finally:
+            logger.propagate = before
+    assert [record.getMessage() for record in caplog.records] == ["something else"]
