@@ -81,7 +81,7 @@ class Sample:
 
 
 def auc(sample: Sample, score_N: Floats) -> Floats:
-    """Area under the ROC curve: the chance that a conversion scores above a plain impression; ties count half.
+    """Area under the ROC curve: the chance that a conversion outscores an impression; ties count half.
 
     Args:
         sample: the rows.
