@@ -83,7 +83,9 @@ class Row:
         )
 
 
-def bootstrap_mean(values_N: ArrayLike, groups_N: ArrayLike, *, draws: int = DRAWS, seed: int = 0) -> Interval:
+def bootstrap_mean(
+    values_N: ArrayLike, groups_N: ArrayLike, *, draws: int = DRAWS, seed: int = 0
+) -> Interval:
     """Mean of values with an interval that resamples groups.
 
     Args:

@@ -149,8 +149,8 @@ class _StopOnNaN(Callback):
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
         if loss is not None and not torch.isfinite(loss).all():
             raise FloatingPointError(
-                f"the loss is {float(loss)} at epoch {trainer.current_epoch}, batch {batch_idx}; the last checkpoint "
-                f"is of the epoch before. Lower the learning rate or look at that batch."
+                f"the loss is {float(loss)} at epoch {trainer.current_epoch}, batch {batch_idx}; the last "
+                f"checkpoint is of the epoch before. Lower the learning rate or look at that batch."
             )
 
 
@@ -194,7 +194,9 @@ def fit(
     history = _History(monitor)
     used: list[Callback] = [best, history, _SeededBatches(seed), _StopOnNaN(), *callbacks]
     if monitor is not None and cfg.patience is not None:
-        used.append(EarlyStopping(monitor=monitor, mode=mode, patience=cfg.patience, check_on_train_epoch_end=True))
+        used.append(
+            EarlyStopping(monitor=monitor, mode=mode, patience=cfg.patience, check_on_train_epoch_end=True)
+        )
     if cfg.progress_bar:
         used.append(TQDMProgressBar(refresh_rate=10, leave=False))
     trainer = L.Trainer(

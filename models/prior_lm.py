@@ -1,0 +1,386 @@
+"""A causal LM that forecasts advertisers as semantic IDs, level by level, on top of given base scores.
+
+The idea (arXiv 2605.27856, with semantic IDs instead of names): the LM reads a prompt about a user
+and scores the codes of an advertiser's ID one level after the other. It is given *base scores* for
+every legal code, the log-probabilities of a counting model (the anchor), and learns the residual:
+
+    log P(code | prefix, user) = log_softmax over legal codes of ( LM logit + base score )
+
+    prompt tokens ─► t1 ─► … ─► tP          hidden of tP        → level-1 codes
+                                 ├─► <adv_1_7> ─┬─► …            hidden of a code → codes of the next level
+                                 │              └─► <adv_2_3>
+                                 └─► <adv_1_9> ───► <adv_2_0>   one row: a tree mask lets a token see
+                                                                the prompt, its own prefix and itself
+
+All target advertisers of a prompt hang below it as one tree, so the prompt is computed once. The
+head is tied to the RQ-VAE's codebook, ``logit_c = (P_l · ĥ) · z_c`` (plus a free row a code by
+config), and starts at zero: the untrained forecast *is* the base. ``ĥ`` is the hidden state
+standardised by constants of the training prompts: hidden states of an LM point almost all one way
+(Ethayarajh 2019, arXiv 1909.00512), and without the common part what a prompt says is learned first.
+
+Shapes: B prompts, T tokens of a row (prompt, padding, tree), N decisions of one level, V codes of
+that level, H hidden size, D codebook dimension, K query tokens, Y target advertisers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """The choices of one level that a batch makes, and the targets' way through them.
+
+    Attributes:
+        row_N: prompt of each decision.
+        position_N: token of that row whose hidden state decides.
+        base_NV: base score of each code, ``-inf`` where illegal.
+        target_node_Y: decision each target takes at this level; -1 where its prefix leaves one code only.
+        target_code_Y: the code it takes there.
+    """
+
+    row_N: Tensor
+    position_N: Tensor
+    base_NV: Tensor
+    target_node_Y: Tensor
+    target_code_Y: Tensor
+
+
+@dataclass(frozen=True)
+class TreeBatch:
+    """Prompts with the trees of their targets.
+
+    Attributes:
+        input_ids_BT: prompt, padding, tree; ID tokens are numbered after the base vocabulary.
+        position_ids_BT: a tree token's position is its depth below the prompt's end.
+        visible_BTT: True where a query token (second axis) sees a key token (third).
+        levels: the decisions, one entry a level.
+        target_row_Y: prompt of each target.
+        target_weight_Y: 1 / number of targets of that prompt.
+    """
+
+    input_ids_BT: Tensor
+    position_ids_BT: Tensor
+    visible_BTT: Tensor
+    levels: list[Decisions]
+    target_row_Y: Tensor
+    target_weight_Y: Tensor
+
+    @property
+    def n_prompts(self) -> int:
+        return self.input_ids_BT.shape[0]
+
+    def to(self, device: torch.device) -> TreeBatch:
+        """The batch on another device; Lightning calls it through ``transfer_batch_to_device``."""
+        levels = [Decisions(*(value.to(device) for value in vars(level).values())) for level in self.levels]
+        rest = {name: value.to(device) for name, value in vars(self).items() if name != "levels"}
+        return TreeBatch(levels=levels, **rest)
+
+
+@dataclass
+class HeadConfig:
+    """How hidden states become scores of codes.
+
+    Attributes:
+        kind: ``tied`` to the codebook, a ``free`` row a code, or ``tied+free``.
+        learning_rate: of the head; the LoRA weights have their own.
+    """
+
+    kind: str = "tied"
+    learning_rate: float = 1e-3
+
+
+@dataclass
+class LoraSettings:
+    """Low-rank adapters of the attention (LoRA, arXiv 2106.09685).
+
+    Attributes:
+        rank: rank; 0 trains the head alone.
+        alpha: scale of the adapters.
+        layers: adapt the last so many layers only, so that the gradient ends there; None adapts all.
+        targets: names of the linear layers that are adapted.
+        learning_rate: of the adapters.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    layers: int | None = None
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+    learning_rate: float = 2e-4
+
+
+class IdHead(nn.Module):
+    """Scores of the codes of one level from hidden states; zero before training.
+
+    Args:
+        codebooks: vectors of each level's codes, ``(V_l, D)`` each.
+        hidden_size: H.
+        kind: see :class:`HeadConfig`.
+
+    Example:
+        >>> head = IdHead([torch.randn(4, 8), torch.randn(6, 8)], hidden_size=16)
+        >>> head(torch.randn(3, 16), level=1).shape
+        torch.Size([3, 6])
+    """
+
+    def __init__(self, codebooks: list[Tensor], hidden_size: int, kind: str = "tied") -> None:
+        super().__init__()
+        self.tied, self.free = "tied" in kind, "free" in kind
+        self.n_levels = len(codebooks)
+        for level, codes_VD in enumerate(codebooks):
+            # One length for all levels: residuals shrink with depth, the rate of learning should not.
+            length = codes_VD.norm(dim=-1).mean().clamp_min(1e-8)
+            self.register_buffer(f"codes_{level}", codes_VD.float() / length)
+        self.projections = nn.ParameterList(
+            nn.Parameter(torch.zeros(codes.shape[1], hidden_size)) for codes in codebooks if self.tied
+        )
+        self.rows = nn.ParameterList(
+            nn.Parameter(torch.zeros(codes.shape[0], hidden_size)) for codes in codebooks if self.free
+        )
+        self.register_buffer("mean_LH", torch.zeros(self.n_levels, hidden_size))
+        self.register_buffer("scale_L", torch.ones(self.n_levels))
+
+    def standardise_by(self, hidden_by_level: list[Tensor]) -> None:
+        """Fix the mean and the scale that hidden states are standardised by.
+
+        Args:
+            hidden_by_level: hidden states of training prompts at each level's decisions, ``(N, H)`` each; a
+                level without any keeps those of the level before.
+        """
+        for level, hidden_NH in enumerate(hidden_by_level):
+            source = hidden_NH.float()
+            if len(source) < 2:
+                if level:
+                    self.mean_LH[level], self.scale_L[level] = (
+                        self.mean_LH[level - 1],
+                        self.scale_L[level - 1],
+                    )
+                continue
+            self.mean_LH[level] = source.mean(0)
+            self.scale_L[level] = (source - self.mean_LH[level]).norm(dim=-1).mean().clamp_min(1e-6)
+
+    def forward(self, hidden_NH: Tensor, level: int) -> Tensor:
+        """Scores ``(N, V_level)`` in float32."""
+        unit_NH = (hidden_NH.float() - self.mean_LH[level]) / self.scale_L[level]
+        codes_VD = getattr(self, f"codes_{level}")
+        scores_NV = torch.zeros(len(unit_NH), len(codes_VD), device=unit_NH.device)
+        if self.tied:
+            scores_NV = scores_NV + unit_NH @ self.projections[level].T @ codes_VD.T
+        if self.free:
+            scores_NV = scores_NV + unit_NH @ self.rows[level].T
+        return scores_NV
+
+
+class PriorLM(nn.Module):
+    """A decoder without its vocabulary head, input rows for the ID tokens, and the head over codes.
+
+    Args:
+        decoder: any Hugging Face decoder that takes a 4-D attention mask (``AutoModel``), LoRA already in it.
+        codebooks: vectors of each level's codes.
+        id_rows: input embedding of every ID token, all levels after one another, ``(sum V_l, H)``.
+        first_id_token: number of the first ID token.
+        head: kind of the head.
+        train_input_rows: let the ID tokens' input rows learn. The gradient then goes through all layers.
+    """
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        *,
+        codebooks: list[Tensor],
+        id_rows: Tensor,
+        first_id_token: int,
+        head: str = "tied",
+        train_input_rows: bool = False,
+    ) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.first_id_token = first_id_token
+        self.id_rows = nn.Embedding.from_pretrained(id_rows.float(), freeze=not train_input_rows)
+        self.head = IdHead(codebooks, id_rows.shape[1], head)
+        self.level_offset = [0]
+        for codes_VD in codebooks[:-1]:
+            self.level_offset.append(self.level_offset[-1] + len(codes_VD))
+
+    @property
+    def word_embedding(self) -> nn.Module:
+        base: PreTrainedModel = getattr(self.decoder, "base_model", self.decoder)
+        return base.get_input_embeddings()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.word_embedding.weight.dtype  # type: ignore[union-attr, return-value]
+
+    def id_token(self, level: int, codes: Tensor) -> Tensor:
+        """Token numbers of codes of one level."""
+        return codes + self.first_id_token + self.level_offset[level]
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Input vectors of base tokens and of ID tokens."""
+        is_id = input_ids >= self.first_id_token
+        words = self.word_embedding(input_ids.masked_fill(is_id, 0))
+        if not is_id.any():
+            return words
+        ids = self.id_rows((input_ids - self.first_id_token).clamp_min(0)).to(words.dtype)
+        return torch.where(is_id[..., None], ids, words)
+
+    def hidden(self, batch: TreeBatch) -> Tensor:
+        """Last hidden states of all tokens, ``(B, T, H)``."""
+        return self.decoder(
+            inputs_embeds=self.embed(batch.input_ids_BT),
+            attention_mask=self.additive_mask(batch.visible_BTT),
+            position_ids=batch.position_ids_BT,
+            use_cache=False,
+        ).last_hidden_state
+
+    def extend(
+        self, cache: DynamicCache, input_ids_BK: Tensor, position_ids_BK: Tensor, visible_BKT: Tensor
+    ) -> Tensor:
+        """Hidden states of further tokens on top of what the cache holds, which grows by them.
+
+        Args:
+            cache: keys and values of the tokens before; empty for a prefill.
+            input_ids_BK: the new tokens.
+            position_ids_BK: their positions.
+            visible_BKT: what each sees, among cached and new tokens.
+
+        Returns:
+            ``(B, K, H)``.
+        """
+        return self.decoder(
+            inputs_embeds=self.embed(input_ids_BK),
+            attention_mask=self.additive_mask(visible_BKT),
+            position_ids=position_ids_BK,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+
+    def additive_mask(self, visible: Tensor) -> Tensor:
+        """0 where visible and a very negative number elsewhere, with an axis for the attention heads."""
+        mask = torch.zeros(visible.shape, dtype=self.dtype, device=visible.device)
+        return mask.masked_fill(~visible, torch.finfo(self.dtype).min)[:, None]
+
+    def log_probs(self, batch: TreeBatch, hidden_BTH: Tensor | None = None) -> list[Tensor]:
+        """Log-probabilities of the codes at every decision, one ``(N, V)`` a level.
+
+        Args:
+            batch: prompts with trees.
+            hidden_BTH: hidden states to use instead of computing them.
+        """
+        hidden = self.hidden(batch) if hidden_BTH is None else hidden_BTH
+        return [
+            (self.head(hidden[decisions.row_N, decisions.position_N], level) + decisions.base_NV).log_softmax(
+                -1
+            )
+            for level, decisions in enumerate(batch.levels)
+        ]
+
+
+def target_log_prob(batch: TreeBatch, log_probs: list[Tensor]) -> Tensor:
+    """Log-probability of every target advertiser: the sum over its levels, ``(Y,)``.
+
+    Args:
+        batch: the decisions.
+        log_probs: log-probabilities at the decisions, one ``(N, V)`` a level.
+    """
+    total_Y = torch.zeros(len(batch.target_row_Y), device=batch.target_weight_Y.device)
+    for decisions, log_probs_NV in zip(batch.levels, log_probs, strict=True):
+        decided = decisions.target_node_Y >= 0
+        taken = log_probs_NV[decisions.target_node_Y[decided], decisions.target_code_Y[decided]]
+        total_Y = total_Y.index_add(0, decided.nonzero()[:, 0], taken)
+    return total_Y
+
+
+def row_nll(batch: TreeBatch, log_prob_Y: Tensor) -> Tensor:
+    """Negative log-likelihood of each prompt, the mean over its target advertisers, ``(B,)``."""
+    weighted = -log_prob_Y * batch.target_weight_Y
+    return torch.zeros(batch.n_prompts, device=weighted.device).index_add(0, batch.target_row_Y, weighted)
+
+
+class PriorLMModule(L.LightningModule):
+    """Fits a :class:`PriorLM` to the targets of its prompts.
+
+    The loss of a prompt is the mean over its target advertisers of the exact negative log-likelihood
+    over legal children (DESIGN §4), so a user with many conversions weighs as much as one with few.
+
+    Args:
+        model: the forecaster.
+        lora_learning_rate: of the decoder's trainable weights.
+        head_learning_rate: of the head and the input rows.
+        total_steps: optimiser steps of the whole fit; the rate warms up over a tenth and falls as a cosine.
+        weight_decay: AdamW's.
+    """
+
+    strict_loading = False  # a checkpoint holds what was trained, not the base model
+
+    def __init__(
+        self,
+        model: PriorLM,
+        *,
+        lora_learning_rate: float = 2e-4,
+        head_learning_rate: float = 1e-3,
+        total_steps: int = 100,
+        weight_decay: float = 0.01,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.rates = (lora_learning_rate, head_learning_rate)
+        self.total_steps, self.weight_decay = max(1, total_steps), weight_decay
+
+    def training_step(self, batch: TreeBatch, batch_idx: int) -> Tensor:
+        log_probs = self.model.log_probs(batch)
+        loss = row_nll(batch, target_log_prob(batch, log_probs)).mean()
+        base = row_nll(batch, base_log_prob(batch)).mean()
+        self.log("train_nll", loss, batch_size=batch.n_prompts)
+        self.log("train_residual", loss.detach() - base, batch_size=batch.n_prompts, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: TreeBatch, batch_idx: int) -> None:
+        nll_B = row_nll(batch, target_log_prob(batch, self.model.log_probs(batch)))
+        residual_B = nll_B - row_nll(batch, base_log_prob(batch))
+        self.log("select_nll", nll_B.mean(), batch_size=batch.n_prompts, prog_bar=True)
+        self.log("select_residual", residual_B.mean(), batch_size=batch.n_prompts, prog_bar=True)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return batch.to(device)
+
+    def configure_optimizers(self) -> Any:
+        lora = [p for p in self.model.decoder.parameters() if p.requires_grad]
+        head = [p for p in self.model.head.parameters() if p.requires_grad]
+        head += [p for p in self.model.id_rows.parameters() if p.requires_grad]
+        groups = [
+            {"params": params, "lr": rate}
+            for params, rate in zip((lora, head), self.rates, strict=True)
+            if params
+        ]
+        optimizer = torch.optim.AdamW(groups, weight_decay=self.weight_decay)
+        warm_up = max(1, self.total_steps // 10)
+
+        def factor(step: int) -> float:
+            if step < warm_up:
+                return (step + 1) / warm_up
+            done = min(1.0, (step - warm_up) / max(1, self.total_steps - warm_up))
+            return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Trained weights and the head's constants; the frozen base stays where it came from."""
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        state = super().state_dict(*args, **kwargs)
+        return {
+            name: value for name, value in state.items() if name in trained or name.startswith("model.head.")
+        }
+
+
+def base_log_prob(batch: TreeBatch) -> Tensor:
+    """Log-probability of every target under the base scores alone, ``(Y,)``."""
+    return target_log_prob(batch, [decisions.base_NV.log_softmax(-1) for decisions in batch.levels])

@@ -1,0 +1,319 @@
+"""The anchor: how often, and how lately, users have converted with advertisers (DESIGN §4).
+
+    q_u(a) = λ · own(a) + (1 - λ) · pop(a)        pop alone where the user has no history
+    pop(a) ∝ s + Σ over promoted conversions with a before t of  ρ^(periods ago)
+    own(a) ∝ g(a) · Σ over the user's purchases of a before t of  δ^(periods ago)
+    g(a)   = sqrt(a's share of promoted conversions / a's share of all purchases)
+
+Everything is counted up to the as-of time, the start of the period asked for: never the period itself.
+
+The *tuned* anchor puts an exponent on q and a bias on each code, level by level, inside the softmax
+over a prefix's legal children, so that it stays a distribution:
+
+    log P(child | prefix, u) = log_softmax over siblings of ( α_l · log q_u(child | prefix) + b_l[code] )
+
+These scores are the base on which the LM learns its residual. A correction that holds for all users
+is thus the anchor's, and no credit to the LM.
+
+Shapes: B user-periods, A advertisers, N_d trie nodes of depth d, V codes of a level.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.log import Log, Targets
+from priors.config import AnchorConfig
+from semantic_ids.trie import Trie
+
+Float = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class AnchorConstants:
+    """The constants of the counting formula.
+
+    Attributes:
+        own_weight: λ.
+        own_decay: δ.
+        popularity_decay: ρ.
+        smoothing: s.
+    """
+
+    own_weight: float = 0.5
+    own_decay: float = 0.97
+    popularity_decay: float = 1.0
+    smoothing: float = 0.3
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Conversions and purchases, added up by period.
+
+    Attributes:
+        promoted_PA: label conversions of each advertiser in each period; row p is period p, row 0 empty.
+        bought_PA: purchases of each advertiser in each period, promoted or not.
+        user_ptr: rows of user u below are ``user_ptr[u]:user_ptr[u + 1]``.
+        period_R, advertiser_R, count_R: purchases by (user, period, advertiser), in that order.
+    """
+
+    promoted_PA: Float
+    bought_PA: Float
+    user_ptr: NDArray[np.int64]
+    period_R: NDArray[np.int64]
+    advertiser_R: NDArray[np.int64]
+    count_R: Float
+
+    @classmethod
+    def of(cls, log: Log) -> Counts:
+        """Count the events of a log."""
+        events, n_advertisers = log.events, len(log.advertiser_ids)
+        n_periods = int(events.period.max(initial=0)) + 1
+        known = events.advertiser >= 0
+        bought, promoted = known & log.is_purchase, known & log.is_label
+        period = np.maximum(events.period, 0)  # what lies before the calendar counts as just before it
+
+        def by_period(mask: NDArray[np.bool_]) -> Float:
+            cell = period[mask].astype(np.int64) * n_advertisers + events.advertiser[mask]
+            return (
+                np.bincount(cell, minlength=n_periods * n_advertisers)
+                .reshape(n_periods, n_advertisers)
+                .astype(float)
+            )
+
+        user = events.user[bought].astype(np.int64)
+        key = (user * n_periods + period[bought]) * n_advertisers + events.advertiser[bought]
+        cells, counts = np.unique(key, return_counts=True)
+        rest, advertiser = np.divmod(cells, n_advertisers)
+        row_user, row_period = np.divmod(rest, n_periods)
+        return cls(
+            promoted_PA=by_period(promoted),
+            bought_PA=by_period(bought),
+            user_ptr=np.searchsorted(row_user, np.arange(len(log.user_ids) + 1)),
+            period_R=row_period,
+            advertiser_R=advertiser,
+            count_R=counts.astype(float),
+        )
+
+    @property
+    def n_advertisers(self) -> int:
+        return self.promoted_PA.shape[1]
+
+
+class Anchor:
+    """The smoothed empirical prior of every user.
+
+    Args:
+        counts: of the log.
+        constants: λ, δ, ρ, s.
+    """
+
+    def __init__(self, counts: Counts, constants: AnchorConstants) -> None:
+        self.counts, self.constants = counts, constants
+        n_periods, n_advertisers = counts.promoted_PA.shape
+        # Row p: the state at the start of period p. One row past the last period, which may be forecast.
+        self._popularity_PA = np.zeros((n_periods + 1, n_advertisers))
+        for period in range(1, n_periods + 1):
+            before = self._popularity_PA[period - 1] + counts.promoted_PA[period - 1]
+            self._popularity_PA[period] = constants.popularity_decay * before
+        promoted_PA, bought_PA = (np.cumsum(x, axis=0) for x in (counts.promoted_PA, counts.bought_PA))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            share_PA = promoted_PA / promoted_PA.sum(1, keepdims=True)
+            ratio_PA = share_PA / (bought_PA / bought_PA.sum(1, keepdims=True))
+        # Without a promoted conversion so far an advertiser keeps a little of its weight.
+        floor = 0.5 / np.maximum(promoted_PA.sum(1, keepdims=True), 1.0)
+        ratio_PA = np.where(np.isfinite(ratio_PA), np.maximum(ratio_PA, floor), 1.0)
+        self._promotion_PA = np.vstack([np.ones((1, n_advertisers)), np.sqrt(ratio_PA)])
+
+    def popularity(self, period_B: NDArray[np.integer]) -> Float:
+        """pop(a) at the start of each period, ``(B, A)``; uniform before the first conversion."""
+        mass_BA = self._popularity_PA[self._clip(period_B)] + self.constants.smoothing
+        return mass_BA / mass_BA.sum(1, keepdims=True)
+
+    def own(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> Float:
+        """own(a) of each user at the start of each period, ``(B, A)``; a zero row without a history."""
+        counts, user_B = self.counts, np.asarray(user_B, dtype=np.int64)
+        start_B, stop_B = counts.user_ptr[user_B], counts.user_ptr[user_B + 1]
+        length_B = stop_B - start_B
+        row_R = np.repeat(np.arange(len(user_B)), length_B)
+        index_R = (
+            np.arange(length_B.sum()) - np.repeat(np.cumsum(length_B) - length_B, length_B) + start_B[row_R]
+        )
+        ago_R = np.asarray(period_B, dtype=np.int64)[row_R] - counts.period_R[index_R]
+        row_R, index_R, ago_R = (x[ago_R > 0] for x in (row_R, index_R, ago_R))
+        weight_R = counts.count_R[index_R] * self.constants.own_decay**ago_R
+        cell_R = row_R * counts.n_advertisers + counts.advertiser_R[index_R]
+        mass_BA = np.bincount(cell_R, weight_R, minlength=len(user_B) * counts.n_advertisers)
+        mass_BA = (
+            mass_BA.reshape(len(user_B), counts.n_advertisers) * self._promotion_PA[self._clip(period_B)]
+        )
+        total_B1 = mass_BA.sum(1, keepdims=True)
+        return np.divide(mass_BA, total_B1, out=np.zeros_like(mass_BA), where=total_B1 > 0)
+
+    def probabilities(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> Float:
+        """q_u(a) at the start of each period.
+
+        Args:
+            user_B: user indexes.
+            period_B: periods whose start is the as-of time.
+
+        Returns:
+            ``(B, A)``; each row sums to 1.
+        """
+        own_BA, popularity_BA = self.own(user_B, period_B), self.popularity(period_B)
+        weight_B1 = np.where(own_BA.any(1, keepdims=True), self.constants.own_weight, 0.0)
+        return weight_B1 * own_BA + (1 - weight_B1) * popularity_BA
+
+    def _clip(self, period_B: NDArray[np.integer]) -> NDArray[np.int64]:
+        return np.clip(np.asarray(period_B, dtype=np.int64), 0, len(self._popularity_PA) - 1)
+
+
+@dataclass(frozen=True)
+class TunedAnchor:
+    """The anchor as a distribution over the trie, with its exponents and biases a level.
+
+    Attributes:
+        anchor: the counting model.
+        trie: the advertisers' IDs.
+        exponent_L: α of each level; ones leave q as it is.
+        bias_LV: b of each level's codes; zeros leave q as it is.
+    """
+
+    anchor: Anchor
+    trie: Trie
+    exponent_L: Float
+    bias_LV: list[Float] = field(default_factory=list)
+
+    @classmethod
+    def untuned(cls, anchor: Anchor, trie: Trie) -> TunedAnchor:
+        """q itself."""
+        return cls(anchor, trie, np.ones(trie.n_levels), [np.zeros(size) for size in trie.level_sizes])
+
+    def child_scores(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> list[Float]:
+        """Base score of every node given its parent, before the softmax over siblings.
+
+        Returns:
+            One ``(B, N_{d+1})`` for each depth d < L; equal to ``log q(child | prefix)`` where untuned.
+        """
+        return self.scores_of(self.anchor.probabilities(user_B, period_B))
+
+    def scores_of(self, q_BA: Float) -> list[Float]:
+        """:meth:`child_scores` of a distribution given as ``(B, A)``."""
+        trie, scores = self.trie, []
+        parent_BN = np.ones((len(q_BA), 1))
+        for depth in range(trie.n_levels):
+            mass_BN = trie.node_mass(q_BA, depth + 1)
+            conditional_BN = np.log(mass_BN) - np.log(parent_BN)[:, trie.parent[depth]]
+            bias_N = self.bias_LV[depth][trie.child_code[depth]]
+            scores.append(self.exponent_L[depth] * conditional_BN + bias_N)
+            parent_BN = mass_BN
+        return scores
+
+    def log_probs(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> Float:
+        """Log-probability of every advertiser, ``(B, A)``; the exponentials of a row sum to 1."""
+        leaf_BA = path_log_probs(self.trie, self.child_scores(user_B, period_B))[-1]
+        return leaf_BA[:, self.trie.advertiser_leaf]
+
+    def to_plain(self) -> dict[str, Any]:
+        """Plain types for a manifest or JSON file."""
+        return {
+            "constants": vars(self.anchor.constants),
+            "exponent": self.exponent_L.tolist(),
+            "bias": [bias.tolist() for bias in self.bias_LV],
+        }
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any], counts: Counts, trie: Trie) -> TunedAnchor:
+        """Back from :meth:`to_plain`."""
+        anchor = Anchor(counts, AnchorConstants(**plain["constants"]))
+        return cls(anchor, trie, np.array(plain["exponent"]), [np.array(bias) for bias in plain["bias"]])
+
+
+def path_log_probs(trie: Trie, scores: list[Float]) -> list[Float]:
+    """Log-probability of every prefix from the scores of its codes.
+
+    Args:
+        trie: the prefixes.
+        scores: score of every node given its parent, ``(B, N_{d+1})`` for each depth d.
+
+    Returns:
+        One ``(B, N_{d+1})`` for each depth; the last is over the leaves.
+    """
+    above_BN, paths = np.zeros((len(scores[0]), 1)), []
+    for depth, score_BN in enumerate(scores):
+        starts, parent = trie.child_ptr[depth][:-1], trie.parent[depth]
+        top_BN = np.maximum.reduceat(score_BN, starts, axis=1)
+        total_BN = np.add.reduceat(np.exp(score_BN - top_BN[:, parent]), starts, axis=1)
+        above_BN = above_BN[:, parent] + score_BN - (top_BN + np.log(total_BN))[:, parent]
+        paths.append(above_BN)
+    return paths
+
+
+def mean_target_nll(log_prob_T: Float, targets: Targets) -> Float:
+    """NLL of each row of targets: the mean over its targets, ``(R,)``."""
+    return -np.add.reduceat(log_prob_T, targets.ptr[:-1]) / np.diff(targets.ptr)
+
+
+def choose_constants(
+    counts: Counts, targets: Targets, cfg: AnchorConfig
+) -> tuple[AnchorConstants, list[dict[str, float]]]:
+    """The constants with the lowest NLL on the given targets.
+
+    Popularity's constants are chosen first, for themselves; then λ and δ over it. The grid's order
+    settles ties.
+
+    Args:
+        counts: of the log; each row of targets uses those before its period only.
+        targets: user-periods of the selection span.
+        cfg: the grid.
+
+    Returns:
+        The constants and the trials with their NLL.
+    """
+    row_T = targets.row
+    trials: list[dict[str, float]] = []
+
+    def at_targets(values: Any) -> Float:
+        chunks = np.array_split(np.arange(len(targets.user)), max(1, len(targets.user) // 256))
+        picked = []
+        for rows in chunks:
+            inside = (row_T >= rows[0]) & (row_T <= rows[-1])
+            dense = values(targets.user[rows], targets.period[rows])
+            picked.append(dense[row_T[inside] - rows[0], targets.item[inside]])
+        return np.concatenate(picked)
+
+    def tried(constants: AnchorConstants, probability_T: Float) -> float:
+        nll = float(mean_target_nll(np.log(probability_T), targets).mean())
+        trials.append({**vars(constants), "nll": nll})
+        return nll
+
+    best, best_nll = AnchorConstants(own_weight=0.0), np.inf
+    for decay, smoothing in product(cfg.popularity_decay, cfg.smoothing):
+        constants = AnchorConstants(0.0, 1.0, decay, smoothing)
+        anchor = Anchor(counts, constants)
+        nll = tried(constants, at_targets(lambda user, period, of=anchor: of.popularity(period)))
+        if nll < best_nll:
+            best, best_nll = constants, nll
+    popularity = Anchor(counts, best)
+    popularity_T = at_targets(lambda user, period: popularity.popularity(period))
+    best_nll = np.inf
+    for decay in cfg.own_decay:
+        anchor = Anchor(counts, replace(best, own_decay=decay))
+        own_T = at_targets(anchor.own)
+        has_own = at_targets(
+            lambda user, period, of=anchor: np.repeat(
+                of.own(user, period).any(1, keepdims=True), counts.n_advertisers, 1
+            )
+        )
+        for weight in cfg.own_weight:
+            constants = replace(best, own_decay=decay, own_weight=weight)
+            weight_T = np.where(has_own, weight, 0.0)
+            nll = tried(constants, weight_T * own_T + (1 - weight_T) * popularity_T)
+            if nll < best_nll:
+                chosen, best_nll = constants, nll
+    return chosen, trials

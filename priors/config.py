@@ -1,0 +1,176 @@
+"""The typed schema of ``configs/prior/``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from data.errors import UserError
+from models.prior_lm import HeadConfig, LoraSettings
+from models.training import TrainerConfig
+
+
+@dataclass
+class BaseModelConfig:
+    """The causal LM that is fine-tuned.
+
+    Attributes:
+        name: ``packaged:smollm2``, ``packaged:tiny`` (random weights, for tests), or any path or hub name
+            that ``transformers.AutoModel`` loads.
+        dtype: of the frozen weights: ``float32``, ``bfloat16``, or ``auto`` (bfloat16 on a GPU and on a CPU
+            with AVX512-BF16 or AMX, else float32, where bfloat16 would be emulated).
+        train_input_rows: let the ID tokens' input rows learn; the gradient then goes through all layers.
+    """
+
+    name: str = "packaged:smollm2"
+    dtype: str = "auto"
+    train_input_rows: bool = False
+
+
+@dataclass
+class PromptConfig:
+    """What the LM reads about a user.
+
+    Attributes:
+        max_tokens: budget of the whole prompt, in tokens of the base model.
+        profile: show the profile columns that ``data.profile_columns`` opens.
+        season: show the month of the as-of time.
+        advertisers: show at most so many past advertisers, best first.
+        advertiser_words: words of what each sells.
+        advertiser_ids: show each past advertiser's semantic ID as tokens too.
+        recency_decay: weight of a purchase falls by this factor a period; orders the advertisers shown.
+    """
+
+    max_tokens: int = 64
+    profile: bool = True
+    season: bool = True
+    advertisers: int = 8
+    advertiser_words: int = 2
+    advertiser_ids: bool = False
+    recency_decay: float = 0.8
+
+
+@dataclass
+class AnchorConfig:
+    """The counting model under the LM, and the grid its constants are chosen from (DESIGN §4).
+
+    Attributes:
+        own_weight: values of λ, the weight of the user's own history against popularity.
+        own_decay: values of δ, by which a purchase's weight falls a period.
+        popularity_decay: values of ρ, the same for popularity.
+        smoothing: values of s, added to every advertiser's count.
+        bias_penalty: values of the L2 penalty on the bias a code; the bias is fitted on the LM's own prompts.
+        select_rows: user-periods of the selection span that the constants are chosen on, at the most.
+    """
+
+    own_weight: list[float] = field(default_factory=lambda: [0.3, 0.4, 0.5, 0.6, 0.7])
+    own_decay: list[float] = field(default_factory=lambda: [0.94, 0.97, 0.99])
+    popularity_decay: list[float] = field(default_factory=lambda: [0.8, 0.9, 0.97, 1.0])
+    smoothing: list[float] = field(default_factory=lambda: [0.03, 0.1, 0.3, 1.0])
+    bias_penalty: list[float] = field(default_factory=lambda: [0.003, 0.03, 0.3])
+    select_rows: int = 2000
+
+
+@dataclass
+class DecodeConfig:
+    """How priors are decoded.
+
+    Attributes:
+        beam: prefixes of each level that are followed.
+        top_k: advertisers stored for every user.
+        frontier_floor: pruned prefixes above this probability are stored by themselves.
+        batch_size: prompts decoded at once.
+        every: periods between two forecasts of a user; a request takes the newest one at or before it.
+    """
+
+    beam: int = 16
+    top_k: int = 50
+    frontier_floor: float = 1e-4
+    batch_size: int = 16
+    every: int = 1
+
+
+@dataclass
+class PriorConfig:
+    """The forecaster: base model, prompts, anchor, fine-tuning, decoding.
+
+    Attributes:
+        panel: number of users that get forecasts, chosen by a hash of their id; None for all.
+        prompts: training prompts, each seen once.
+        first_period: first period of the fit span that prompts are made for: before it histories are short.
+        max_targets: targets of a training prompt; of more, so many are drawn.
+        select_prompts: prompts of the selection span, for stopping and calibrating.
+        evaluation_prompts: prompts of the evaluated span whose exact likelihood is computed, with controls.
+        batch_size: prompts of a training step.
+        trainer: ``max_epochs`` is the number of parts that the training prompts are cut in; each part ends
+            with a checkpoint and a look at the selection span.
+        seed: of the choice of prompts and of training.
+    """
+
+    base: BaseModelConfig = field(default_factory=BaseModelConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    anchor: AnchorConfig = field(default_factory=AnchorConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(max_epochs=4, patience=None))
+    panel: int | None = 250
+    prompts: int = 8000
+    first_period: int = 9
+    max_targets: int = 8
+    select_prompts: int = 256
+    evaluation_prompts: int = 512
+    batch_size: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        errors = []
+        positive = {
+            "panel": 1 if self.panel is None else self.panel,
+            "prompts": self.prompts,
+            "max_targets": self.max_targets,
+            "select_prompts": self.select_prompts,
+            "evaluation_prompts": self.evaluation_prompts,
+            "batch_size": self.batch_size,
+            "trainer.max_epochs": self.trainer.max_epochs,
+            "prompt.max_tokens": self.prompt.max_tokens,
+            "decode.beam": self.decode.beam,
+            "decode.top_k": self.decode.top_k,
+            "decode.batch_size": self.decode.batch_size,
+            "decode.every": self.decode.every,
+        }
+        for name, value in positive.items():
+            if value < 1:
+                errors.append(
+                    UserError(
+                        f"prior.{name}={value}",
+                        expected="a whole number, at least 1",
+                        action=f"set prior.{name} to a positive number",
+                    )
+                )
+        if self.base.dtype not in ("auto", "float32", "bfloat16"):
+            errors.append(
+                UserError(
+                    f"prior.base.dtype={self.base.dtype}",
+                    expected="auto, float32 or bfloat16",
+                    action="set prior.base.dtype to one of them",
+                )
+            )
+        if self.head.kind not in ("tied", "free", "tied+free"):
+            errors.append(
+                UserError(
+                    f"prior.head.kind={self.head.kind}",
+                    expected="tied, free or tied+free",
+                    action="set prior.head.kind to one of them",
+                )
+            )
+        for name in ("own_weight", "own_decay", "popularity_decay", "smoothing", "bias_penalty"):
+            if not getattr(self.anchor, name):
+                errors.append(
+                    UserError(
+                        f"prior.anchor.{name}=[]",
+                        expected="at least one value to choose from",
+                        action=f"give prior.anchor.{name} a list of values",
+                    )
+                )
+        if errors:
+            raise UserError.collect(errors)

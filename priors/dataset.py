@@ -1,0 +1,186 @@
+"""Prompts with their target advertisers, and how they become tree batches.
+
+Several targets of one prompt share prefixes, so each distinct prefix is one token. A prefix that only
+one advertiser continues decides nothing and is left out:
+
+    targets  (7, 2, 5), (7, 2, 9), (4, 0, 1)     decisions: root; after 7; after 7 2
+    tokens   <prompt…> <adv_1_7> <adv_2_2>       (4, …) is a single path: its token is not needed
+
+Shapes: B prompts, T tokens, A advertisers, L levels, Y targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from data.log import Targets
+from models.prior_lm import Decisions, TreeBatch
+from priors.anchor import TunedAnchor
+from priors.prompt import PromptCompiler
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt and what it is asked for.
+
+    Attributes:
+        user: whose anchor is the base.
+        period: the as-of time is its start.
+        token_ids: the prompt.
+        targets: distinct advertisers converted with in the period.
+    """
+
+    user: int
+    period: int
+    token_ids: NDArray[np.int64]
+    targets: NDArray[np.int64]
+
+
+class PromptDataset(Dataset[Example]):
+    """Examples of the rows of some targets, compiled when asked for.
+
+    Args:
+        targets: user-periods and their advertisers.
+        compiler: writes the prompts.
+        max_targets: of more targets so many are drawn; None keeps all.
+        seed: of that draw, which depends on the row alone.
+        prompt_of: user whose prompt is shown, for the control that reads another user's; None: one's own.
+    """
+
+    def __init__(
+        self,
+        targets: Targets,
+        compiler: PromptCompiler,
+        *,
+        max_targets: int | None = None,
+        seed: int = 0,
+        prompt_of: NDArray[np.integer] | None = None,
+    ) -> None:
+        self.targets, self.compiler, self.max_targets, self.seed = targets, compiler, max_targets, seed
+        self.prompt_of = targets.user if prompt_of is None else prompt_of
+
+    def __len__(self) -> int:
+        return len(self.targets.user)
+
+    def __getitem__(self, row: int) -> Example:
+        period = int(self.targets.period[row])
+        wanted = self.targets.item[self.targets.ptr[row] : self.targets.ptr[row + 1]].astype(np.int64)
+        if self.max_targets is not None and len(wanted) > self.max_targets:
+            wanted = np.random.default_rng((self.seed, row)).choice(wanted, self.max_targets, replace=False)
+        prompt = self.compiler.compile(int(self.prompt_of[row]), period)
+        return Example(int(self.targets.user[row]), period, prompt.token_ids, np.sort(wanted))
+
+
+class TreeCollator:
+    """Builds :class:`~models.prior_lm.TreeBatch` from examples.
+
+    Args:
+        base: scores that the LM's logits are added to, and the trie.
+        first_id_token: number of the first ID token.
+    """
+
+    def __init__(self, base: TunedAnchor, *, first_id_token: int) -> None:
+        self.base, self.trie = base, base.trie
+        self.id_offset = first_id_token + np.concatenate([[0], np.cumsum(self.trie.level_sizes[:-1])])
+        # A prefix decides something if more than one advertiser lies below it.
+        self._decides = [np.diff(self.trie.child_ptr[depth]) > 1 for depth in range(self.trie.n_levels)]
+        self._has_decision = [np.diff(self.trie.leaf_ptr[depth]) > 1 for depth in range(self.trie.n_levels)]
+
+    def __call__(self, examples: Sequence[Example]) -> TreeBatch:
+        trie, n_levels = self.trie, self.trie.n_levels
+        user = np.array([example.user for example in examples])
+        period = np.array([example.period for example in examples])
+        scores = self.base.child_scores(user, period)
+        prompt_length = max(len(example.token_ids) for example in examples)
+        trees = [self._tree(example.targets) for example in examples]
+        length = prompt_length + max(len(tree) for tree in trees)
+
+        input_ids = np.zeros((len(examples), length), dtype=np.int64)
+        positions = np.zeros_like(input_ids)
+        visible = np.zeros((len(examples), length, length), dtype=bool)
+        visible[:, np.arange(length), np.arange(length)] = True  # padding sees itself: no empty softmax
+        rows: list[list[int]] = [[] for _ in range(n_levels)]
+        where: list[list[int]] = [[] for _ in range(n_levels)]
+        nodes: list[list[int]] = [[] for _ in range(n_levels)]
+        target_node: list[list[int]] = [[] for _ in range(n_levels)]
+        target_code: list[list[int]] = [[] for _ in range(n_levels)]
+        target_row: list[int] = []
+        target_weight: list[float] = []
+        for row, (example, tree) in enumerate(zip(examples, trees, strict=True)):
+            n_prompt = len(example.token_ids)
+            input_ids[row, :n_prompt] = example.token_ids
+            positions[row, :n_prompt] = np.arange(n_prompt)
+            visible[row, :n_prompt, :n_prompt] = np.tri(n_prompt, dtype=bool)
+            place = {(0, 0): n_prompt - 1}
+            for offset, (depth, node) in enumerate(tree):
+                token = prompt_length + offset
+                place[depth, node] = token
+                input_ids[row, token] = self.id_offset[depth - 1] + trie.child_code[depth - 1][node]
+                positions[row, token] = n_prompt + depth - 1
+                above = place[depth - 1, int(trie.parent[depth - 1][node])] if depth > 1 else None
+                visible[row, token, :n_prompt] = True
+                if above is not None:
+                    visible[row, token, prompt_length:] |= visible[row, above, prompt_length:]
+            index: dict[tuple[int, int], int] = {}
+            for depth, node in [(0, 0), *tree]:
+                if depth < n_levels and self._decides[depth][node]:
+                    index[depth, node] = len(rows[depth])
+                    rows[depth].append(row)
+                    where[depth].append(place[depth, node])
+                    nodes[depth].append(node)
+            for advertiser in example.targets:
+                path = [0, *trie.path_AL[advertiser].tolist()]
+                for depth in range(n_levels):
+                    target_node[depth].append(index.get((depth, path[depth]), -1))
+                    target_code[depth].append(int(trie.child_code[depth][path[depth + 1]]))
+                target_row.append(row)
+                target_weight.append(1.0 / len(example.targets))
+        levels = [
+            Decisions(
+                row_N=torch.tensor(rows[depth], dtype=torch.long),
+                position_N=torch.tensor(where[depth], dtype=torch.long),
+                base_NV=self._base(
+                    depth, scores[depth], np.array(rows[depth], int), np.array(nodes[depth], int)
+                ),
+                target_node_Y=torch.tensor(target_node[depth], dtype=torch.long),
+                target_code_Y=torch.tensor(target_code[depth], dtype=torch.long),
+            )
+            for depth in range(n_levels)
+        ]
+        return TreeBatch(
+            input_ids_BT=torch.from_numpy(input_ids),
+            position_ids_BT=torch.from_numpy(positions),
+            visible_BTT=torch.from_numpy(visible),
+            levels=levels,
+            target_row_Y=torch.tensor(target_row, dtype=torch.long),
+            target_weight_Y=torch.tensor(target_weight, dtype=torch.float32),
+        )
+
+    def _tree(self, targets: NDArray[np.int64]) -> list[tuple[int, int]]:
+        """Prefixes (depth, node) that need a token, parents before children."""
+        trie = self.trie
+        return [
+            (depth, int(node))
+            for depth in range(1, trie.n_levels)
+            for node in np.unique(trie.path_AL[targets, depth - 1])
+            if self._has_decision[depth][node]
+        ]
+
+    def _base(self, depth: int, scores_BN: NDArray, row_N: NDArray, node_N: NDArray) -> torch.Tensor:
+        """Base score of each code at some prefixes of one depth, ``-inf`` where it leads nowhere."""
+        trie = self.trie
+        base_NV = np.full((len(node_N), trie.level_sizes[depth]), -np.inf, dtype=np.float32)
+        start_N, stop_N = trie.child_ptr[depth][node_N], trie.child_ptr[depth][node_N + 1]
+        count_N = stop_N - start_N
+        decision_C = np.repeat(np.arange(len(node_N)), count_N)
+        child_C = (
+            np.arange(count_N.sum()) - np.repeat(np.cumsum(count_N) - count_N, count_N) + start_N[decision_C]
+        )
+        base_NV[decision_C, trie.child_code[depth][child_C]] = scores_BN[row_N[decision_C], child_C]
+        return torch.from_numpy(base_NV)

@@ -1,0 +1,370 @@
+"""Fits the forecaster: anchor, then the LM's residual over it, then the calibration of the two.
+
+    prior_select targets ─► constants of the anchor ─┐
+    prior_fit prompts ─────► exponents and biases ───┴─► base scores ─┐
+    prior_fit prompts ─────► LM learns the residual ◄─────────────────┘
+    prior_select prompts ──► stop at the best part, fit temperatures
+
+The artifact is a directory:
+
+    prior.json           base model's reference, anchor, calibration, version of the advertiser IDs, config
+    adapter/             LoRA weights as peft loads them
+    head.safetensors     head, ID input rows, constants of the standardisation
+    tokenizer/           the base tokenizer with the ID tokens
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from omegaconf import OmegaConf
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import AddedToken, PreTrainedTokenizerBase
+
+from data.artifacts import to_plain
+from data.errors import LineageError, UserError
+from data.log import Log, Targets
+from models.prior_lm import PriorLM, PriorLMModule, TreeBatch
+from models.training import EpochSampler, FitResult, fit
+from priors.anchor import Anchor, Counts, TunedAnchor, choose_constants
+from priors.base_model import BaseModel, load_base_model
+from priors.calibration import Calibration, fit_anchor_levels, fit_calibration
+from priors.config import BaseModelConfig, PriorConfig, PromptConfig
+from priors.dataset import PromptDataset, TreeCollator
+from priors.prompt import PromptCompiler
+from semantic_ids.advertiser_ids import AdvertiserIds
+from semantic_ids.trie import Trie
+
+_log = logging.getLogger(__name__)
+_STANDARDISE_BATCHES = 4
+
+
+@dataclass
+class PriorModel:
+    """A fitted forecaster, ready to decode.
+
+    Attributes:
+        model: base decoder with adapters, and the head.
+        base: the tuned anchor over the trie.
+        calibration: weights of logits and base.
+        compiler: writes its prompts.
+        constant_LH: mean hidden state of the selection prompts at each level, for the control.
+        cfg: what it was fitted with.
+        base_reference: name of the base model.
+        ids_version: version of the advertiser IDs it was fitted on.
+    """
+
+    model: PriorLM
+    base: TunedAnchor
+    calibration: Calibration
+    compiler: PromptCompiler
+    constant_LH: Tensor
+    cfg: PriorConfig
+    base_reference: str
+    ids_version: str
+
+    @property
+    def collator(self) -> TreeCollator:
+        return TreeCollator(self.base, first_id_token=self.compiler.first_id_token)
+
+    def save(self, directory: Path) -> None:
+        """Write the artifact into an existing directory."""
+        plain = {
+            "base_model": to_plain(self.cfg.base) | {"name": self.base_reference},
+            "prompt": to_plain(self.cfg.prompt),
+            "head": to_plain(self.cfg.head),
+            "anchor": self.base.to_plain(),
+            "calibration": to_plain(self.calibration),
+            "ids_version": self.ids_version,
+            "first_id_token": self.compiler.first_id_token,
+        }
+        (directory / "prior.json").write_text(json.dumps(plain, indent=1) + "\n")
+        state = {f"head.{name}": value.contiguous() for name, value in self.model.head.state_dict().items()}
+        state |= {"id_rows": self.model.id_rows.weight.detach(), "constant_LH": self.constant_LH.contiguous()}
+        save_file(state, directory / "head.safetensors")
+        if isinstance(self.model.decoder, PeftModel):
+            self.model.decoder.save_pretrained(directory / "adapter")
+        with_id_tokens(self.compiler.tokenizer, self.base.trie).save_pretrained(directory / "tokenizer")
+
+    @classmethod
+    def load(cls, directory: Path, log: Log, ids: AdvertiserIds, cfg: PriorConfig) -> PriorModel:
+        """Read the artifact.
+
+        Args:
+            directory: where :meth:`save` wrote.
+            log: the events that prompts and anchor are made of.
+            ids: the advertiser IDs it was fitted on.
+            cfg: the current configuration; base model, prompt and head are the artifact's own.
+
+        Raises:
+            UserError: there is no such artifact.
+            LineageError: it was fitted on other advertiser IDs.
+        """
+        try:
+            plain = json.loads((directory / "prior.json").read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"prior LM in {directory}",
+                expected="a directory with prior.json",
+                action="fit it first: train.py stage=prior",
+            ) from error
+        if plain["ids_version"] != ids.version:
+            raise LineageError(
+                f"prior LM in {directory}, fitted on IDs {plain['ids_version'][:12]}, with IDs {ids.version[:12]}",
+                expected="the advertiser IDs it was fitted on",
+                action="fit the prior again: train.py stage=prior",
+            )
+        base_model = load_base_model(BaseModelConfig(**plain["base_model"]))
+        compiler = PromptCompiler(log, ids, base_model.tokenizer, PromptConfig(**plain["prompt"]))
+        trie = Trie.from_codes(ids.codes_AL, ids.level_sizes)
+        state = load_file(directory / "head.safetensors")
+        decoder: Any = base_model.decoder
+        if (directory / "adapter").exists():
+            decoder = PeftModel.from_pretrained(decoder, str(directory / "adapter"))
+        model = PriorLM(
+            decoder,
+            codebooks=[torch.from_numpy(codebook) for codebook in ids.codebooks],
+            id_rows=state.pop("id_rows"),
+            first_id_token=plain["first_id_token"],
+            head=plain["head"]["kind"],
+        )
+        constant_LH = state.pop("constant_LH")
+        model.head.load_state_dict({name.removeprefix("head."): value for name, value in state.items()})
+        calibration = {name: tuple(values) for name, values in plain["calibration"].items()}
+        return cls(
+            model=model.eval(),
+            base=TunedAnchor.from_plain(plain["anchor"], Counts.of(log), trie),
+            calibration=Calibration(**calibration),
+            compiler=compiler,
+            constant_LH=constant_LH,
+            cfg=cfg,
+            base_reference=plain["base_model"]["name"],
+            ids_version=plain["ids_version"],
+        )
+
+
+def fit_prior(
+    log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path
+) -> tuple[PriorModel, dict[str, Any]]:
+    """Fit anchor and LM.
+
+    Args:
+        log: only periods of ``prior_fit`` and ``prior_select`` are read.
+        ids: the advertiser IDs.
+        cfg: everything else.
+        work_dir: checkpoints; an interrupted fit goes on from there.
+
+    Returns:
+        The forecaster, and its metrics: the trials of the anchor, the NLL by part, the calibration.
+
+    Raises:
+        UserError: the fit or the selection span has no conversion.
+    """
+    trie, counts = Trie.from_codes(ids.codes_AL, ids.level_sizes), Counts.of(log)
+    start, stop = log.split.span("prior_fit", evaluate=log.evaluate)
+    train_rows = sample_rows(
+        log.advertiser_targets((max(start, cfg.first_period), stop)), cfg.prompts, cfg.seed
+    )
+    select = log.advertiser_targets("prior_select")
+    select_rows = sample_rows(select, cfg.select_prompts, cfg.seed)
+    for name, rows in (("prior_fit", train_rows), ("prior_select", select_rows)):
+        if not len(rows):
+            raise UserError(
+                f"data.split.{name} without any conversion",
+                expected="conversions to learn from",
+                action=f"widen data.split.{name}, or lower prior.first_period",
+            )
+    constants, trials = choose_constants(
+        counts, sample_rows(select, cfg.anchor.select_rows, cfg.seed), cfg.anchor
+    )
+    base_model = load_base_model(cfg.base)
+    compiler = PromptCompiler(log, ids, base_model.tokenizer, cfg.prompt)
+    train_set = PromptDataset(train_rows, compiler, max_targets=cfg.max_targets, seed=cfg.seed)
+    select_set = PromptDataset(select_rows, compiler)
+
+    untuned = TunedAnchor.untuned(Anchor(counts, constants), trie)
+    untuned_collator = TreeCollator(untuned, first_id_token=compiler.first_id_token)
+    exponent, bias, level_trials = fit_anchor_levels(
+        list(batches(train_set, untuned_collator, 64)),
+        list(batches(select_set, untuned_collator, 64)),
+        cfg.anchor.bias_penalty,
+    )
+    base = TunedAnchor(untuned.anchor, trie, exponent, bias)
+    collator = TreeCollator(base, first_id_token=compiler.first_id_token)
+
+    model = build_model(base_model, ids, log, compiler, cfg)
+    result, module = _fit_lm(model, train_set, select_set, collator, cfg, work_dir)
+    select_batches = list(batches(select_set, collator, cfg.batch_size))
+    logits, constant_LH = _logits(module.model, select_batches)
+    calibration = fit_calibration(select_batches, logits)
+    fitted = PriorModel(
+        module.model.eval(), base, calibration, compiler, constant_LH, cfg, base_model.reference, ids.version
+    )
+    metrics = {
+        "anchor_constants": vars(constants),
+        "anchor_trials": trials,
+        "anchor_level_trials": level_trials,
+        "prompts": len(train_rows),
+        "prompt_tokens_mean": float(
+            np.mean([len(train_set[row].token_ids) for row in range(min(100, len(train_set)))])
+        ),
+        "steps": result.steps,
+        "best_part": result.best_epoch,
+        "select_nll_by_part": result.history,
+        "calibration": to_plain(calibration),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+    return fitted, metrics
+
+
+def build_model(
+    base_model: BaseModel, ids: AdvertiserIds, log: Log, compiler: PromptCompiler, cfg: PriorConfig
+) -> PriorLM:
+    """The untrained forecaster: LoRA in the base model, a head of zeros, ID rows from words."""
+    decoder: Any = base_model.decoder
+    torch.manual_seed(cfg.seed)
+    if cfg.lora.rank > 0:
+        n_layers = decoder.config.num_hidden_layers
+        adapted = (
+            None if cfg.lora.layers is None else list(range(max(0, n_layers - cfg.lora.layers), n_layers))
+        )
+        decoder = get_peft_model(
+            decoder,
+            LoraConfig(
+                r=cfg.lora.rank,
+                lora_alpha=cfg.lora.alpha,  # type: ignore[arg-type]
+                target_modules=list(cfg.lora.targets),
+                layers_to_transform=adapted,
+            ),
+        )
+    return PriorLM(
+        decoder,
+        codebooks=[torch.from_numpy(codebook) for codebook in ids.codebooks],
+        id_rows=word_rows(base_model, ids, log),
+        first_id_token=compiler.first_id_token,
+        head=cfg.head.kind,
+        train_input_rows=cfg.base.train_input_rows,
+    )
+
+
+def word_rows(base_model: BaseModel, ids: AdvertiserIds, log: Log) -> Tensor:
+    """Input rows of the ID tokens: the mean word embedding of what the advertisers under a code sell.
+
+    Returns:
+        ``(sum V_l, H)``, levels after one another; a code that nobody has gets the mean of all words seen.
+    """
+    table = base_model.decoder.get_input_embeddings().weight.detach().float()  # type: ignore[union-attr]
+    texts = log.tables.advertisers["text"].fill_null("").to_list()
+    encoded = base_model.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    text_AH = torch.stack(
+        [table[tokens].mean(0) if tokens else table.new_zeros(table.shape[1]) for tokens in encoded]
+    )
+    rows = []
+    for level, size in enumerate(ids.level_sizes):
+        code_A = torch.from_numpy(ids.codes_AL[:, level])
+        count_V = torch.bincount(code_A, minlength=size)
+        sum_VH = torch.zeros(size, text_AH.shape[1]).index_add(0, code_A, text_AH)
+        mean_VH = sum_VH / count_V.clamp_min(1)[:, None]
+        rows.append(torch.where(count_V[:, None] > 0, mean_VH, text_AH.mean(0)))
+    return torch.cat(rows)
+
+
+def with_id_tokens(tokenizer: PreTrainedTokenizerBase, trie: Trie) -> PreTrainedTokenizerBase:
+    """The tokenizer with ``<adv_level_code>`` tokens, numbered as the model numbers them."""
+    names = [
+        f"<adv_{level + 1}_{code}>" for level, size in enumerate(trie.level_sizes) for code in range(size)
+    ]
+    tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in names])
+    return tokenizer
+
+
+def batches(dataset: PromptDataset, collator: TreeCollator, batch_size: int) -> DataLoader[TreeBatch]:
+    """A data set as batches, in order."""
+    return DataLoader(dataset, batch_size=batch_size, collate_fn=collator)  # type: ignore[arg-type, return-value]
+
+
+def sample_rows(targets: Targets, n: int, seed: int) -> Targets:
+    """At most ``n`` rows, drawn by seed, in their own order."""
+    if len(targets) <= n:
+        return targets
+    return targets.select(np.sort(np.random.default_rng(seed).choice(len(targets), n, replace=False)))
+
+
+def _fit_lm(
+    model: PriorLM,
+    train: PromptDataset,
+    select: PromptDataset,
+    collator: TreeCollator,
+    cfg: PriorConfig,
+    work_dir: Path,
+) -> tuple[FitResult, PriorLMModule]:
+    per_epoch = max(cfg.batch_size, len(train) // cfg.trainer.max_epochs // cfg.batch_size * cfg.batch_size)
+    sampler = EpochSampler(train, seed=cfg.seed, per_epoch=per_epoch)
+    train_loader: DataLoader = DataLoader(
+        train, batch_size=cfg.batch_size, sampler=sampler, collate_fn=collator
+    )
+    if not (work_dir / "checkpoints" / "last.ckpt").exists():
+        _standardise(model, train, collator, cfg)
+    module = PriorLMModule(
+        model,
+        lora_learning_rate=cfg.lora.learning_rate,
+        head_learning_rate=cfg.head.learning_rate,
+        total_steps=cfg.trainer.max_epochs * per_epoch // cfg.batch_size // cfg.trainer.accumulate,
+    )
+    result = fit(
+        module, train_loader, batches(select, collator, cfg.batch_size), cfg.trainer,
+        work_dir=work_dir, seed=cfg.seed, monitor="select_nll",
+    )  # fmt: skip
+    return result, module
+
+
+@torch.inference_mode()
+def _standardise(model: PriorLM, train: PromptDataset, collator: TreeCollator, cfg: PriorConfig) -> None:
+    """Fix the head's constants on a sample of training prompts."""
+    rows = EpochSampler(
+        train, seed=cfg.seed + 1, per_epoch=min(len(train), _STANDARDISE_BATCHES * cfg.batch_size)
+    )
+    loader: DataLoader = DataLoader(train, batch_size=cfg.batch_size, sampler=rows, collate_fn=collator)
+    by_level: list[list[Tensor]] = [[] for _ in range(model.head.n_levels)]
+    for batch in loader:
+        hidden = model.hidden(batch)
+        for level, decisions in enumerate(batch.levels):
+            by_level[level].append(hidden[decisions.row_N, decisions.position_N])
+    model.head.standardise_by([torch.cat(parts) for parts in by_level])
+
+
+@torch.inference_mode()
+def _logits(model: PriorLM, select: list[TreeBatch]) -> tuple[list[list[Tensor]], Tensor]:
+    """The head's scores at all decisions, and the mean hidden state of each level."""
+    model.eval()
+    logits, sums = [], torch.zeros(model.head.n_levels, model.id_rows.weight.shape[1])
+    counts = torch.zeros(model.head.n_levels)
+    for batch in select:
+        hidden, levels = model.hidden(batch), []
+        for level, decisions in enumerate(batch.levels):
+            at_N = hidden[decisions.row_N, decisions.position_N]
+            levels.append(model.head(at_N, level))
+            sums[level] += at_N.float().sum(0).cpu()
+            counts[level] += len(at_N)
+        logits.append(levels)
+    return [[level.clone() for level in levels] for levels in logits], sums / counts.clamp_min(1)[:, None]
+
+
+def resolve(cfg: PriorConfig) -> dict[str, Any]:
+    """The configuration as plain types."""
+    return OmegaConf.to_container(OmegaConf.structured(cfg))  # type: ignore[return-value]
+
+
+def rows_of(targets: Targets, users: NDArray[np.integer]) -> Targets:
+    """The rows of some users."""
+    return targets.select(np.isin(targets.user, users))

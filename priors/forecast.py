@@ -1,0 +1,191 @@
+"""Forecasts as the stages after them see them: a whole distribution over advertisers, and ranker features.
+
+An advertiser outside the beam backs off to its frontier prefix: the prefix's exact mass is shared among
+the advertisers below it in proportion to the anchor. So every advertiser has a probability, and the
+probabilities of a user sum to one.
+
+Shapes: B user-periods, R rows of the table, A advertisers, N rows of the ranker.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from priors.anchor import TunedAnchor, path_log_probs
+from priors.table import PriorTable
+
+PRIOR_FEATURES = (
+    "prior_log_prob",
+    "prior_lift",
+    "prior_rank",
+    "prior_in_beam",
+    "prior_prefix_log_prob",
+    "prior_entropy",
+    "prior_mass",
+    "prior_age",
+    "prior_missing",
+)
+
+
+class Forecast(Protocol):
+    """A distribution over all advertisers for every user and period."""
+
+    @property
+    def n_advertisers(self) -> int:
+        """A."""
+
+    def log_probs(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> NDArray[np.float32]:
+        """Log-probabilities of the newest forecast at or before each period, ``(B, A)``."""
+
+    def features(
+        self, user_N: NDArray[np.integer], period_N: NDArray[np.integer], advertiser_N: NDArray[np.integer]
+    ) -> dict[str, NDArray[np.float32]]:
+        """:data:`PRIOR_FEATURES` of each row, ``(N,)`` each; an advertiser of -1 has none."""
+
+
+class TableForecast:
+    """The forecasts of a :class:`~priors.table.PriorTable`, or the tuned anchor's on the same schedule.
+
+    Both arms answer a request with their newest forecast at or before it, made at the same times, so that
+    neither is fresher. A user without a forecast gets the tuned anchor's of the period asked for, marked
+    as missing.
+
+    Args:
+        table: the LM's forecasts.
+        base: the tuned anchor and the trie.
+        arm: ``lm`` or ``anchor``.
+    """
+
+    def __init__(self, table: PriorTable, base: TunedAnchor, *, arm: str) -> None:
+        if arm not in ("lm", "anchor"):
+            raise ValueError(f"arm={arm!r}; expected 'lm' or 'anchor'")
+        self.table, self.base, self.arm = table, base, arm
+        self._dense: dict[tuple[int, int], NDArray[np.float32]] = {}
+
+    @property
+    def n_advertisers(self) -> int:
+        return self.base.trie.n_advertisers
+
+    def log_probs(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> NDArray[np.float32]:
+        user_B, period_B = np.asarray(user_B, dtype=np.int64), np.asarray(period_B, dtype=np.int64)
+        row_B = self.table.find(user_B, period_B)
+        as_of_B = (
+            np.where(row_B >= 0, self.table.period_R[np.maximum(row_B, 0)], period_B)
+            if len(self.table)
+            else period_B
+        )
+        keys = list(zip(user_B.tolist(), as_of_B.tolist(), strict=True))
+        missing = sorted(
+            {
+                key: row for key, row in zip(keys, row_B.tolist(), strict=True) if key not in self._dense
+            }.items()
+        )
+        for start in range(0, len(missing), 256):
+            chunk = missing[start : start + 256]
+            user, as_of = np.array([key for key, _ in chunk]).T
+            dense = self._complete(user, as_of, np.array([row for _, row in chunk]))
+            self._dense.update((key, values) for (key, _), values in zip(chunk, dense, strict=True))
+        return (
+            np.stack([self._dense[key] for key in keys])
+            if keys
+            else np.zeros((0, self.n_advertisers), np.float32)
+        )
+
+    def features(
+        self, user_N: NDArray[np.integer], period_N: NDArray[np.integer], advertiser_N: NDArray[np.integer]
+    ) -> dict[str, NDArray[np.float32]]:
+        user_N, period_N = np.asarray(user_N, dtype=np.int64), np.asarray(period_N, dtype=np.int64)
+        advertiser_N = np.asarray(advertiser_N, dtype=np.int64)
+        pairs, inverse = np.unique(np.stack([user_N, period_N]), axis=1, return_inverse=True)
+        inverse = inverse.reshape(-1)
+        row_P = self.table.find(*pairs)
+        values = {name: np.zeros(len(user_N), dtype=np.float32) for name in PRIOR_FEATURES}
+        has = advertiser_N >= 0
+        for start in range(0, pairs.shape[1], 256):
+            part = slice(start, min(start + 256, pairs.shape[1]))
+            rows = np.flatnonzero((inverse >= part.start) & (inverse < part.stop) & has)
+            local, advertiser = inverse[rows] - part.start, advertiser_N[rows]
+            dense = self.log_probs(pairs[0, part], pairs[1, part]).astype(np.float64)
+            found = row_P[part] >= 0
+            as_of = (
+                np.where(found, self.table.period_R[np.maximum(row_P[part], 0)], pairs[1, part])
+                if len(self.table)
+                else pairs[1, part]
+            )
+            anchor = dense if self.arm == "anchor" else self.base.log_probs(pairs[0, part], as_of)
+            rank = np.empty(dense.shape, dtype=np.int64)
+            np.put_along_axis(
+                rank, np.argsort(-dense, axis=1, kind="stable"), np.arange(dense.shape[1])[None], axis=1
+            )
+            top = self.table.advertiser_RK.shape[1]
+            prefix = self.base.trie.node_mass(np.exp(dense), 1)
+            node = self.base.trie.path_AL[advertiser, 0]
+            covered = np.where(rank < top, np.exp(dense), 0.0).sum(1)
+            values["prior_log_prob"][rows] = dense[local, advertiser]
+            values["prior_lift"][rows] = dense[local, advertiser] - anchor[local, advertiser]
+            values["prior_rank"][rows] = np.log1p(rank[local, advertiser])
+            values["prior_in_beam"][rows] = rank[local, advertiser] < top
+            values["prior_prefix_log_prob"][rows] = np.log(prefix[local, node])
+            values["prior_entropy"][rows] = -(np.exp(dense) * dense).sum(1)[local]
+            values["prior_mass"][rows] = covered[local]
+            values["prior_age"][rows] = (pairs[1, part] - as_of)[local]
+            values["prior_missing"][rows] = ~found[local]
+        values["prior_missing"][~has] = 1.0
+        return values
+
+    def _complete(self, user: NDArray, as_of: NDArray, row: NDArray) -> NDArray[np.float32]:
+        trie = self.base.trie
+        leaf_BA = path_log_probs(trie, self.base.child_scores(user, as_of))[-1]
+        if self.arm == "lm":
+            for index in np.flatnonzero(row >= 0):
+                leaf_BA[index] = complete_distribution(self.table, int(row[index]), leaf_BA[index], self.base)
+        return leaf_BA[:, trie.advertiser_leaf].astype(np.float32)
+
+
+def complete_distribution(
+    table: PriorTable, row: int, anchor_A: NDArray[np.float64], base: TunedAnchor
+) -> NDArray[np.float64]:
+    """Log-probability of every advertiser from one row of the table.
+
+    Args:
+        table: the forecasts.
+        row: which one.
+        anchor_A: the anchor's log-probability of each leaf, in trie order.
+        base: gives the trie.
+
+    Returns:
+        ``(A,)`` in trie order; the exponentials sum to 1.
+    """
+    trie = base.trie
+    level1 = table.level1_log_prob_RN[row, : trie.n_nodes(1)]
+    cell_A = np.repeat(np.arange(trie.n_nodes(1)), np.diff(trie.leaf_ptr[1]))
+    level1_A = cell_A.copy()
+    mass = list(np.exp(level1))
+    # Deeper prefixes last: a cell is what its smallest stored prefix leaves of it.
+    for depth, node, log_prob in zip(
+        table.frontier_depth_RF[row],
+        table.frontier_node_RF[row],
+        table.frontier_log_prob_RF[row],
+        strict=True,
+    ):
+        if depth == 0:
+            continue
+        leaves = slice(trie.leaf_ptr[depth][node], trie.leaf_ptr[depth][node + 1])
+        mass[level1_A[leaves.start]] -= np.exp(log_prob)
+        cell_A[leaves] = len(mass)
+        mass.append(np.exp(log_prob))
+    found = table.advertiser_RK[row] >= 0
+    leaf_K = trie.advertiser_leaf[table.advertiser_RK[row, found]]
+    prob_K = np.exp(table.log_prob_RK[row, found])
+    mass_C = np.array(mass)
+    np.subtract.at(mass_C, level1_A[leaf_K], prob_K)
+    rest_A = np.exp(anchor_A)
+    rest_A[leaf_K] = 0.0
+    total_C = np.bincount(cell_A, rest_A, minlength=len(mass_C))
+    share_C = np.maximum(mass_C, 1e-15) / np.where(total_C > 0, total_C, 1.0)
+    complete_A = rest_A * share_C[cell_A]
+    complete_A[leaf_K] = prob_K
+    return np.log(np.maximum(complete_A, 1e-30)) - np.log(complete_A.sum())

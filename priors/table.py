@@ -1,0 +1,176 @@
+"""The PriorTable: what was forecast, for whom and when (DESIGN §4).
+
+One row a user and as-of time, Parquet, one file an as-of period:
+
+    user_id, period, as_of           the forecast may be used from the start of ``period`` on
+    advertiser_id, log_prob          the advertisers found, best first, with exact log-probabilities
+    anchor_log_prob                  what the tuned anchor gives the same advertisers
+    level1_log_prob                  every level-1 prefix, in trie order
+    frontier_depth, frontier_node,   pruned prefixes above the floor; what remains of a level-1 prefix
+    frontier_log_prob                  is its mass without its advertisers and its listed prefixes
+    mass                             probability covered by the advertisers found
+    tokens                           tokens computed for the row
+
+Shapes: R rows, K advertisers of a row at the most, N level-1 prefixes, F pruned prefixes at the most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from data.errors import UserError
+from data.log import Log
+from priors.decode import Decoded
+
+_LISTS = {
+    "advertiser_id": pl.List(pl.Int64),
+    "log_prob": pl.List(pl.Float64),
+    "anchor_log_prob": pl.List(pl.Float64),
+    "level1_log_prob": pl.List(pl.Float64),
+    "frontier_depth": pl.List(pl.Int8),
+    "frontier_node": pl.List(pl.Int32),
+    "frontier_log_prob": pl.List(pl.Float64),
+}
+
+
+@dataclass(frozen=True)
+class PriorTable:
+    """Forecasts in memory, with indexes of the log in place of ids.
+
+    Attributes:
+        user_R: user index; rows are sorted by user, then period.
+        period_R: as-of period.
+        advertiser_RK: advertiser indexes, best first; -1 pads.
+        log_prob_RK: their log-probabilities; ``-inf`` pads.
+        anchor_log_prob_RK: the anchor's.
+        level1_log_prob_RN: of every level-1 prefix.
+        frontier_depth_RF, frontier_node_RF: pruned prefixes; depth 0 pads.
+        frontier_log_prob_RF: their log-probabilities.
+        tokens_R: tokens computed.
+    """
+
+    user_R: NDArray[np.int64]
+    period_R: NDArray[np.int64]
+    advertiser_RK: NDArray[np.int64]
+    log_prob_RK: NDArray[np.float64]
+    anchor_log_prob_RK: NDArray[np.float64]
+    level1_log_prob_RN: NDArray[np.float64]
+    frontier_depth_RF: NDArray[np.int64]
+    frontier_node_RF: NDArray[np.int64]
+    frontier_log_prob_RF: NDArray[np.float64]
+    tokens_R: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.user_R)
+
+    def find(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Row of each user's newest forecast with an as-of period at or before the given one; -1 for none."""
+        span = max(int(self.period_R.max(initial=0)), int(np.max(period_B, initial=0))) + 1
+        key_R = self.user_R * span + self.period_R
+        key_B = np.asarray(user_B, dtype=np.int64) * span + np.asarray(period_B, dtype=np.int64)
+        row_B = np.searchsorted(key_R, key_B, side="right") - 1
+        same_user = (
+            (row_B >= 0) & (self.user_R[np.maximum(row_B, 0)] == user_B)
+            if len(self)
+            else np.zeros(len(key_B), bool)
+        )
+        return np.where(same_user, row_B, -1)
+
+    @classmethod
+    def load(cls, directory: Path, log: Log) -> PriorTable:
+        """Read all as-of files of a directory.
+
+        Raises:
+            UserError: there is no table, or it is damaged.
+        """
+        files = sorted(directory.glob("as_of=*.parquet"))
+        if not files:
+            raise UserError(
+                f"priors in {directory}",
+                expected="files as_of=<period>.parquet",
+                action="make the forecasts first: adsid run, or train.py stage=priors",
+            )
+        try:
+            frame = pl.concat([pl.read_parquet(file) for file in files])
+        except (pl.exceptions.PolarsError, OSError) as error:
+            raise UserError(
+                f"priors in {directory}",
+                expected="whole Parquet files",
+                action=f"remove the directory and run again ({error})",
+            ) from error
+        users = pl.DataFrame({"user_id": log.user_ids, "user": np.arange(len(log.user_ids))})
+        frame = frame.join(users, on="user_id", how="inner").sort("user", "period")
+        advertiser = {id_: index for index, id_ in enumerate(log.advertiser_ids.tolist())}
+        lists = {name: frame[name].to_list() for name in _LISTS}
+        indexes = [[advertiser[id_] for id_ in row] for row in lists["advertiser_id"]]
+        return cls(
+            user_R=frame["user"].to_numpy().astype(np.int64),
+            period_R=frame["period"].to_numpy().astype(np.int64),
+            advertiser_RK=_pad(indexes, -1).astype(np.int64),
+            log_prob_RK=_pad(lists["log_prob"], -np.inf),
+            anchor_log_prob_RK=_pad(lists["anchor_log_prob"], -np.inf),
+            level1_log_prob_RN=_pad(lists["level1_log_prob"], -np.inf),
+            frontier_depth_RF=_pad(lists["frontier_depth"], 0).astype(np.int64),
+            frontier_node_RF=_pad(lists["frontier_node"], 0).astype(np.int64),
+            frontier_log_prob_RF=_pad(lists["frontier_log_prob"], -np.inf),
+            tokens_R=frame["tokens"].to_numpy().astype(np.int64),
+        )
+
+
+def write_shard(
+    path: Path,
+    log: Log,
+    user_R: NDArray[np.integer],
+    period: int,
+    decoded: Sequence[Decoded],
+    anchor_log_prob: Sequence[NDArray[np.float64]],
+) -> None:
+    """Write the forecasts of one as-of period.
+
+    Args:
+        path: the Parquet file.
+        log: gives the ids.
+        user_R: user of each forecast.
+        period: its start is the as-of time.
+        decoded: the forecasts.
+        anchor_log_prob: the anchor's log-probability of the same advertisers.
+    """
+    ids = log.advertiser_ids
+    dtype = pl.List(pl.Series(ids[:0]).dtype)
+    columns = {
+        "advertiser_id": [ids[one.advertiser_K].tolist() for one in decoded],
+        "log_prob": [one.log_prob_K.tolist() for one in decoded],
+        "anchor_log_prob": [values.tolist() for values in anchor_log_prob],
+        "level1_log_prob": [one.level1_log_prob_N.tolist() for one in decoded],
+        "frontier_depth": [one.frontier_depth_F.tolist() for one in decoded],
+        "frontier_node": [one.frontier_node_F.tolist() for one in decoded],
+        "frontier_log_prob": [one.frontier_log_prob_F.tolist() for one in decoded],
+    }
+    schema = {**_LISTS, "advertiser_id": dtype}
+    frame = pl.DataFrame(
+        [
+            pl.Series("user_id", log.user_ids[user_R]),
+            pl.Series("period", [period] * len(decoded), dtype=pl.Int32),
+            pl.Series("as_of", [log.calendar.start(period)] * len(decoded), dtype=pl.Datetime("us")),
+            *(pl.Series(name, values, dtype=schema[name]) for name, values in columns.items()),
+            pl.Series("mass", [one.mass for one in decoded], dtype=pl.Float64),
+            pl.Series("tokens", [one.tokens for one in decoded], dtype=pl.Int32),
+        ]
+    )
+    temporary = path.with_suffix(".tmp")
+    frame.write_parquet(temporary)
+    temporary.replace(path)
+
+
+def _pad(rows: list[list[float]], value: float) -> NDArray[np.float64]:
+    width = max((len(row) for row in rows), default=0)
+    padded = np.full((len(rows), max(width, 1)), value)
+    for index, row in enumerate(rows):
+        padded[index, : len(row)] = row
+    return padded
