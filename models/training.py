@@ -222,7 +222,7 @@ def fit(
     )
     chosen = Path(best.best_model_path) if best.best_model_path else last
     state = torch.load(chosen, map_location="cpu", weights_only=True)
-    module.load_state_dict(state["state_dict"])
+    module.load_state_dict(state["state_dict"], strict=module.strict_loading)
     module.eval()
     return FitResult(
         epochs=trainer.current_epoch,

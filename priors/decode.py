@@ -127,7 +127,7 @@ class TreeDecoder:
                 found.append((self._leaf_advertiser[flat_node], flat_log_prob))
                 break
             keep = min(self.cfg.beam, flat_log_prob.shape[1])
-            ranked, order = flat_log_prob.sort(1, descending=True, stable=True)
+            ranked, order = flat_log_prob.sort(dim=1, descending=True, stable=True)
             node_BK, log_prob_BK = flat_node.gather(1, order[:, :keep]), ranked[:, :keep]
             if depth > 0:
                 frontier.append((depth + 1, flat_node.gather(1, order[:, keep:]), ranked[:, keep:]))
@@ -191,7 +191,7 @@ class TreeDecoder:
         asks_BK = (leaves_BK > 1) & log_prob_BK.isfinite()
         n_beams, n_query = node_BK.shape[1], max(1, int(asks_BK.sum(1).max()))
         # The beams that ask, moved to the front, are the query tokens; the rest of a row is padding.
-        query_BQ = asks_BK.long().argsort(1, descending=True, stable=True)[:, :n_query]
+        query_BQ = asks_BK.long().argsort(dim=1, descending=True, stable=True)[:, :n_query]
         real_BQ = asks_BK.gather(1, query_BQ)
         code_BQ = self._child_code[depth - 1][node_BK.gather(1, query_BQ)]
         parent_BK = self._beam_parents(depth, node_BK, state)

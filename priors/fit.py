@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from semantic_ids.advertiser_ids import AdvertiserIds
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AddedToken, PreTrainedTokenizerBase
@@ -42,7 +43,6 @@ from priors.calibration import Calibration, fit_anchor_levels, fit_calibration
 from priors.config import BaseModelConfig, PriorConfig, PromptConfig
 from priors.dataset import PromptDataset, TreeCollator
 from priors.prompt import PromptCompiler
-from semantic_ids.advertiser_ids import AdvertiserIds
 from semantic_ids.trie import Trie
 
 _log = logging.getLogger(__name__)
@@ -343,7 +343,7 @@ def _standardise(model: PriorLM, train: PromptDataset, collator: TreeCollator, c
     model.head.standardise_by([torch.cat(parts) for parts in by_level])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _logits(model: PriorLM, select: list[TreeBatch]) -> tuple[list[list[Tensor]], Tensor]:
     """The head's scores at all decisions, and the mean hidden state of each level."""
     model.eval()
@@ -357,7 +357,7 @@ def _logits(model: PriorLM, select: list[TreeBatch]) -> tuple[list[list[Tensor]]
             sums[level] += at_N.float().sum(0).cpu()
             counts[level] += len(at_N)
         logits.append(levels)
-    return [[level.clone() for level in levels] for levels in logits], sums / counts.clamp_min(1)[:, None]
+    return logits, sums / counts.clamp_min(1)[:, None]
 
 
 def resolve(cfg: PriorConfig) -> dict[str, Any]:

@@ -1,0 +1,120 @@
+"""The typed schema of ``configs/ranker/``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from data.errors import UserError
+from models.dlrm import DLRMConfig
+from models.training import TrainerConfig
+
+
+@dataclass
+class FeatureConfig:
+    """Which features a ranker reads.
+
+    Attributes:
+        sparse: names in `ranking.features.SPARSE`, each an embedded id or bag of ids.
+        dense: names in `ranking.features.DENSE`, each a group of numbers.
+        ad_columns: categorical columns of the ads table that are embedded and counted in ``own_columns``, out of
+            those that ``data.ad_columns`` opens; None takes all of them.
+        min_count: an id with fewer training rows shares the row of unseen ids.
+        history_length: advertisers in the user's recent history.
+        recent_periods: length of the window of the counts called recent.
+        clip: standardised numbers are cut off at so many standard deviations.
+    """
+
+    sparse: list[str] = field(
+        default_factory=lambda: [
+            "user",
+            "ad",
+            "advertiser",
+            "market",
+            "display",
+            "mailer",
+            "semantic_id",
+            "history",
+        ]
+    )
+    dense: list[str] = field(
+        default_factory=lambda: [
+            "price",
+            "own_advertiser",
+            "own_ad",
+            "own_columns",
+            "ad_popularity",
+            "advertiser_popularity",
+            "activity",
+        ]
+    )
+    ad_columns: list[str] | None = None
+    min_count: int = 5
+    history_length: int = 10
+    recent_periods: int = 8
+    clip: float = 8.0
+
+
+@dataclass
+class RankerConfig:
+    """The ranker, how it is trained and how its arms are compared.
+
+    Attributes:
+        model: sizes of the DLRM.
+        features: what it reads.
+        trainer: epochs and early stopping, on the log loss of the span ``ranker_stop``.
+        batch_size: rows of a step.
+        learning_rate: of AdamW.
+        weight_decay: of AdamW; it holds back the embeddings of rare ids.
+        seeds: one ranker is trained for each arm and seed.
+        shuffled_control: also train on another user's forecast, which must show no gain.
+        draws: bootstrap draws over users.
+        sparse_user_quantile: users with fewer purchases than this quantile are the segment ``sparse_users``.
+    """
+
+    model: DLRMConfig = field(default_factory=DLRMConfig)
+    features: FeatureConfig = field(default_factory=FeatureConfig)
+    trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(max_epochs=6, patience=1))
+    batch_size: int = 1024
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    shuffled_control: bool = True
+    draws: int = 300
+    sparse_user_quantile: float = 0.25
+
+    def __post_init__(self) -> None:
+        errors = []
+        at_least_one = {
+            "batch_size": self.batch_size,
+            "draws": self.draws,
+            "model.embedding_dim": self.model.embedding_dim,
+            "features.min_count": self.features.min_count,
+            "features.history_length": self.features.history_length,
+            "features.recent_periods": self.features.recent_periods,
+            "trainer.max_epochs": self.trainer.max_epochs,
+            **{f"model.dense_layers[{n}]": width for n, width in enumerate(self.model.dense_layers)},
+            **{f"model.over_layers[{n}]": width for n, width in enumerate(self.model.over_layers)},
+        }
+        for name, value in at_least_one.items():
+            if value < 1:
+                errors.append(_out_of_range(name, value, "a whole number, at least 1"))
+        if not self.model.over_layers:
+            errors.append(_out_of_range("model.over_layers", [], "at least one width, e.g. [64, 32]"))
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            errors.append(_out_of_range("seeds", self.seeds, "at least one seed, each named once"))
+        if self.learning_rate <= 0:
+            errors.append(_out_of_range("learning_rate", self.learning_rate, "a positive number"))
+        if self.weight_decay < 0:
+            errors.append(_out_of_range("weight_decay", self.weight_decay, "zero or a positive number"))
+        if not 0 < self.sparse_user_quantile < 1:
+            errors.append(
+                _out_of_range("sparse_user_quantile", self.sparse_user_quantile, "a number between 0 and 1")
+            )
+        if self.features.clip <= 0:
+            errors.append(_out_of_range("features.clip", self.features.clip, "a positive number"))
+        if errors:
+            raise UserError.collect(errors)
+
+
+def _out_of_range(name: str, value: object, expected: str) -> UserError:
+    return UserError(f"ranker.{name}={value}", expected=expected, action=f"set ranker.{name} to {expected}")

@@ -1,0 +1,291 @@
+"""What the two-tower reads: items, histories, and batches of requests.
+
+An *item* is something a history can hold: an ad, or an advertiser of which something was bought that was
+no ad. Item ``i`` below the number of ads is ad ``i``; item ``n_ads + a`` is advertiser ``a``.
+
+A history of period ``w`` holds purchases of periods below ``w`` only.
+
+Shapes: B users, H history, W window, N items, I ads, A advertisers, F features, L levels, P (request, target)
+pairs, C candidates, M entries of the requests' lists of active ads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data.log import Log, Targets
+from models.two_tower import NO_ITEM, Batch, ValidationBatch
+from retrieval.config import PairsConfig
+
+AGE_EDGES = (1, 2, 4, 8, 16, 32)
+COUNT_EDGES = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Items:
+    """Features of every item.
+
+    Attributes:
+        codes_NF: code of each categorical feature, 0 = unknown.
+        sizes: name → number of codes, in the order of the columns.
+        advertiser_N: advertiser, -1 for none.
+    """
+
+    codes_NF: NDArray[np.int32]
+    sizes: dict[str, int]
+    advertiser_N: NDArray[np.int32]
+
+
+def build_items(log: Log, codes_AL: NDArray[np.int64]) -> Items:
+    """Ad id, advertiser id, every semantic-ID prefix and the ad's categorical columns.
+
+    Args:
+        log: gives ads, their advertisers and columns.
+        codes_AL: semantic IDs. Their last level is left out: the whole ID names the advertiser.
+
+    Raises:
+        ValueError: the IDs are of another number of advertisers.
+    """
+    n_ads, n_advertisers = len(log.ad_ids), len(log.advertiser_ids)
+    if len(codes_AL) != n_advertisers:
+        raise ValueError(f"semantic IDs of {len(codes_AL)} advertisers for a log of {n_advertisers}")
+    advertiser_N = np.concatenate([log.ad_advertiser, np.arange(n_advertisers)]).astype(np.int32)
+    columns = {
+        "ad": np.concatenate([np.arange(1, n_ads + 1), np.zeros(n_advertisers)]),
+        "advertiser": advertiser_N + 1,
+    }
+    for level in range(1, codes_AL.shape[1]):
+        _, prefix_A = np.unique(codes_AL[:, :level], axis=0, return_inverse=True)
+        columns[f"prefix_{level}"] = np.concatenate(([0], prefix_A.reshape(-1) + 1))[advertiser_N + 1]
+    for name, codes_I in log.ad_features.items():
+        columns[f"ad_{name}"] = np.concatenate([codes_I, np.zeros(n_advertisers)])
+    sizes = {name: int(codes.max(initial=0)) + 1 for name, codes in columns.items()}
+    return Items(np.stack(list(columns.values()), axis=1).astype(np.int32), sizes, advertiser_N)
+
+
+@dataclass(frozen=True)
+class History:
+    """Histories of users; see :class:`models.two_tower.Batch` for the columns."""
+
+    item_BH: NDArray[np.int64]
+    age_BH: NDArray[np.int64]
+    count_BH: NDArray[np.int64]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The columns under the names of a batch."""
+        return {
+            "history_BH": torch.from_numpy(self.item_BH),
+            "age_BH": torch.from_numpy(self.age_BH),
+            "count_BH": torch.from_numpy(self.count_BH),
+        }
+
+
+class Histories:
+    """Looks up what users bought before a period: each item once, latest first.
+
+    Args:
+        log: the events.
+        cfg: length of a history and of the window it is taken from.
+    """
+
+    def __init__(self, log: Log, cfg: PairsConfig) -> None:
+        events = log.events
+        rows = np.flatnonzero(log.is_purchase & ((events.ad >= 0) | (events.advertiser >= 0)))
+        user, period = events.user[rows].astype(np.int64), events.period[rows]
+        n_ads, n_items = len(log.ad_ids), len(log.ad_ids) + len(log.advertiser_ids)
+        self.item = np.where(events.ad[rows] >= 0, events.ad[rows], n_ads + events.advertiser[rows]).astype(
+            np.int64
+        )
+        self.period = period
+        self.ptr = np.searchsorted(user, np.arange(len(log.user_ids) + 1))
+        # Within (user, item), events stay in order of time: the sort is stable.
+        order = np.argsort(user * n_items + self.item, kind="stable")
+        key = (user * n_items + self.item)[order]
+        first = np.flatnonzero(np.diff(key, prepend=-1))
+        self.count = np.empty(len(rows), dtype=np.int64)
+        self.count[order] = np.arange(len(rows)) - np.repeat(first, np.diff(first, append=len(rows))) + 1
+        self.next_period = np.full(len(rows), np.iinfo(np.int32).max, dtype=np.int32)
+        same = np.flatnonzero(key[1:] == key[:-1])
+        self.next_period[order[same]] = period[order[same + 1]]
+        # One sorted key answers "how many events of this user before this period".
+        self._span = int(period.max(initial=0)) + 2
+        self._key = user * self._span + period.clip(0)
+        self.length, self.window = cfg.history, cfg.window
+
+    def sizes(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Number of purchases of users before periods, shape ``(B,)``."""
+        return self._end(user_B, period_B) - self.ptr[user_B]
+
+    def __call__(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> History:
+        """Histories of users at the start of periods, padded at the end with ``NO_ITEM``."""
+        end_B, start_B = self._end(user_B, period_B), self.ptr[user_B]
+        row_BW = end_B[:, None] - 1 - np.arange(self.window)
+        there_BW = row_BW >= start_B[:, None]
+        row_BW = np.where(there_BW, row_BW, 0)
+        if not len(self.item):
+            there_BW[:] = False
+            return self._empty(len(user_B))
+        latest_BW = there_BW & (self.next_period[row_BW] >= np.asarray(period_B)[:, None])
+        place_BW = latest_BW.cumsum(1) - 1
+        kept_b, kept_w = np.nonzero(latest_BW & (place_BW < self.length))
+        place, row = place_BW[kept_b, kept_w], row_BW[kept_b, kept_w]
+        history = self._empty(len(user_B))
+        history.item_BH[kept_b, place] = self.item[row]
+        ages = np.asarray(period_B)[kept_b] - self.period[row]
+        history.age_BH[kept_b, place] = np.searchsorted(AGE_EDGES, ages)
+        history.count_BH[kept_b, place] = np.searchsorted(COUNT_EDGES, self.count[row])
+        return history
+
+    def _end(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> NDArray[np.int64]:
+        period = np.clip(np.asarray(period_B, dtype=np.int64), 0, self._span - 1)
+        return np.searchsorted(self._key, np.asarray(user_B, dtype=np.int64) * self._span + period)
+
+    def _empty(self, n: int) -> History:
+        shape = (n, self.length)
+        return History(
+            np.full(shape, NO_ITEM, dtype=np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        )
+
+
+def profiles(log: Log) -> NDArray[np.int64]:
+    """Profile codes of every user, shape ``(U, F)``."""
+    columns = [codes.astype(np.int64) for codes in log.user_features.values()]
+    return np.stack(columns, axis=1) if columns else np.zeros((len(log.user_ids), 0), dtype=np.int64)
+
+
+class RequestBatches:
+    """Collates requests, named by their row, into batches.
+
+    A batch is a pure function of the seed and its rows, so that a resumed run sees the batches of an
+    undisturbed one.
+
+    Args:
+        log: the log.
+        targets: converted ads of requests.
+        histories: looks up histories.
+        cfg: sizes.
+        seed: of the draws.
+    """
+
+    def __init__(
+        self, log: Log, targets: Targets, histories: Histories, cfg: PairsConfig, *, seed: int
+    ) -> None:
+        self.log, self.targets, self.histories, self.cfg, self.seed = log, targets, histories, cfg, seed
+        self.profile_UF = profiles(log)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def inputs(self, rows_B: NDArray[np.int64]) -> dict[str, torch.Tensor]:
+        """The user side of requests."""
+        user_B, period_B = self.targets.user[rows_B], self.targets.period[rows_B]
+        return {
+            **self.histories(user_B, period_B).tensors(),
+            "profile_BF": torch.from_numpy(self.profile_UF[user_B]),
+        }
+
+    def active(self, rows_B: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        """Active ads of requests as (position in the batch, ad), shape ``(M,)`` each."""
+        ads = [
+            self.log.active_ads(int(market), int(period)).ad
+            for market, period in zip(self.targets.market[rows_B], self.targets.period[rows_B], strict=True)
+        ]
+        return np.repeat(np.arange(len(ads)), [len(part) for part in ads]), np.concatenate(ads)
+
+
+class TrainingBatches(RequestBatches):
+    """Batches with targets and sampled candidates; arguments as of :class:`RequestBatches`."""
+
+    def __init__(
+        self, log: Log, targets: Targets, histories: Histories, cfg: PairsConfig, *, seed: int
+    ) -> None:
+        super().__init__(log, targets, histories, cfg, seed=seed)
+        self.log_q_I = np.log(self.expected_counts())
+
+    def expected_counts(self) -> NDArray[np.float64]:
+        """How often each ad is expected among the candidates of a full batch, shape ``(I,)``.
+
+        Its expected count among the targets plus that among the ads drawn from placements. An ad that can
+        be neither has a tiny positive value, for the logarithm.
+        """
+        targets, n_ads = self.targets, len(self.log.ad_ids)
+        sizes_R = np.diff(targets.ptr)
+        chance_R = np.minimum(1.0, self.cfg.targets_per_request / np.maximum(sizes_R, 1))
+        as_target_I = np.bincount(targets.item, chance_R[targets.row], n_ads) / len(targets)
+        cells, visits = np.unique(np.stack([targets.market, targets.period]), axis=1, return_counts=True)
+        drawn_I = np.zeros(n_ads)
+        for (market, period), n in zip(cells.T.tolist(), visits.tolist(), strict=True):
+            ads = self.log.active_ads(market, period).ad
+            drawn_I[ads] += n / len(targets) / max(len(ads), 1)
+        return self.cfg.batch_size * as_target_I + self.cfg.sampled_negatives * drawn_I + 1e-9
+
+    def __call__(self, rows: Sequence[int]) -> Batch:
+        """The batch of some requests."""
+        rows_B = np.asarray(rows, dtype=np.int64)
+        rng = np.random.default_rng([self.seed, len(rows_B), *rows_B[:4].tolist()])
+        pair_row_P, target_P, all_row, all_target = self._pairs(rows_B, rng)
+        active_row_M, active_ad_M = self.active(rows_B)
+        drawn = self._draw_negatives(active_row_M, active_ad_M, len(rows_B), rng)
+        candidates_C = np.concatenate([target_P, drawn])
+        ads_U, column_C = np.unique(candidates_C, return_inverse=True)
+        column_of = np.full(len(self.log.ad_ids), -1, dtype=np.int64)
+        column_of[ads_U] = np.arange(len(ads_U))
+        legal_BU = np.zeros((len(rows_B), len(ads_U)), dtype=bool)
+        column_M = column_of[active_ad_M]
+        legal_BU[active_row_M[column_M >= 0], column_M[column_M >= 0]] = True
+        column = column_of[all_target]
+        legal_BU[all_row[column >= 0], column[column >= 0]] = False
+        return Batch(
+            **self.inputs(rows_B),  # type: ignore[typeddict-item]
+            candidates_C=torch.from_numpy(candidates_C.astype(np.int64)),
+            pair_row_P=torch.from_numpy(pair_row_P),
+            log_q_C=torch.from_numpy(self.log_q_I[candidates_C].astype(np.float32)),
+            legal_BC=torch.from_numpy(legal_BU[:, column_C]),
+        )
+
+    def _pairs(
+        self, rows_B: NDArray[np.int64], rng: np.random.Generator
+    ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64], NDArray[np.int32]]:
+        """Drawn (position, target) pairs, and all of them."""
+        targets = self.targets.select(rows_B)
+        shuffled = np.lexsort((rng.random(len(targets.item)), targets.row))
+        rank = np.arange(len(shuffled)) - np.repeat(targets.ptr[:-1], np.diff(targets.ptr))
+        drawn = shuffled[rank < self.cfg.targets_per_request]
+        return targets.row[drawn], targets.item[drawn], targets.row, targets.item
+
+    def _draw_negatives(
+        self,
+        active_row_M: NDArray[np.int64],
+        active_ad_M: NDArray[np.int32],
+        n_rows: int,
+        rng: np.random.Generator,
+    ) -> NDArray[np.int32]:
+        """Ads drawn uniformly from the placements of requests drawn uniformly."""
+        ptr = np.searchsorted(active_row_M, np.arange(n_rows + 1))
+        row = rng.integers(0, n_rows, self.cfg.sampled_negatives)
+        sizes = ptr[row + 1] - ptr[row]
+        row, sizes = row[sizes > 0], sizes[sizes > 0]
+        return active_ad_M[ptr[row] + rng.integers(0, sizes)]
+
+
+class ValidationBatches(RequestBatches):
+    """Batches scored against every active ad; arguments as of :class:`RequestBatches`."""
+
+    def __call__(self, rows: Sequence[int]) -> ValidationBatch:
+        """The batch of some requests."""
+        rows_B = np.asarray(rows, dtype=np.int64)
+        active_BI = np.zeros((len(rows_B), len(self.log.ad_ids)), dtype=bool)
+        active_BI[self.active(rows_B)] = True
+        target_BI = np.zeros_like(active_BI)
+        targets = self.targets.select(rows_B)
+        target_BI[targets.row, targets.item] = True
+        return ValidationBatch(
+            **self.inputs(rows_B),  # type: ignore[typeddict-item]
+            active_BN=torch.from_numpy(active_BI),
+            target_BN=torch.from_numpy(target_BI),
+        )
