@@ -103,9 +103,7 @@ def _feed(digest: Any, value: Any) -> None:
     elif isinstance(value, set | frozenset):
         put(b"u", "".join(sorted(fingerprint(item) for item in value)).encode())
     else:
-        raise TypeError(
-            f"no stable fingerprint of {type(value).__qualname__}: give plain data, arrays or dataclasses"
-        )
+        raise TypeError(f"no stable fingerprint of {type(value).__qualname__}: give plain data, arrays or dataclasses")
 
 
 def hash_file(path: Path) -> str:

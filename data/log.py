@@ -251,9 +251,7 @@ class Log:
         """
         self.split.span((period, period), evaluate=self.evaluate)
         rows = self.placements.rows(market, period)
-        return ActiveAds(
-            self.placements.ad[rows], self.placements.display[rows], self.placements.mailer[rows]
-        )
+        return ActiveAds(self.placements.ad[rows], self.placements.display[rows], self.placements.mailer[rows])
 
     def active_advertisers(self, market: int, period: int) -> I32:
         """Advertisers with an ad that runs in a market in a period, rising."""
@@ -371,18 +369,14 @@ class Log:
     @cached_property
     def _first_purchase(self) -> tuple[I64, I32]:
         rows = np.flatnonzero(self.is_purchase & (self.events.advertiser >= 0))
-        key = (
-            self.events.user[rows].astype(np.int64) * len(self.advertiser_ids) + self.events.advertiser[rows]
-        )
+        key = self.events.user[rows].astype(np.int64) * len(self.advertiser_ids) + self.events.advertiser[rows]
         unique, first = np.unique(key, return_index=True)  # rows of a user are in order of time
         return unique, self.events.period[rows[first]]
 
     @cached_property
     def _price_history(self) -> tuple[I64, F32, F32]:
         events = self.events
-        rows = np.flatnonzero(
-            self.is_purchase & (events.ad >= 0) & (events.period > 0) & ~np.isnan(events.value)
-        )
+        rows = np.flatnonzero(self.is_purchase & (events.ad >= 0) & (events.period > 0) & ~np.isnan(events.value))
         key = events.ad[rows].astype(np.int64) << 32 | events.period[rows]
         unique, inverse, count = np.unique(key, return_inverse=True, return_counts=True)
         value = np.bincount(inverse, events.value[rows], len(unique)) / count
@@ -409,9 +403,7 @@ class Before:
     def advertiser_counts(self, kinds: Sequence[int], *, decay: float = 1.0) -> F64:
         """Events of each advertiser, each counted as ``decay ** (periods ago)``, shape ``(A,)``."""
         rows = np.flatnonzero(self._mask(kinds) & (self.log.events.advertiser >= 0))
-        return np.bincount(
-            self.log.events.advertiser[rows], self._decayed(rows, decay), len(self.log.advertiser_ids)
-        )
+        return np.bincount(self.log.events.advertiser[rows], self._decayed(rows, decay), len(self.log.advertiser_ids))
 
     def user_advertiser_counts(self, kinds: Sequence[int], *, decay: float = 1.0) -> csr_array:
         """Events of each user with each advertiser, counted in the same way, sparse ``(U, A)``."""
@@ -450,9 +442,7 @@ def load_log(tables_dir: Path, cfg: DataConfig, *, evaluate: str) -> Log:
         UserError: files or columns are missing, an id is dangling, or ``evaluate`` is unknown.
     """
     if evaluate not in EVALUATE:
-        raise UserError(
-            f"evaluate={evaluate}", expected=f"one of {', '.join(EVALUATE)}", action="set evaluate"
-        )
+        raise UserError(f"evaluate={evaluate}", expected=f"one of {', '.join(EVALUATE)}", action="set evaluate")
     tables, calendar, split = Tables.open(tables_dir), cfg.calendar(), cfg.split
     _check_columns(tables, cfg)
     tables = replace(
@@ -496,9 +486,7 @@ def load_log(tables_dir: Path, cfg: DataConfig, *, evaluate: str) -> Log:
         events=events,
         user_ptr=np.searchsorted(events.user, np.arange(len(tables.users) + 1)).astype(np.int64),
         label_kinds=tuple(KINDS.index(kind) for kind in cfg.label_kinds),
-        placements=_load_placements(
-            tables, calendar, market_ids, ad_ids, display=display, mailer=mailer, last=last
-        ),
+        placements=_load_placements(tables, calendar, market_ids, ad_ids, display=display, mailer=mailer, last=last),
     )
 
 
@@ -539,9 +527,7 @@ def _index(column: str, ids: pl.Series) -> pl.Expr:
 
 
 def _market_ids(tables: Tables) -> pl.Series:
-    parts = [
-        frame.select(pl.col("market_id").unique()).collect() for frame in (tables.events, tables.placements)
-    ]
+    parts = [frame.select(pl.col("market_id").unique()).collect() for frame in (tables.events, tables.placements)]
     return pl.concat(parts, how="vertical_relaxed").to_series().drop_nulls().unique().sort()
 
 
@@ -553,9 +539,7 @@ def _vocabulary(tables: Tables, column: str) -> list[str]:
         if isinstance(dtype, pl.Enum):
             return dtype.categories.to_list()
         if dtype is not None:
-            values |= set(
-                frame.select(pl.col(column).cast(pl.String).unique()).collect().to_series().drop_nulls()
-            )
+            values |= set(frame.select(pl.col(column).cast(pl.String).unique()).collect().to_series().drop_nulls())
     return sorted(values)
 
 
@@ -567,9 +551,7 @@ def _code(column: str, vocabulary: list[str], dtype: type[pl.DataType], schema: 
     return (position + 1).fill_null(0).alias(column)
 
 
-def _features(
-    frame: pl.DataFrame, columns: Sequence[str]
-) -> tuple[dict[str, I32], dict[str, tuple[str, ...]]]:
+def _features(frame: pl.DataFrame, columns: Sequence[str]) -> tuple[dict[str, I32], dict[str, tuple[str, ...]]]:
     codes: dict[str, I32] = {}
     vocabularies: dict[str, tuple[str, ...]] = {}
     for column in columns:
@@ -673,9 +655,7 @@ def _load_placements(
         until = np.minimum(until, last)
         runs = np.maximum(until - period + 1, 0)
         offset = np.arange(runs.sum()) - np.repeat(np.cumsum(runs) - runs, runs)
-        market, ad, display_P, mailer_P = (
-            np.repeat(values, runs) for values in (market, ad, display_P, mailer_P)
-        )
+        market, ad, display_P, mailer_P = (np.repeat(values, runs) for values in (market, ad, display_P, mailer_P))
         period = (np.repeat(period, runs) + offset).astype(np.int32)
     first = int(period.min(initial=1))
     n_markets, n_ads = len(market_ids), len(ad_ids)

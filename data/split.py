@@ -119,11 +119,7 @@ class TimeSplit:
                 )
                 continue
             if span[0] <= previous_end:
-                after = (
-                    f"after data.split.{previous}, which ends with {previous_end}"
-                    if previous
-                    else "at least 1"
-                )
+                after = f"after data.split.{previous}, which ends with {previous_end}" if previous else "at least 1"
                 errors.append(
                     UserError(
                         f"data.split.{name}={list(span)}",

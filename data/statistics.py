@@ -78,14 +78,10 @@ class Row:
         seeds: int = 1,
     ) -> Row:
         """The row of an interval."""
-        return cls(
-            section, metric, arm, segment, k, interval.value, interval.low, interval.high, interval.n, seeds
-        )
+        return cls(section, metric, arm, segment, k, interval.value, interval.low, interval.high, interval.n, seeds)
 
 
-def bootstrap_mean(
-    values_N: ArrayLike, groups_N: ArrayLike, *, draws: int = DRAWS, seed: int = 0
-) -> Interval:
+def bootstrap_mean(values_N: ArrayLike, groups_N: ArrayLike, *, draws: int = DRAWS, seed: int = 0) -> Interval:
     """Mean of values with an interval that resamples groups.
 
     Args:

@@ -134,9 +134,7 @@ EVENTS = Schema(
         Column("market_id", "id", "where: store, region or site", nullable=True),
         Column("sample_weight", "number", "rows of the full log this one stands for", "rows", minimum=0),
         Column("request_id", "id", "the visit the event belongs to", nullable=True),
-        Column(
-            "quantity", "number", "how much was bought", "pieces", required=False, nullable=True, minimum=0
-        ),
+        Column("quantity", "number", "how much was bought", "pieces", required=False, nullable=True, minimum=0),
         Column(
             "discount",
             "number",
@@ -148,9 +146,7 @@ EVENTS = Schema(
         ),
         Column("display", "category", "where in the market the ad stood", required=False, nullable=True),
         Column("mailer", "category", "where in the leaflet the ad stood", required=False, nullable=True),
-        Column(
-            "category", "category", "what was bought or received, in words", required=False, nullable=True
-        ),
+        Column("category", "category", "what was bought or received, in words", required=False, nullable=True),
     ),
     sorted_by="timestamp",
 )
@@ -225,9 +221,7 @@ class Tables:
     def write(self, directory: Path) -> None:
         """Writes ``<table>.parquet`` of all five tables into an existing directory."""
         for schema, frame in self:
-            frame.collect().write_parquet(
-                directory / f"{schema.name}.parquet", compression="zstd", statistics=True
-            )
+            frame.collect().write_parquet(directory / f"{schema.name}.parquet", compression="zstd", statistics=True)
 
     @classmethod
     def open(cls, directory: Path) -> Tables:
@@ -303,9 +297,7 @@ def _table_problems(schema: Schema, frame: pl.LazyFrame, keys: Mapping[str, pl.S
     for column in schema.columns:
         if column.name not in dtypes:
             if column.required:
-                problems.append(
-                    Problem(schema.name, column.name, "the column must be there", 0, "it is missing")
-                )
+                problems.append(Problem(schema.name, column.name, "the column must be there", 0, "it is missing"))
             continue
         dtype, (wanted, allowed) = dtypes[column.name], _FAMILIES[column.family]
         if isinstance(dtype, allowed) and getattr(dtype, "time_zone", None) is None:

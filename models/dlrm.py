@@ -71,15 +71,11 @@ class DLRM(nn.Module):
         torch.Size([2])
     """
 
-    def __init__(
-        self, tables: Sequence[SparseTable], *, n_dense: int, cfg: DLRMConfig, base_rate: float = 0.5
-    ) -> None:
+    def __init__(self, tables: Sequence[SparseTable], *, n_dense: int, cfg: DLRMConfig, base_rate: float = 0.5) -> None:
         super().__init__()
         sizes = [cfg.embedding_dim, n_dense, *cfg.dense_layers, *cfg.over_layers]
         if min(sizes) < 1 or not cfg.over_layers:
-            raise ValueError(
-                f"{cfg} with {n_dense} dense features: expected positive sizes and an over layer"
-            )
+            raise ValueError(f"{cfg} with {n_dense} dense features: expected positive sizes and an over layer")
         if not 0.0 < base_rate < 1.0:
             raise ValueError(f"base rate {base_rate}: expected a probability strictly inside (0, 1)")
         self.sparse_arch = SparseArch(embedding_bags(tables, cfg.embedding_dim))

@@ -240,9 +240,7 @@ class PriorLM(nn.Module):
             use_cache=False,
         ).last_hidden_state
 
-    def extend(
-        self, cache: DynamicCache, input_ids_BK: Tensor, position_ids_BK: Tensor, visible_BKT: Tensor
-    ) -> Tensor:
+    def extend(self, cache: DynamicCache, input_ids_BK: Tensor, position_ids_BK: Tensor, visible_BKT: Tensor) -> Tensor:
         """Hidden states of further tokens on top of what the cache holds, which grows by them.
 
         Args:
@@ -276,9 +274,7 @@ class PriorLM(nn.Module):
         """
         hidden = self.hidden(batch) if hidden_BTH is None else hidden_BTH
         return [
-            (self.head(hidden[decisions.row_N, decisions.position_N], level) + decisions.base_NV).log_softmax(
-                -1
-            )
+            (self.head(hidden[decisions.row_N, decisions.position_N], level) + decisions.base_NV).log_softmax(-1)
             for level, decisions in enumerate(batch.levels)
         ]
 
@@ -356,9 +352,7 @@ class PriorLMModule(L.LightningModule):
         head = [p for p in self.model.head.parameters() if p.requires_grad]
         head += [p for p in self.model.id_rows.parameters() if p.requires_grad]
         groups = [
-            {"params": params, "lr": rate}
-            for params, rate in zip((lora, head), self.rates, strict=True)
-            if params
+            {"params": params, "lr": rate} for params, rate in zip((lora, head), self.rates, strict=True) if params
         ]
         optimizer = torch.optim.AdamW(groups, weight_decay=self.weight_decay)
         warm_up = max(1, self.total_steps // 10)
@@ -376,9 +370,7 @@ class PriorLMModule(L.LightningModule):
         """Trained weights and the head's constants; the frozen base stays where it came from."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         state = super().state_dict(*args, **kwargs)
-        return {
-            name: value for name, value in state.items() if name in trained or name.startswith("model.head.")
-        }
+        return {name: value for name, value in state.items() if name in trained or name.startswith("model.head.")}
 
 
 def base_log_prob(batch: TreeBatch) -> Tensor:

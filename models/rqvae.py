@@ -107,9 +107,7 @@ class RQVAEConfig:
         if wrong:
             raise UserError.collect(
                 [
-                    UserError(
-                        f"rqvae.{name}={getattr(self, name)}", expected=expected, action=f"set rqvae.{name}"
-                    )
+                    UserError(f"rqvae.{name}={getattr(self, name)}", expected=expected, action=f"set rqvae.{name}")
                     for name, expected in wrong
                 ]
             )
@@ -482,9 +480,7 @@ class RQVAEModule(lightning.LightningModule):
         self.cfg = RQVAEConfig(**config)
         self.model = RQVAE(dim, self.cfg)
         owner_D = torch.repeat_interleave(torch.arange(len(source_dims)), torch.tensor(source_dims))
-        self.register_buffer(
-            "known_SD", functional.one_hot(owner_D, len(source_dims)).T.float(), persistent=False
-        )
+        self.register_buffer("known_SD", functional.one_hot(owner_D, len(source_dims)).T.float(), persistent=False)
         self._last: RQVAEOutput | None = None
 
     @classmethod
@@ -504,9 +500,7 @@ class RQVAEModule(lightning.LightningModule):
         reconstruction = error_BD.sum(-1).mean()
         loss = reconstruction + self.cfg.commitment * output.commitment + output.codebook
         for level, book in enumerate(self.model.books):
-            book.observe(
-                output.residuals_LBE[level].detach(), output.codes_BL[:, level], decay=self.cfg.ema_decay
-            )
+            book.observe(output.residuals_LBE[level].detach(), output.codes_BL[:, level], decay=self.cfg.ema_decay)
         self._last = output
         self.log_dict(
             {"train_loss": loss, "train_error": reconstruction, "train_commitment": output.commitment},
@@ -525,14 +519,10 @@ class RQVAEModule(lightning.LightningModule):
             unused_N = (book.taken_V == 0).nonzero().flatten()
             unused += len(unused_N)
             if restarts_wanted:
-                book.restart(
-                    self._last.residuals_LBE[level].detach(), self._last.codes_BL[:, level], unused_N
-                )
+                book.restart(self._last.residuals_LBE[level].detach(), self._last.codes_BL[:, level], unused_N)
             book.taken_V.zero_()
         self.log("unused_codes", float(unused))
         self._last = None
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(
-            self.model.parameters(), lr=self.cfg.learning_rate, weight_decay=self.cfg.weight_decay
-        )
+        return torch.optim.AdamW(self.model.parameters(), lr=self.cfg.learning_rate, weight_decay=self.cfg.weight_decay)

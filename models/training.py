@@ -194,9 +194,7 @@ def fit(
     history = _History(monitor)
     used: list[Callback] = [best, history, _SeededBatches(seed), _StopOnNaN(), *callbacks]
     if monitor is not None and cfg.patience is not None:
-        used.append(
-            EarlyStopping(monitor=monitor, mode=mode, patience=cfg.patience, check_on_train_epoch_end=True)
-        )
+        used.append(EarlyStopping(monitor=monitor, mode=mode, patience=cfg.patience, check_on_train_epoch_end=True))
     if cfg.progress_bar:
         used.append(TQDMProgressBar(refresh_rate=10, leave=False))
     trainer = L.Trainer(
@@ -217,9 +215,7 @@ def fit(
     )
     torch.manual_seed(seed)
     last = checkpoints / "last.ckpt"
-    trainer.fit(
-        module, train_loader, val_loader, ckpt_path=str(last) if last.exists() else None, weights_only=True
-    )
+    trainer.fit(module, train_loader, val_loader, ckpt_path=str(last) if last.exists() else None, weights_only=True)
     chosen = Path(best.best_model_path) if best.best_model_path else last
     state = torch.load(chosen, map_location="cpu", weights_only=True)
     module.load_state_dict(state["state_dict"], strict=module.strict_loading)

@@ -201,9 +201,7 @@ class Residual(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)
-        )
+        self.layers = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
         last = self.layers[-1]
         assert isinstance(last, nn.Linear)
         nn.init.zeros_(last.weight)
@@ -246,9 +244,7 @@ class UserTower(nn.Module):
         for table in (self.age, self.count):
             nn.init.normal_(table.weight, std=cfg.dim**-0.5 / 2)
 
-    def forward(
-        self, x_BHD: Tensor, age_BH: Tensor, count_BH: Tensor, there_BH: Tensor, profile_BF: Tensor
-    ) -> Tensor:
+    def forward(self, x_BHD: Tensor, age_BH: Tensor, count_BH: Tensor, there_BH: Tensor, profile_BF: Tensor) -> Tensor:
         """Unit vectors of users.
 
         Args:
@@ -329,9 +325,7 @@ class TwoTowerModule(L.LightningModule):
         self._ad_vectors_ND: Tensor | None = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        user_BD = self.model.users(
-            batch["history_BH"], batch["age_BH"], batch["count_BH"], batch["profile_BF"]
-        )
+        user_BD = self.model.users(batch["history_BH"], batch["age_BH"], batch["count_BH"], batch["profile_BF"])
         ads, position_C = batch["candidates_C"].unique(return_inverse=True)
         ad_CD = self.model.ads(ads)[position_C]
         scores_BC = user_BD @ ad_CD.t() / self.cfg.temperature
@@ -343,14 +337,10 @@ class TwoTowerModule(L.LightningModule):
         self._ad_vectors_ND = ad_vectors(self.model, self.n_ads)
 
     def validation_step(self, batch: ValidationBatch, batch_idx: int) -> None:
-        user_BD = self.model.users(
-            batch["history_BH"], batch["age_BH"], batch["count_BH"], batch["profile_BF"]
-        )
+        user_BD = self.model.users(batch["history_BH"], batch["age_BH"], batch["count_BH"], batch["profile_BF"])
         assert self._ad_vectors_ND is not None
         active_BN, target_BN = batch["active_BN"], batch["target_BN"] & batch["active_BN"]
-        scores_BN = (user_BD @ self._ad_vectors_ND.t() / self.cfg.temperature).masked_fill(
-            ~active_BN, -torch.inf
-        )
+        scores_BN = (user_BD @ self._ad_vectors_ND.t() / self.cfg.temperature).masked_fill(~active_BN, -torch.inf)
         targets_B = target_BN.sum(1)
         nll_B = scores_BN.logsumexp(1) - scores_BN.masked_fill(~target_BN, 0).sum(1) / targets_B.clamp_min(1)
         top_BK = scores_BN.topk(min(self.k, self.n_ads), dim=1).indices
@@ -384,8 +374,7 @@ def ad_vectors(model: TwoTower, n_ads: int, *, chunk: int = 8192) -> Tensor:
     model.eval()
     device = model.encoder.codes_NF.device
     parts = [
-        model.ads(torch.arange(start, min(start + chunk, n_ads), device=device))
-        for start in range(0, n_ads, chunk)
+        model.ads(torch.arange(start, min(start + chunk, n_ads), device=device)) for start in range(0, n_ads, chunk)
     ]
     model.train(was_training)
     return torch.cat(parts)

@@ -115,9 +115,7 @@ class Panel:
 
     def dot(self, x: float, y: float, style: str, radius: float = 3.2) -> None:
         """A mark at a data point."""
-        self.parts.append(
-            f'<circle cx="{self.px(x):.1f}" cy="{self.py(y):.1f}" r="{radius}" class="dot {style}"/>'
-        )
+        self.parts.append(f'<circle cx="{self.px(x):.1f}" cy="{self.py(y):.1f}" r="{radius}" class="dot {style}"/>')
 
 
 def svg(width: float, height: float, label: str, parts: Iterable[str], style: str = "figure") -> Markup:
@@ -146,10 +144,7 @@ def forest_scale(rows: Iterable[Row]) -> float:
         rows: the differences that share the axis.
     """
     ends = [
-        abs(end)
-        for row in rows
-        for end in (row.value, row.ci_low, row.ci_high)
-        if end is not None and is_known(end)
+        abs(end) for row in rows for end in (row.value, row.ci_low, row.ci_high) if end is not None and is_known(end)
     ]
     return _nice_ceiling(max(ends, default=0.0))
 
@@ -203,9 +198,7 @@ def quota_sweep(points: Sequence[SweepPoint]) -> Markup:
     x_span, x_ticks = _axis(quotas)
     y_span, y_ticks = _axis((min(ends), max(ends)))
     recall = Panel(56, 30, 500, 190, x_span, y_span)
-    recall.axes(
-        "" if with_gini else "quota of the forecast channel", "recall at the same budget", x_ticks, y_ticks
-    )
+    recall.axes("" if with_gini else "quota of the forecast channel", "recall at the same budget", x_ticks, y_ticks)
     panels = [recall]
     if with_gini:
         ginis = [point.get("gini") or 0.0 for point in with_gini]
@@ -263,9 +256,7 @@ def learning_curve(points: Sequence[LearningPoint]) -> Markup:
         labels.append((level.py(drawn[-1][1]), _arm_name(arm), arm_class(arm)))
     _end_labels(level, labels)
     gap = Panel(56, 236, 500, 90, x_span, d_span)
-    gap.axes(
-        "prompts seen in training", f"LM {MINUS} anchor, nat (below zero: the LM is better)", x_ticks, d_ticks
-    )
+    gap.axes("prompts seen in training", f"LM {MINUS} anchor, nat (below zero: the LM is better)", x_ticks, d_ticks)
     gap.line(gap.left, gap.py(0), gap.left + gap.width, gap.py(0), "zero")
     drawn = [(float(point["step"]), value) for point, value in zip(known, differences, strict=True)]
     gap.path(drawn, arm_class("lm"))
@@ -295,9 +286,7 @@ def reliability_diagram(arms: dict[str, list[ReliabilityBin]]) -> Markup:
     for arm, bins in arms.items():
         style = arm_class(arm)
         drawn = sorted(
-            (one["predicted"], one["observed"])
-            for one in bins
-            if is_known(one["predicted"]) and one["predicted"] > 0
+            (one["predicted"], one["observed"]) for one in bins if is_known(one["predicted"]) and one["predicted"] > 0
         )
         panel.path([(x, y) for x, y in drawn if y > 0], style)
         for x, y in drawn:

@@ -231,9 +231,7 @@ def render_html(rows: Sequence[Row], *, run: RunInfo, example: UserExample | Non
     return environment.get_template("report.html.j2").render(
         level=f"{LEVEL:.0%}".replace("%", " %"),
         summary=verdict.summary(found),
-        findings=[
-            (SECTIONS[name], list(_of_section(found, name))) for name in ("forecast", "retrieval", "ranking")
-        ],
+        findings=[(SECTIONS[name], list(_of_section(found, name))) for name in ("forecast", "retrieval", "ranking")],
         controls=controls,
         control_summary=verdict.control_summary(controls),
         n_headlines=len(HEADLINES),
@@ -278,13 +276,9 @@ def _section(rows: Sequence[Row]) -> Section | None:
         if (row.section, row.metric) == (headline.section, headline.metric)
         and (row.k == headline.k or not any(_same_measure(other, row, headline.k) for other in differences))
     }
-    is_leading = [
-        (row.section, row.metric, row.k) in leading or row.metric in CALIBRATION[:1] for row in differences
-    ]
+    is_leading = [(row.section, row.metric, row.k) in leading or row.metric in CALIBRATION[:1] for row in differences]
     return Section(
-        tables=[
-            _arm_table(segment, [row for row in levels if row.segment == segment]) for segment in segments
-        ],
+        tables=[_arm_table(segment, [row for row in levels if row.segment == segment]) for segment in segments],
         headline=_forests([row for row, leads in zip(differences, is_leading, strict=True) if leads]),
         others=_forests([row for row, leads in zip(differences, is_leading, strict=True) if not leads]),
     )
@@ -300,9 +294,7 @@ def _arm_table(segment: str, rows: Sequence[Row]) -> Table:
     return Table(
         title=segment.replace("_", " "),
         note=_support(rows),
-        columns=[
-            verdict.metric_label(next(r for r in rows if (r.metric, r.k) == column)) for column in columns
-        ],
+        columns=[verdict.metric_label(next(r for r in rows if (r.metric, r.k) == column)) for column in columns],
         lines=[
             (verdict.arm_label(arm), [_cell(cells.get((arm, metric, k))) for metric, k in columns])
             for arm in sorted({row.arm for row in rows}, key=_arm_order)
@@ -415,9 +407,7 @@ def _segment_order(rows: Sequence[Row]) -> Any:
 def _plots(curves: Curves) -> dict[str, Markup | None]:
     return {
         "learning": figures.learning_curve(curves["learning"]) if curves.get("learning") else None,
-        "reliability": figures.reliability_diagram(curves["reliability"])
-        if curves.get("reliability")
-        else None,
+        "reliability": figures.reliability_diagram(curves["reliability"]) if curves.get("reliability") else None,
         "quota_sweep": figures.quota_sweep(curves["quota_sweep"]) if curves.get("quota_sweep") else None,
         "code_usage": figures.code_usage(curves["code_usage"]) if curves.get("code_usage") else None,
     }
@@ -436,8 +426,7 @@ def _example(example: UserExample) -> dict[str, Any]:
         "as_of": example["as_of"],
         "prompt": example["prompt"],
         "forecast": [
-            {**one, "plot": figures.dumbbell(one["lm"], one["anchor"], largest)}
-            for one in example["forecast"]
+            {**one, "plot": figures.dumbbell(one["lm"], one["anchor"], largest)} for one in example["forecast"]
         ],
         "candidates": candidates,
         "channels": [(channel, count, alone[channel]) for channel, count in by_channel.most_common()],

@@ -183,11 +183,7 @@ def find(
     rows: Iterable[Row], section: str, metric: str, arm: str, *, segment: str = SEGMENT, k: int | None = None
 ) -> Row | None:
     """The row of a figure, or None; without a row at this k, the one with the longest list."""
-    found = [
-        row
-        for row in rows
-        if (row.section, row.metric, row.arm, row.segment) == (section, metric, arm, segment)
-    ]
+    found = [row for row in rows if (row.section, row.metric, row.arm, row.segment) == (section, metric, arm, segment)]
     exact = [row for row in found if row.k == k]
     return exact[0] if exact else max(found, key=lambda row: row.k or 0, default=None)
 
@@ -281,9 +277,7 @@ def _finding(rows: Sequence[Row], headline: Headline, against: str, row: Row | N
         percent = number(100 * row.value / base.value, 2, signed=True)
         relative = f", {percent} % of {number(base.value, metric.digits)}"
     if outcome is Outcome.NO_INTERVAL:
-        sentence = (
-            f"{label}, {comparison}: {difference}{relative}; no interval was computed, so nothing is claimed."
-        )
+        sentence = f"{label}, {comparison}: {difference}{relative}; no interval was computed, so nothing is claimed."
     else:
         interval = f"{number(row.ci_low, digits, signed=True)} to {number(row.ci_high, digits, signed=True)}"
         words = NOT_SHOWN if outcome is Outcome.NOT_SHOWN else outcome.value

@@ -81,9 +81,7 @@ class Counts:
         def by_period(mask: NDArray[np.bool_]) -> Float:
             cell = period[mask].astype(np.int64) * n_advertisers + events.advertiser[mask]
             return (
-                np.bincount(cell, minlength=n_periods * n_advertisers)
-                .reshape(n_periods, n_advertisers)
-                .astype(float)
+                np.bincount(cell, minlength=n_periods * n_advertisers).reshape(n_periods, n_advertisers).astype(float)
             )
 
         user = events.user[bought].astype(np.int64)
@@ -141,17 +139,13 @@ class Anchor:
         start_B, stop_B = counts.user_ptr[user_B], counts.user_ptr[user_B + 1]
         length_B = stop_B - start_B
         row_R = np.repeat(np.arange(len(user_B)), length_B)
-        index_R = (
-            np.arange(length_B.sum()) - np.repeat(np.cumsum(length_B) - length_B, length_B) + start_B[row_R]
-        )
+        index_R = np.arange(length_B.sum()) - np.repeat(np.cumsum(length_B) - length_B, length_B) + start_B[row_R]
         ago_R = np.asarray(period_B, dtype=np.int64)[row_R] - counts.period_R[index_R]
         row_R, index_R, ago_R = (x[ago_R > 0] for x in (row_R, index_R, ago_R))
         weight_R = counts.count_R[index_R] * self.constants.own_decay**ago_R
         cell_R = row_R * counts.n_advertisers + counts.advertiser_R[index_R]
         mass_BA = np.bincount(cell_R, weight_R, minlength=len(user_B) * counts.n_advertisers)
-        mass_BA = (
-            mass_BA.reshape(len(user_B), counts.n_advertisers) * self._promotion_PA[self._clip(period_B)]
-        )
+        mass_BA = mass_BA.reshape(len(user_B), counts.n_advertisers) * self._promotion_PA[self._clip(period_B)]
         total_B1 = mass_BA.sum(1, keepdims=True)
         return np.divide(mass_BA, total_B1, out=np.zeros_like(mass_BA), where=total_B1 > 0)
 

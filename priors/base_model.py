@@ -128,9 +128,7 @@ def packaged_model(name: str) -> Path:
 
 
 def _convert_gguf(source: Path, target: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(
-        str(source.parent), gguf_file=source.name, dtype=torch.float32
-    )
+    model = AutoModelForCausalLM.from_pretrained(str(source.parent), gguf_file=source.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
     # A dequantised model refuses save_pretrained, so its weights move to a fresh one.
     settings = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}

@@ -96,10 +96,7 @@ def fit_calibration(
         fixed = weight.detach().clamp_min(0.0)
 
         def loss_without() -> Tensor:
-            return (
-                calibrated_nll(batches, lm_logits, fixed, exponent).mean()
-                + shrink * (exponent - 1).square().sum()
-            )
+            return calibrated_nll(batches, lm_logits, fixed, exponent).mean() + shrink * (exponent - 1).square().sum()
 
         _minimise(loss_without, [exponent])
         return Calibration(tuple(fixed.tolist()), tuple(exponent.detach().tolist()))

@@ -145,9 +145,7 @@ class TreeCollator:
             Decisions(
                 row_N=torch.tensor(rows[depth], dtype=torch.long),
                 position_N=torch.tensor(where[depth], dtype=torch.long),
-                base_NV=self._base(
-                    depth, scores[depth], np.array(rows[depth], int), np.array(nodes[depth], int)
-                ),
+                base_NV=self._base(depth, scores[depth], np.array(rows[depth], int), np.array(nodes[depth], int)),
                 target_node_Y=torch.tensor(target_node[depth], dtype=torch.long),
                 target_code_Y=torch.tensor(target_code[depth], dtype=torch.long),
             )
@@ -179,8 +177,6 @@ class TreeCollator:
         start_N, stop_N = trie.child_ptr[depth][node_N], trie.child_ptr[depth][node_N + 1]
         count_N = stop_N - start_N
         decision_C = np.repeat(np.arange(len(node_N)), count_N)
-        child_C = (
-            np.arange(count_N.sum()) - np.repeat(np.cumsum(count_N) - count_N, count_N) + start_N[decision_C]
-        )
+        child_C = np.arange(count_N.sum()) - np.repeat(np.cumsum(count_N) - count_N, count_N) + start_N[decision_C]
         base_NV[decision_C, trie.child_code[depth][child_C]] = scores_BN[row_N[decision_C], child_C]
         return torch.from_numpy(base_NV)

@@ -73,9 +73,7 @@ class TreeDecoder:
         cfg: beam, length of the list, floor of the frontier.
     """
 
-    def __init__(
-        self, model: PriorLM, base: TunedAnchor, calibration: Calibration, cfg: DecodeConfig
-    ) -> None:
+    def __init__(self, model: PriorLM, base: TunedAnchor, calibration: Calibration, cfg: DecodeConfig) -> None:
         self.model, self.base, self.trie, self.cfg = model.eval(), base, base.trie, cfg
         self.calibration = calibration
         device = model.word_embedding.weight.device
@@ -108,9 +106,7 @@ class TreeDecoder:
         if not len(prompts):
             return []
         if min(len(prompt) for prompt in prompts) == 0:
-            raise UserError(
-                "an empty prompt", expected="at least one token", action="raise prior.prompt.max_tokens"
-            )
+            raise UserError("an empty prompt", expected="at least one token", action="raise prior.prompt.max_tokens")
         base = [torch.from_numpy(score).to(self.device) for score in self.base.child_scores(user_B, period_B)]
         state = self._prefill(prompts)
         node_BK = torch.zeros(len(prompts), 1, dtype=torch.long, device=self.device)
@@ -172,14 +168,10 @@ class TreeDecoder:
         logits_BKV = self.model.head(state.hidden_BKH.flatten(0, 1), depth).view(*node_BK.shape, -1)
         if not logits_BKV.isfinite().all():
             row = int((~logits_BKV.isfinite()).flatten(1).any(1).nonzero()[0])
-            raise FloatingPointError(
-                f"the LM gives no number for prompt {row} of the batch at level {depth + 1}"
-            )
+            raise FloatingPointError(f"the LM gives no number for prompt {row} of the batch at level {depth + 1}")
         lm_BKC = logits_BKV.gather(2, self._child_code[depth][child_BKC]).double()
         base_BKC = base_BN.gather(1, child_BKC.flatten(1)).view_as(child_BKC)
-        score_BKC = (
-            self.calibration.lm_weight[depth] * lm_BKC + self.calibration.base_exponent[depth] * base_BKC
-        )
+        score_BKC = self.calibration.lm_weight[depth] * lm_BKC + self.calibration.base_exponent[depth] * base_BKC
         score_BKC = score_BKC.masked_fill(~legal_BKC, -torch.inf)
         total_BK1 = score_BKC.logsumexp(-1, keepdim=True)
         conditional_BKC = torch.where(legal_BKC, score_BKC - total_BK1, -torch.inf)
@@ -201,9 +193,7 @@ class TreeDecoder:
         itself_BQQ = torch.eye(n_query, dtype=torch.bool, device=self.device).expand(len(node_BK), -1, -1)
         visible_BQT = torch.cat([context_BQT, itself_BQQ], -1)
         position_BQ = (state.length_B[:, None] + depth - 1).expand_as(code_BQ)
-        hidden_BQH = self.model.extend(
-            state.cache, self.model.id_token(depth - 1, code_BQ), position_BQ, visible_BQT
-        )
+        hidden_BQH = self.model.extend(state.cache, self.model.id_token(depth - 1, code_BQ), position_BQ, visible_BQT)
         shape = (len(node_BK), n_beams, hidden_BQH.shape[-1])
         hidden_BKH = hidden_BQH.new_zeros(shape)
         seen_BKT = torch.zeros(*shape[:2], visible_BQT.shape[-1], dtype=torch.bool, device=self.device)
@@ -244,15 +234,12 @@ class TreeDecoder:
                     log_prob_K=log_prob[row, order],
                     level1_log_prob_N=level1[row].cpu().numpy(),
                     frontier_depth_F=np.concatenate(
-                        [np.full(int(mask.sum()), depth) for depth, _, _, mask in kept]
-                        or [np.zeros(0, np.int64)]
+                        [np.full(int(mask.sum()), depth) for depth, _, _, mask in kept] or [np.zeros(0, np.int64)]
                     ),
                     frontier_node_F=np.concatenate(
                         [node[mask] for _, node, _, mask in kept] or [np.zeros(0, np.int64)]
                     ),
-                    frontier_log_prob_F=np.concatenate(
-                        [value[mask] for _, _, value, mask in kept] or [np.zeros(0)]
-                    ),
+                    frontier_log_prob_F=np.concatenate([value[mask] for _, _, value, mask in kept] or [np.zeros(0)]),
                     tokens=int(state.tokens_B[row]),
                 )
             )

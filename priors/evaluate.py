@@ -77,17 +77,14 @@ def likelihood_rows(prior: PriorModel, targets: Targets, cfg: PriorConfig) -> li
         "lm, other prompt": exact_nll(
             prior.model, list(batches(other, prior.collator, cfg.batch_size)), prior.calibration
         ),
-        "lm, constant hidden": exact_nll(
-            prior.model, tree_batches, prior.calibration, constant_LH=prior.constant_LH
-        ),
+        "lm, constant hidden": exact_nll(prior.model, tree_batches, prior.calibration, constant_LH=prior.constant_LH),
         "anchor": _base_nll(prior.base, targets),
         "anchor, untuned": _base_nll(untuned, targets),
         "popularity": _base_nll(popularity, targets),
     }
     users = targets.user
     rows = [
-        Row.of(bootstrap_mean(values, users), section="forecast", metric="nll", arm=arm)
-        for arm, values in nll.items()
+        Row.of(bootstrap_mean(values, users), section="forecast", metric="nll", arm=arm) for arm, values in nll.items()
     ]
     for other_arm in ("anchor", "lm, other prompt", "lm, constant hidden", "popularity"):
         difference = paired_bootstrap(nll["lm"], nll[other_arm], users)
@@ -216,12 +213,8 @@ def _segments(log: Log, targets: Targets) -> dict[str, tuple[Targets, NDArray[np
     active = np.zeros((len(targets), n_advertisers), dtype=bool)
     bought = np.zeros((len(targets), n_advertisers), dtype=bool)
     visits = log.requests((int(targets.period.min()), int(targets.period.max())), np.unique(targets.user))
-    row_of = {
-        key: row for row, key in enumerate(zip(targets.user.tolist(), targets.period.tolist(), strict=True))
-    }
-    for user, market, period in zip(
-        visits.user.tolist(), visits.market.tolist(), visits.period.tolist(), strict=True
-    ):
+    row_of = {key: row for row, key in enumerate(zip(targets.user.tolist(), targets.period.tolist(), strict=True))}
+    for user, market, period in zip(visits.user.tolist(), visits.market.tolist(), visits.period.tolist(), strict=True):
         row = row_of.get((user, period))
         if row is not None:
             active[row, log.active_advertisers(market, period)] = True

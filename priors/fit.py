@@ -153,9 +153,7 @@ class PriorModel:
         )
 
 
-def fit_prior(
-    log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path
-) -> tuple[PriorModel, dict[str, Any]]:
+def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path) -> tuple[PriorModel, dict[str, Any]]:
     """Fit anchor and LM.
 
     Args:
@@ -172,9 +170,7 @@ def fit_prior(
     """
     trie, counts = Trie.from_codes(ids.codes_AL, ids.level_sizes), Counts.of(log)
     start, stop = log.split.span("prior_fit", evaluate=log.evaluate)
-    train_rows = sample_rows(
-        log.advertiser_targets((max(start, cfg.first_period), stop)), cfg.prompts, cfg.seed
-    )
+    train_rows = sample_rows(log.advertiser_targets((max(start, cfg.first_period), stop)), cfg.prompts, cfg.seed)
     select = log.advertiser_targets("prior_select")
     select_rows = sample_rows(select, cfg.select_prompts, cfg.seed)
     for name, rows in (("prior_fit", train_rows), ("prior_select", select_rows)):
@@ -184,9 +180,7 @@ def fit_prior(
                 expected="conversions to learn from",
                 action=f"widen data.split.{name}, or lower prior.first_period",
             )
-    constants, trials = choose_constants(
-        counts, sample_rows(select, cfg.anchor.select_rows, cfg.seed), cfg.anchor
-    )
+    constants, trials = choose_constants(counts, sample_rows(select, cfg.anchor.select_rows, cfg.seed), cfg.anchor)
     base_model = load_base_model(cfg.base)
     compiler = PromptCompiler(log, ids, base_model.tokenizer, cfg.prompt)
     train_set = PromptDataset(train_rows, compiler, max_targets=cfg.max_targets, seed=cfg.seed)
@@ -235,9 +229,7 @@ def build_model(
     torch.manual_seed(cfg.seed)
     if cfg.lora.rank > 0:
         n_layers = decoder.config.num_hidden_layers
-        adapted = (
-            None if cfg.lora.layers is None else list(range(max(0, n_layers - cfg.lora.layers), n_layers))
-        )
+        adapted = None if cfg.lora.layers is None else list(range(max(0, n_layers - cfg.lora.layers), n_layers))
         decoder = get_peft_model(
             decoder,
             LoraConfig(
@@ -266,9 +258,7 @@ def word_rows(base_model: BaseModel, ids: AdvertiserIds, log: Log) -> Tensor:
     table = base_model.decoder.get_input_embeddings().weight.detach().float()  # type: ignore[union-attr]
     texts = log.tables.advertisers["text"].fill_null("").to_list()
     encoded = base_model.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    text_AH = torch.stack(
-        [table[tokens].mean(0) if tokens else table.new_zeros(table.shape[1]) for tokens in encoded]
-    )
+    text_AH = torch.stack([table[tokens].mean(0) if tokens else table.new_zeros(table.shape[1]) for tokens in encoded])
     rows = []
     for level, size in enumerate(ids.level_sizes):
         code_A = torch.from_numpy(ids.codes_AL[:, level])
@@ -281,9 +271,7 @@ def word_rows(base_model: BaseModel, ids: AdvertiserIds, log: Log) -> Tensor:
 
 def with_id_tokens(tokenizer: PreTrainedTokenizerBase, trie: Trie) -> PreTrainedTokenizerBase:
     """The tokenizer with ``<adv_level_code>`` tokens, numbered as the model numbers them."""
-    names = [
-        f"<adv_{level + 1}_{code}>" for level, size in enumerate(trie.level_sizes) for code in range(size)
-    ]
+    names = [f"<adv_{level + 1}_{code}>" for level, size in enumerate(trie.level_sizes) for code in range(size)]
     tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in names])
     return tokenizer
 
@@ -310,9 +298,7 @@ def _fit_lm(
 ) -> tuple[FitResult, PriorLMModule]:
     per_epoch = max(cfg.batch_size, len(train) // cfg.trainer.max_epochs // cfg.batch_size * cfg.batch_size)
     sampler = EpochSampler(train, seed=cfg.seed, per_epoch=per_epoch)
-    train_loader: DataLoader = DataLoader(
-        train, batch_size=cfg.batch_size, sampler=sampler, collate_fn=collator
-    )
+    train_loader: DataLoader = DataLoader(train, batch_size=cfg.batch_size, sampler=sampler, collate_fn=collator)
     if not (work_dir / "checkpoints" / "last.ckpt").exists():
         _standardise(model, train, collator, cfg)
     module = PriorLMModule(
@@ -331,9 +317,7 @@ def _fit_lm(
 @torch.inference_mode()
 def _standardise(model: PriorLM, train: PromptDataset, collator: TreeCollator, cfg: PriorConfig) -> None:
     """Fix the head's constants on a sample of training prompts."""
-    rows = EpochSampler(
-        train, seed=cfg.seed + 1, per_epoch=min(len(train), _STANDARDISE_BATCHES * cfg.batch_size)
-    )
+    rows = EpochSampler(train, seed=cfg.seed + 1, per_epoch=min(len(train), _STANDARDISE_BATCHES * cfg.batch_size))
     loader: DataLoader = DataLoader(train, batch_size=cfg.batch_size, sampler=rows, collate_fn=collator)
     by_level: list[list[Tensor]] = [[] for _ in range(model.head.n_levels)]
     for batch in loader:

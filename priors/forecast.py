@@ -73,26 +73,18 @@ class TableForecast:
         user_B, period_B = np.asarray(user_B, dtype=np.int64), np.asarray(period_B, dtype=np.int64)
         row_B = self.table.find(user_B, period_B)
         as_of_B = (
-            np.where(row_B >= 0, self.table.period_R[np.maximum(row_B, 0)], period_B)
-            if len(self.table)
-            else period_B
+            np.where(row_B >= 0, self.table.period_R[np.maximum(row_B, 0)], period_B) if len(self.table) else period_B
         )
         keys = list(zip(user_B.tolist(), as_of_B.tolist(), strict=True))
         missing = sorted(
-            {
-                key: row for key, row in zip(keys, row_B.tolist(), strict=True) if key not in self._dense
-            }.items()
+            {key: row for key, row in zip(keys, row_B.tolist(), strict=True) if key not in self._dense}.items()
         )
         for start in range(0, len(missing), 256):
             chunk = missing[start : start + 256]
             user, as_of = np.array([key for key, _ in chunk]).T
             dense = self._complete(user, as_of, np.array([row for _, row in chunk]))
             self._dense.update((key, values) for (key, _), values in zip(chunk, dense, strict=True))
-        return (
-            np.stack([self._dense[key] for key in keys])
-            if keys
-            else np.zeros((0, self.n_advertisers), np.float32)
-        )
+        return np.stack([self._dense[key] for key in keys]) if keys else np.zeros((0, self.n_advertisers), np.float32)
 
     def features(
         self, user_N: NDArray[np.integer], period_N: NDArray[np.integer], advertiser_N: NDArray[np.integer]
@@ -117,9 +109,7 @@ class TableForecast:
             )
             anchor = dense if self.arm == "anchor" else self.base.log_probs(pairs[0, part], as_of)
             rank = np.empty(dense.shape, dtype=np.int64)
-            np.put_along_axis(
-                rank, np.argsort(-dense, axis=1, kind="stable"), np.arange(dense.shape[1])[None], axis=1
-            )
+            np.put_along_axis(rank, np.argsort(-dense, axis=1, kind="stable"), np.arange(dense.shape[1])[None], axis=1)
             top = self.table.advertiser_RK.shape[1]
             prefix = self.base.trie.node_mass(np.exp(dense), 1)
             node = self.base.trie.path_AL[advertiser, 0]

@@ -27,9 +27,7 @@ def as_of_periods(log: Log, every: int) -> list[int]:
     return list(range(first, last + 1, every))
 
 
-def generate_priors(
-    prior: PriorModel, log: Log, cfg: PriorConfig, *, out_dir: Path, work_dir: Path
-) -> dict[str, Any]:
+def generate_priors(prior: PriorModel, log: Log, cfg: PriorConfig, *, out_dir: Path, work_dir: Path) -> dict[str, Any]:
     """Decode the panel's forecasts into ``out_dir``.
 
     Args:
@@ -59,9 +57,7 @@ def generate_priors(
                 by_length = np.argsort([len(prompt) for prompt in prompts], kind="stable")
                 for start in range(0, len(users), cfg.decode.batch_size):
                     batch = by_length[start : start + cfg.decode.batch_size]
-                    made = decoder.decode(
-                        [prompts[i] for i in batch], users[batch], np.full(len(batch), period)
-                    )
+                    made = decoder.decode([prompts[i] for i in batch], users[batch], np.full(len(batch), period))
                     for index, one in zip(batch, made, strict=True):
                         rows[index] = one
                     progress.advance(task, len(batch))

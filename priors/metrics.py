@@ -75,9 +75,7 @@ def reliability(
     predicted, observed = predicted[order], observed[order]
     cumulative = np.cumsum(predicted)
     edge = np.searchsorted(cumulative, np.linspace(0, cumulative[-1], bins + 1)[1:-1])
-    parts = [
-        part for part in zip(np.split(predicted, edge), np.split(observed, edge), strict=True) if len(part[0])
-    ]
+    parts = [part for part in zip(np.split(predicted, edge), np.split(observed, edge), strict=True) if len(part[0])]
     return {
         "predicted": [float(p.mean()) for p, _ in parts],
         "observed": [float(o.mean()) for _, o in parts],

@@ -53,9 +53,7 @@ class PromptCompiler:
         UserError: the budget has no room for the frame.
     """
 
-    def __init__(
-        self, log: Log, ids: AdvertiserIds, tokenizer: PreTrainedTokenizerBase, cfg: PromptConfig
-    ) -> None:
+    def __init__(self, log: Log, ids: AdvertiserIds, tokenizer: PreTrainedTokenizerBase, cfg: PromptConfig) -> None:
         self.log, self.ids, self.tokenizer, self.cfg = log, ids, tokenizer, cfg
         self.first_id_token = len(tokenizer)
         self._level_offset = np.concatenate([[0], np.cumsum(ids.level_sizes[:-1])])

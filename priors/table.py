@@ -76,9 +76,7 @@ class PriorTable:
         key_B = np.asarray(user_B, dtype=np.int64) * span + np.asarray(period_B, dtype=np.int64)
         row_B = np.searchsorted(key_R, key_B, side="right") - 1
         same_user = (
-            (row_B >= 0) & (self.user_R[np.maximum(row_B, 0)] == user_B)
-            if len(self)
-            else np.zeros(len(key_B), bool)
+            (row_B >= 0) & (self.user_R[np.maximum(row_B, 0)] == user_B) if len(self) else np.zeros(len(key_B), bool)
         )
         return np.where(same_user, row_B, -1)
 

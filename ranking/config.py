@@ -107,9 +107,7 @@ class RankerConfig:
         if self.weight_decay < 0:
             errors.append(_out_of_range("weight_decay", self.weight_decay, "zero or a positive number"))
         if not 0 < self.sparse_user_quantile < 1:
-            errors.append(
-                _out_of_range("sparse_user_quantile", self.sparse_user_quantile, "a number between 0 and 1")
-            )
+            errors.append(_out_of_range("sparse_user_quantile", self.sparse_user_quantile, "a number between 0 and 1"))
         if self.features.clip <= 0:
             errors.append(_out_of_range("features.clip", self.features.clip, "a positive number"))
         if errors:

@@ -301,14 +301,10 @@ class FeatureBuilder:
         sparse = {name: SPARSE[name](self, rows) for name in self.cfg.sparse}
         for name in self.ad_columns:
             codes = self.log.ad_features[name][rows.ad]
-            sparse[f"ad_{name}"] = SparseFeature(
-                f"ad_{name}", Bags.single(codes), list(self.log.ad_vocabularies[name])
-            )
+            sparse[f"ad_{name}"] = SparseFeature(f"ad_{name}", Bags.single(codes), list(self.log.ad_vocabularies[name]))
         dense: dict[str, Floats] = {}
         for group in self.cfg.dense:
-            dense |= {
-                name: np.asarray(column, np.float32) for name, column in DENSE[group](self, rows).items()
-            }
+            dense |= {name: np.asarray(column, np.float32) for name, column in DENSE[group](self, rows).items()}
         return Features(rows, sparse, dense)
 
     def history(self, of: str, *, converted: bool = False) -> History:
@@ -332,16 +328,12 @@ class FeatureBuilder:
         log = self.log.events
         return self._key(of, log.user[events], log.ad[events], log.advertiser[events])
 
-    def _key(
-        self, of: str, user: NDArray[np.int32], ad: NDArray[np.int32], advertiser: NDArray[np.int32]
-    ) -> Ints:
+    def _key(self, of: str, user: NDArray[np.int32], ad: NDArray[np.int32], advertiser: NDArray[np.int32]) -> Ints:
         part = of.removeprefix("user+")
         if part == "user":
             return np.asarray(user, np.int64)
         if part in ("ad", "advertiser"):
-            second, n = (
-                (ad, len(self.log.ad_ids)) if part == "ad" else (advertiser, len(self.log.advertiser_ids))
-            )
+            second, n = (ad, len(self.log.ad_ids)) if part == "ad" else (advertiser, len(self.log.advertiser_ids))
         else:
             code = np.where(ad >= 0, self.log.ad_features[part][ad], 0)
             second, n = np.where(code > 0, code, -1), len(self.log.ad_vocabularies[part])
@@ -461,9 +453,7 @@ def _recent_advertisers(builder: FeatureBuilder, rows: Rows) -> SparseFeature:
     """The advertisers the user bought from last before the period, latest first, each once."""
     log, length = builder.log, builder.cfg.history_length
     events = builder._bought[log.events.advertiser[builder._bought] >= 0]
-    user, period, advertiser = (
-        x[events] for x in (log.events.user, log.events.period, log.events.advertiser)
-    )
+    user, period, advertiser = (x[events] for x in (log.events.user, log.events.period, log.events.advertiser))
     asked, bag_N = np.unique(np.stack([rows.user, rows.period]), axis=1, return_inverse=True)
     start_R = np.searchsorted(user, asked[0])
     cell = user.astype(np.int64) << 32 | period
@@ -608,9 +598,7 @@ class FeatureSpec:
         dense_NF = (dense_NF - np.float32(self.mean)) * np.float32(self.scale)
         dense_NF = np.clip(np.nan_to_num(dense_NF, nan=0.0), -self.config.clip, self.config.clip)
         bags = {name: self._look_up(features.sparse[name]) for name in self.features}
-        return Design(
-            dense_NF.astype(np.float32), bags, features.rows.label.astype(np.float32), features.rows.weight
-        )
+        return Design(dense_NF.astype(np.float32), bags, features.rows.label.astype(np.float32), features.rows.weight)
 
     def _look_up(self, feature: SparseFeature) -> Bags:
         row_of = {known: row for row, known in enumerate(self.tables[feature.table], 1)}

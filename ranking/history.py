@@ -51,9 +51,7 @@ class History:
         order = np.argsort(cell, kind="stable")
         self._cell_E, self._event_E = cell[order], known[order]
 
-    def count(
-        self, key_N: NDArray[np.integer], period_N: NDArray[np.integer], *, window: int | None = None
-    ) -> Ints:
+    def count(self, key_N: NDArray[np.integer], period_N: NDArray[np.integer], *, window: int | None = None) -> Ints:
         """Events of each key in the periods before.
 
         Args:

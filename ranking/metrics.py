@@ -59,9 +59,7 @@ class Sample:
         """
         label, weight = np.asarray(label_N, np.float64), np.asarray(weight_N, np.float64)
         if not len(label) == len(weight) == len(user_N) or not len(label):
-            raise ValueError(
-                f"{len(label)} labels, {len(weight)} weights, {len(user_N)} users; expected equal, not 0"
-            )
+            raise ValueError(f"{len(label)} labels, {len(weight)} weights, {len(user_N)} users; expected equal, not 0")
         if not np.isin(label, (0.0, 1.0)).all() or not (np.isfinite(weight) & (weight > 0)).all():
             raise ValueError("labels must be 0 or 1, weights positive and finite")
         users, user = np.unique(user_N, return_inverse=True)
@@ -124,9 +122,7 @@ def gauc(sample: Sample, score_N: Floats) -> Floats:
     positive = (sample.weight_N * sample.label_N)[order]
     negative = (sample.weight_N * (1 - sample.label_N))[order]
     new_user = np.diff(user, prepend=-1) > 0
-    tied = np.flatnonzero(
-        new_user | (np.diff(score, prepend=np.nan) != 0)
-    )  # first rows of equal scores of one user
+    tied = np.flatnonzero(new_user | (np.diff(score, prepend=np.nan) != 0))  # first rows of equal scores of one user
     positive_T, negative_T = np.add.reduceat(positive, tied), np.add.reduceat(negative, tied)
     below_T = np.cumsum(negative_T) - negative_T
     first_T = np.maximum.accumulate(np.where(new_user[tied], np.arange(len(tied)), 0))
@@ -179,9 +175,7 @@ def expected_calibration_error(sample: Sample, probability_N: Floats) -> Floats:
         One figure a draw, shape ``(D,)``.
     """
     order = np.argsort(probability_N, kind="stable")
-    first_T = np.flatnonzero(
-        np.diff(probability_N[order], prepend=np.nan) != 0
-    )  # first rows of equal predictions
+    first_T = np.flatnonzero(np.diff(probability_N[order], prepend=np.nan) != 0)  # first rows of equal predictions
     weight_T = np.add.reduceat(sample.weight_N[order], first_T)
     middle_T = (np.cumsum(weight_T) - weight_T / 2) / weight_T.sum()
     bin_T = np.minimum((middle_T * ECE_BINS).astype(np.int64), ECE_BINS - 1)
@@ -223,17 +217,12 @@ def evaluate(sample: Sample, probability_N: Floats) -> dict[str, Floats]:
     """
     probability = np.asarray(probability_N, np.float64)
     if probability.shape != sample.label_N.shape:
-        raise ValueError(
-            f"{probability.shape} predictions for {sample.label_N.shape} rows; expected one a row"
-        )
+        raise ValueError(f"{probability.shape} predictions for {sample.label_N.shape} rows; expected one a row")
     if not ((probability >= 0) & (probability <= 1)).all():
         raise ValueError("a prediction is NaN or outside [0, 1]; expected probabilities")
     area_D, precision_D = _ranked(sample, probability)
     shared = {"auc": area_D, "pr_auc": precision_D}  # one sort for both
-    return {
-        name: shared[name] if name in shared else metric(sample, probability)
-        for name, metric in METRICS.items()
-    }
+    return {name: shared[name] if name in shared else metric(sample, probability) for name, metric in METRICS.items()}
 
 
 def interval(figures_D: Floats, n: int) -> Interval:
@@ -271,9 +260,7 @@ def _ranked(sample: Sample, score_N: Floats) -> tuple[Floats, Floats]:
         area_B = (lost_BT * (hits_BT - gained_BT / 2)).sum(1)
         area_D[start : start + step] = _ratio(area_B, hits_B * misses_B)
         shown_BT = hits_BT + misses_BT
-        found_B = np.divide(
-            gained_BT * hits_BT, shown_BT, out=np.zeros_like(hits_BT), where=shown_BT > 0
-        ).sum(1)
+        found_B = np.divide(gained_BT * hits_BT, shown_BT, out=np.zeros_like(hits_BT), where=shown_BT > 0).sum(1)
         precision_D[start : start + step] = _ratio(found_B, hits_B)
     return area_D, precision_D
 

@@ -78,9 +78,7 @@ def _valid(ads: NDArray[np.int32]) -> list[int]:
     return ads[: end[0] if len(end) else len(ads)].tolist()
 
 
-def _deal(
-    lists: Mapping[str, list[int]], shares: Mapping[str, float], budget: int
-) -> tuple[list[int], list[str]]:
+def _deal(lists: Mapping[str, list[int]], shares: Mapping[str, float], budget: int) -> tuple[list[int], list[str]]:
     chosen: list[int] = []
     source: list[str] = []
     taken: set[int] = set()

@@ -97,9 +97,7 @@ class RetrievalConfig:
         errors = []
         if self.budget < 1:
             errors.append(
-                UserError(
-                    f"retrieval.budget={self.budget}", expected="a positive whole number", action="raise it."
-                )
+                UserError(f"retrieval.budget={self.budget}", expected="a positive whole number", action="raise it.")
             )
         if not self.ks or min(self.ks) < 1 or max(self.ks) > self.budget:
             errors.append(

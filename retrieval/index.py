@@ -221,9 +221,7 @@ class AdIndex:
             ) from error
         expected = {"metric": METRIC, "dim": dim, "rows": len(ads_N), "kind": cfg.kind}
         if facts != expected or index.ntotal != len(ads_N) or index.d != dim:
-            raise UserError(
-                f"an ad index with {facts} in {directory}", expected=f"one with {expected}", action=again
-            )
+            raise UserError(f"an ad index with {facts} in {directory}", expected=f"one with {expected}", action=again)
         if index.metric_type != faiss.METRIC_INNER_PRODUCT:
             raise UserError(f"an index of another metric in {directory}", expected=METRIC, action=again)
         return cls(_with_search_settings(index, cfg), ads_N, cfg)

@@ -98,9 +98,7 @@ class Histories:
         rows = np.flatnonzero(log.is_purchase & ((events.ad >= 0) | (events.advertiser >= 0)))
         user, period = events.user[rows].astype(np.int64), events.period[rows]
         n_ads, n_items = len(log.ad_ids), len(log.ad_ids) + len(log.advertiser_ids)
-        self.item = np.where(events.ad[rows] >= 0, events.ad[rows], n_ads + events.advertiser[rows]).astype(
-            np.int64
-        )
+        self.item = np.where(events.ad[rows] >= 0, events.ad[rows], n_ads + events.advertiser[rows]).astype(np.int64)
         self.period = period
         self.ptr = np.searchsorted(user, np.arange(len(log.user_ids) + 1))
         # Within (user, item), events stay in order of time: the sort is stable.
@@ -147,9 +145,7 @@ class Histories:
 
     def _empty(self, n: int) -> History:
         shape = (n, self.length)
-        return History(
-            np.full(shape, NO_ITEM, dtype=np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        )
+        return History(np.full(shape, NO_ITEM, dtype=np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int64))
 
 
 def profiles(log: Log) -> NDArray[np.int64]:
@@ -172,9 +168,7 @@ class RequestBatches:
         seed: of the draws.
     """
 
-    def __init__(
-        self, log: Log, targets: Targets, histories: Histories, cfg: PairsConfig, *, seed: int
-    ) -> None:
+    def __init__(self, log: Log, targets: Targets, histories: Histories, cfg: PairsConfig, *, seed: int) -> None:
         self.log, self.targets, self.histories, self.cfg, self.seed = log, targets, histories, cfg, seed
         self.profile_UF = profiles(log)
 
@@ -201,9 +195,7 @@ class RequestBatches:
 class TrainingBatches(RequestBatches):
     """Batches with targets and sampled candidates; arguments as of :class:`RequestBatches`."""
 
-    def __init__(
-        self, log: Log, targets: Targets, histories: Histories, cfg: PairsConfig, *, seed: int
-    ) -> None:
+    def __init__(self, log: Log, targets: Targets, histories: Histories, cfg: PairsConfig, *, seed: int) -> None:
         super().__init__(log, targets, histories, cfg, seed=seed)
         self.log_q_I = np.log(self.expected_counts())
 

@@ -56,9 +56,7 @@ class Embeddings:
         }
 
 
-def text_embeddings(
-    texts: Sequence[str], cfg: EncoderConfig, *, cache_dir: Path | None = None
-) -> NDArray[np.float32]:
+def text_embeddings(texts: Sequence[str], cfg: EncoderConfig, *, cache_dir: Path | None = None) -> NDArray[np.float32]:
     """Sentence embeddings: mean of the encoder's last hidden states over a text's tokens, of unit length.
 
     Equal texts are encoded once, in batches of similar length. A text's vector does not depend on the order
@@ -165,9 +163,7 @@ def join_sources(sources: dict[str, tuple[NDArray[np.floating], float]]) -> Embe
         raise UserError.collect(wrong)
     used = {name: (matrix, weight) for name, (matrix, weight) in sources.items() if weight > 0}
     if not used or len({len(matrix) for matrix, _ in used.values()}) != 1:
-        raise ValueError(
-            f"expected sources of one length, got { ({n: m.shape for n, (m, _) in sources.items()}) }"
-        )
+        raise ValueError(f"expected sources of one length, got { ({n: m.shape for n, (m, _) in sources.items()}) }")
     blocks = [unit_rows(matrix.astype(np.float32)) * np.float32(weight) for matrix, weight in used.values()]
     return Embeddings(
         vectors_AD=np.concatenate(blocks, axis=1),
@@ -182,9 +178,7 @@ def unit_rows(matrix: NDArray[np.floating]) -> NDArray[np.float32]:
     return (matrix / np.where(norm > 0, norm, 1.0)).astype(np.float32)
 
 
-def _spread(
-    vectors_NH: NDArray[np.float32], texts: Sequence[str], row: dict[str, int]
-) -> NDArray[np.float32]:
+def _spread(vectors_NH: NDArray[np.float32], texts: Sequence[str], row: dict[str, int]) -> NDArray[np.float32]:
     rows = np.array([row.get(text.strip(), len(row)) for text in texts], dtype=np.int64)
     padded = np.concatenate([vectors_NH, np.zeros((1, vectors_NH.shape[1]), dtype=np.float32)])
     return padded[rows]
@@ -253,12 +247,8 @@ def _encode(texts: list[str], location: str, cfg: EncoderConfig) -> NDArray[np.f
     by_length = sorted(range(len(texts)), key=lambda number: len(tokens[number]))
     for start in range(0, len(texts), cfg.batch_size):
         batch = by_length[start : start + cfg.batch_size]
-        padded = tokenizer.pad({"input_ids": [tokens[number] for number in batch]}, return_tensors="pt").to(
-            device
-        )
-        hidden_BTH = model(
-            input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]
-        ).last_hidden_state
+        padded = tokenizer.pad({"input_ids": [tokens[number] for number in batch]}, return_tensors="pt").to(device)
+        hidden_BTH = model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).last_hidden_state
         mask_BT1 = padded["attention_mask"][..., None].to(hidden_BTH.dtype)
         pooled_BH = (hidden_BTH * mask_BT1).sum(1) / mask_BT1.sum(1)
         vectors_NH[batch] = torch.nn.functional.normalize(pooled_BH, dim=-1).cpu().numpy()
@@ -281,9 +271,7 @@ def _ppmi(
     pairs = np.unique(np.stack([user_N, advertiser_N]).astype(np.int64), axis=1)
     _, user = np.unique(pairs[0], return_inverse=True)
     n_users = int(user.max()) + 1 if len(user) else 0
-    bought_UA = sp.csr_array(
-        (np.ones(len(user), dtype=np.float64), (user, pairs[1])), shape=(n_users, n_advertisers)
-    )
+    bought_UA = sp.csr_array((np.ones(len(user), dtype=np.float64), (user, pairs[1])), shape=(n_users, n_advertisers))
     size_U = np.diff(bought_UA.indptr)
     weight_U = np.where(size_U > 1, 1.0 / np.maximum(size_U - 1, 1), 0.0)
     pairs_AA = sp.coo_array(bought_UA.T @ (sp.diags_array(weight_U) @ bought_UA))

@@ -64,9 +64,7 @@ class Trie:
         """
         codes = np.asarray(codes_AL, dtype=np.int64)
         if codes.ndim != 2 or not len(codes) or codes.shape[1] != len(level_sizes):
-            raise ValueError(
-                f"codes of shape {codes.shape}; expected (advertisers >= 1, {len(level_sizes)} levels)"
-            )
+            raise ValueError(f"codes of shape {codes.shape}; expected (advertisers >= 1, {len(level_sizes)} levels)")
         if (codes < 0).any() or (codes >= np.array(level_sizes)).any():
             raise ValueError(f"a code lies outside its level; the sizes are {level_sizes}")
         n, n_levels = codes.shape
@@ -84,8 +82,7 @@ class Trie:
         parent = [np.zeros(len(starts[1]), dtype=np.int64)]
         parent += [node_of_leaf[starts[d + 1], d - 1] for d in range(1, n_levels)]
         child_ptr = tuple(
-            np.searchsorted(parent[d], np.arange(len(starts[d]) + 1)).astype(np.int64)
-            for d in range(n_levels)
+            np.searchsorted(parent[d], np.arange(len(starts[d]) + 1)).astype(np.int64) for d in range(n_levels)
         )
         advertiser_leaf = np.empty(n, dtype=np.int64)
         advertiser_leaf[order] = np.arange(n)

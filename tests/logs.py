@@ -54,9 +54,7 @@ def tiny_tables(
     good_I = goods_A[advertiser_I]
     origin = np.datetime64("2024-01-01", "us")
     week, minute = np.timedelta64(7, "D"), np.timedelta64(1, "m")
-    favourite_U = np.array(
-        [rng.choice(np.flatnonzero(goods_A == user % len(_GOODS))) for user in range(n_users)]
-    )
+    favourite_U = np.array([rng.choice(np.flatnonzero(goods_A == user % len(_GOODS))) for user in range(n_users)])
 
     placements: list[tuple[object, ...]] = []
     events: list[tuple[object, ...]] = []
@@ -85,9 +83,7 @@ def tiny_tables(
                 kind = "view_conversion" if is_promoted else "organic"
                 price = float(1 + good_I[ad])
                 events.append(
-                    _event(
-                        time, user, kind, market, request, int(ad), int(advertiser_I[ad]), price, place, 1.0
-                    )
+                    _event(time, user, kind, market, request, int(ad), int(advertiser_I[ad]), price, place, 1.0)
                 )
             others = np.setdiff1d(running[market], bought)
             for ad in np.sort(rng.choice(others, 8, replace=False)):
@@ -123,9 +119,7 @@ def tiny_tables(
         "discount": pl.Float32,
         "category": pl.String,
     }
-    frame = pl.DataFrame(events, schema=columns, orient="row").sort(
-        "timestamp", "request_id", "kind", "ad_id"
-    )
+    frame = pl.DataFrame(events, schema=columns, orient="row").sort("timestamp", "request_id", "kind", "ad_id")
     where: dict[str, pl.DataType | type[pl.DataType]] = {
         "ad_id": pl.Int32,
         "market_id": pl.Int32,
@@ -137,18 +131,14 @@ def tiny_tables(
             {
                 "advertiser_id": pl.Series(np.arange(100, 100 + n_advertisers), dtype=pl.Int32),
                 "name": [f"advertiser {number}" for number in range(n_advertisers)],
-                "text": [
-                    f"{_STYLES[number % len(_STYLES)]} {_GOODS[good]}" for number, good in enumerate(goods_A)
-                ],
+                "text": [f"{_STYLES[number % len(_STYLES)]} {_GOODS[good]}" for number, good in enumerate(goods_A)],
             }
         ),
         ads=pl.DataFrame(
             {
                 "ad_id": pl.Series(np.arange(1000, 1000 + n_ads), dtype=pl.Int32),
                 "advertiser_id": pl.Series(100 + advertiser_I, dtype=pl.Int32),
-                "text": [
-                    f"{_STYLES[number % len(_STYLES)]} {_GOODS[good]}" for number, good in enumerate(good_I)
-                ],
+                "text": [f"{_STYLES[number % len(_STYLES)]} {_GOODS[good]}" for number, good in enumerate(good_I)],
                 "category": [_GOODS[good] for good in good_I],
             }
         ),

@@ -50,9 +50,7 @@ def test_fingerprint_does_not_depend_on_key_order(value: object) -> None:
 def test_fingerprint_is_the_same_in_another_process() -> None:
     code = "from data.artifacts import fingerprint; print(fingerprint({'x': {1.5, 'q'}, 'y': [None, True]}))"
     environment = {**os.environ, "PYTHONHASHSEED": "77"}
-    other = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
-    )
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert other.stdout.strip() == fingerprint({"x": {1.5, "q"}, "y": [None, True]})
 
 
@@ -154,9 +152,7 @@ def test_a_read_only_place_is_a_user_error(tmp_path: Path) -> None:
 
 
 def test_manifest_round_trip(tmp_path: Path) -> None:
-    manifest = Manifest(
-        "ids", "k", config={"a": 1}, inputs={"data": "h"}, metrics={"x": [0.5, 2]}, seconds=1.5
-    )
+    manifest = Manifest("ids", "k", config={"a": 1}, inputs={"data": "h"}, metrics={"x": [0.5, 2]}, seconds=1.5)
     manifest.write(tmp_path)
     assert Manifest.read(tmp_path) == manifest
     replace(manifest, metrics={"x": np.float32(0.5), "y": float("nan")}).write(tmp_path)

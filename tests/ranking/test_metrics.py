@@ -108,9 +108,7 @@ def test_a_draw_equals_the_metric_of_its_users_rows_repeated(metric: str, tied: 
             np.repeat(sample.user_N, times),
             sample.times_DU[:1],
         )
-        assert figures_D[draw] == pytest.approx(
-            METRICS[metric](repeated, np.repeat(probability, times))[0], rel=1e-9
-        )
+        assert figures_D[draw] == pytest.approx(METRICS[metric](repeated, np.repeat(probability, times))[0], rel=1e-9)
 
 
 def test_evaluate_gives_every_metric_as_its_own_function_does() -> None:
