@@ -24,11 +24,10 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from semantic_ids.advertiser_ids import AdvertiserIds
 
 from data.errors import UserError
 from data.log import Log, hash_ids
@@ -37,6 +36,9 @@ from models.pointwise import SparseTable
 from priors.forecast import PRIOR_FEATURES, Forecast
 from ranking.config import FeatureConfig
 from ranking.history import History, Ints, pair
+
+if TYPE_CHECKING:
+    from semantic_ids.advertiser_ids import AdvertiserIds
 
 Floats = NDArray[np.float32]
 
@@ -458,7 +460,6 @@ def _recent_advertisers(builder: FeatureBuilder, rows: Rows) -> SparseFeature:
     start_R = np.searchsorted(user, asked[0])
     cell = user.astype(np.int64) << 32 | period
     stop_R = np.searchsorted(cell, asked[0].astype(np.int64) << 32 | asked[1])
-    bags = Bags(np.arange(len(events)), np.append(start_R, 0), np.arange(len(start_R)))
     values, lengths = [], []
     for first in range(0, len(start_R), 1024):  # a block's whole histories are held at once
         part = np.arange(first, min(first + 1024, len(start_R)))
@@ -481,7 +482,9 @@ def _recent_advertisers(builder: FeatureBuilder, rows: Rows) -> SparseFeature:
 
 def _semantic_id(builder: FeatureBuilder, rows: Rows) -> SparseFeature:
     bags, prefixes = builder.prefixes
-    return SparseFeature("semantic_id", replace(bags, bag_N=np.asarray(rows.advertiser, np.int64)), prefixes)
+    none = len(bags.ptr_R1) - 2  # the last bag, which is empty
+    bag_N = np.where(rows.advertiser < 0, none, rows.advertiser).astype(np.int64)
+    return SparseFeature("semantic_id", replace(bags, bag_N=bag_N), prefixes)
 
 
 def _user(builder: FeatureBuilder, rows: Rows) -> SparseFeature:
