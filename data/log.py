@@ -3,7 +3,8 @@
 Ids of the tables become indexes here and nowhere else: row ``i`` of ``advertiser_ids`` is advertiser ``i``
 of every array, artifact and model, and the frames of ``Log.tables`` are in the same order. An index of -1
 says "none". The as-of time of anything in period ``w`` is the start of ``w``; ``Log.before(w)`` and
-``Log.last_prices`` read periods below ``w`` only. Unless loaded with ``evaluate="test"`` the log holds nothing of the test span.
+``Log.last_prices`` read periods below ``w`` only. Unless loaded with ``evaluate="test"`` the log holds nothing
+of the test span.
 
 Shapes: N events, R rows of targets, T targets, P placements, U users, A advertisers, I ads.
 """

@@ -1,0 +1,130 @@
+"""``AdvertiserIds``: the unique semantic ID of every advertiser, as an artifact.
+
+    codes.parquet             advertiser_id, c1, …, cL
+    codebooks.safetensors     level_1 (V_1, E), …
+    ids.json                  level sizes, version
+
+Shapes: A advertisers, L levels, V codes of a level, E features of a code's vector.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from data.errors import UserError
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class AdvertiserIds:
+    """Semantic IDs in the order of the log's advertisers.
+
+    Attributes:
+        advertiser_ids: the tables' ids, ``(A,)``.
+        codes_AL: int64; no two rows are equal.
+        codebooks: float32 ``(V_l, E)``, one a level.
+
+    Raises:
+        UserError: two advertisers share an ID, or a code has no vector.
+    """
+
+    advertiser_ids: NDArray[Any]
+    codes_AL: NDArray[np.int64]
+    codebooks: list[NDArray[np.float32]]
+
+    def __post_init__(self) -> None:
+        codes, again = self.codes_AL, "make the IDs again: train.py stage=semantic_ids"
+        if codes.shape != (len(self.advertiser_ids), len(self.codebooks)):
+            raise UserError(
+                f"codes of shape {codes.shape} for {len(self.advertiser_ids)} advertisers",
+                expected=f"one row an advertiser, {len(self.codebooks)} levels",
+                action=again,
+            )
+        if (codes < 0).any() or (codes >= np.array(self.level_sizes)).any():
+            raise UserError("codes outside their codebooks", expected=f"codes below {self.level_sizes}", action=again)
+        shared = len(codes) - len(np.unique(codes, axis=0))
+        if shared:
+            raise UserError(
+                f"{shared} advertisers with the ID of another", expected="unique semantic IDs", action=again
+            )
+
+    def __len__(self) -> int:
+        return len(self.advertiser_ids)
+
+    @property
+    def level_sizes(self) -> tuple[int, ...]:
+        """Codes of each level."""
+        return tuple(len(codebook) for codebook in self.codebooks)
+
+    @cached_property
+    def version(self) -> str:
+        """Hash of ids, codes and codebooks."""
+        digest = hashlib.sha256("\0".join(map(str, self.advertiser_ids.tolist())).encode())
+        digest.update(np.ascontiguousarray(self.codes_AL, dtype="<i8").tobytes())
+        for codebook in self.codebooks:
+            digest.update(np.ascontiguousarray(codebook, dtype="<f4").tobytes())
+        return digest.hexdigest()
+
+    def tokens(self, advertiser: int) -> list[str]:
+        """The ID as tokens, e.g. ``["<adv_1_17>", "<adv_2_3>", "<adv_3_40>"]``: level from 1, then the code."""
+        return [f"<adv_{level}_{code}>" for level, code in enumerate(self.codes_AL[advertiser].tolist(), 1)]
+
+    def save(self, directory: Path) -> None:
+        """Write the artifact into an existing directory."""
+        columns = {f"c{level + 1}": self.codes_AL[:, level].astype(np.int32) for level in range(len(self.codebooks))}
+        pl.DataFrame({"advertiser_id": self.advertiser_ids, **columns}).write_parquet(directory / "codes.parquet")
+        books = {f"level_{level}": np.ascontiguousarray(book) for level, book in enumerate(self.codebooks, 1)}
+        save_file(books, directory / "codebooks.safetensors")
+        facts = {"format": FORMAT_VERSION, "level_sizes": list(self.level_sizes), "version": self.version}
+        (directory / "ids.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, directory: Path) -> AdvertiserIds:
+        """Read the artifact.
+
+        Raises:
+            UserError: files are missing or damaged, of another format, or do not belong together.
+        """
+        again = "make the IDs again: train.py stage=semantic_ids"
+        try:
+            facts = json.loads((directory / "ids.json").read_text())
+            if facts["format"] != FORMAT_VERSION:
+                raise UserError(
+                    f"advertiser IDs of format {facts['format']} in {directory}",
+                    expected=f"format {FORMAT_VERSION}",
+                    action=again,
+                )
+            codes = pl.read_parquet(directory / "codes.parquet")
+            books = load_file(directory / "codebooks.safetensors")
+            levels = range(1, len(facts["level_sizes"]) + 1)
+            ids = cls(
+                advertiser_ids=codes["advertiser_id"].to_numpy(),
+                codes_AL=codes.select(f"c{level}" for level in levels).to_numpy().astype(np.int64),
+                codebooks=[books[f"level_{level}"] for level in levels],
+            )
+        except UserError:
+            raise
+        except Exception as error:  # each of the three readers has errors of its own
+            raise UserError(
+                f"advertiser IDs in {directory} ({error})",
+                expected="ids.json, codes.parquet and codebooks.safetensors as they were written",
+                action=again,
+            ) from error
+        if ids.version != facts["version"]:
+            raise UserError(
+                f"advertiser IDs in {directory} with version {ids.version[:12]}",
+                expected=f"version {facts['version'][:12]}, as ids.json says",
+                action=again,
+            )
+        return ids
