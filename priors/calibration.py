@@ -2,16 +2,18 @@
 
     log P(child | prefix) = log_softmax over siblings of ( τ_l · LM logit + α_l · base + b_l[code] )
 
-The tuned anchor fits α and b (no LM) on the LM's own training prompts. The trained LM is calibrated
-with τ and α on the selection span. A τ of 0 is the anchor, so an LM that learned nothing costs little.
+The tuned anchor (no LM) fits b on the LM's own training prompts and α on the selection span. The trained
+LM is calibrated on the same selection span. A τ of 0 is the anchor, so an LM that learned nothing costs
+little.
 
 Shapes: N decisions of one level, V codes of that level, Y targets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -104,49 +106,57 @@ def fit_calibration(
 
 
 def fit_anchor_levels(
-    train: Sequence[TreeBatch], select: Sequence[TreeBatch], penalties: Sequence[float]
+    train: Sequence[TreeBatch], select: Sequence[TreeBatch], penalties: Sequence[float], *, shrink: float = 1e-3
 ) -> tuple[np.ndarray, list[np.ndarray], list[dict[str, float]]]:
     """α and b of the tuned anchor.
 
+    Biases are fitted on the training prompts, their penalty is chosen on the selection span, and there the
+    exponents are fitted too: the anchor is calibrated on the very prompts that the LM is calibrated on.
+
     Args:
         train: the LM's training prompts with their untuned base.
-        select: prompts of the selection span, which choose the penalty.
+        select: prompts of the selection span.
         penalties: values of the L2 penalty on the biases to choose from.
+        shrink: penalty on the squared distance of the exponents from 1.
 
     Returns:
-        Exponents ``(L,)``, biases ``(V_l,)`` a level, and the trials. Where no penalty beats the untuned
-        anchor on the selection span, that is ones and zeros.
+        Exponents ``(L,)``, biases ``(V_l,)`` a level, and the trials. Where no penalty beats no bias at all on
+        the selection span, the biases are zeros.
     """
-    n_levels = len(train[0].levels)
     sizes = [decisions.base_NV.shape[1] for decisions in train[0].levels]
-    best = (np.ones(n_levels), [np.zeros(size) for size in sizes])
-    zero = torch.zeros(n_levels)
-    best_nll = float(calibrated_nll(select, None, zero, torch.ones(n_levels)).mean())
-    trials = [{"penalty": float("inf"), "nll": best_nll}]
+    zero, ones = torch.zeros(len(sizes)), torch.ones(len(sizes))
+    best = [torch.zeros(size) for size in sizes]
+    best_nll = float(calibrated_nll(select, None, zero, ones).mean())
+    trials: list[dict[str, Any]] = [{"penalty": None, "nll": best_nll}]
     for penalty in penalties:
-        exponent = torch.ones(n_levels, requires_grad=True)
         bias = [torch.zeros(size, requires_grad=True) for size in sizes]
 
-        def loss(exponent: Tensor = exponent, bias: list[Tensor] = bias, penalty: float = penalty) -> Tensor:
-            nll = calibrated_nll(train, None, zero, exponent, bias).mean()
-            return nll + penalty * (sum(b.square().sum() for b in bias) + (exponent - 1).square().sum())
+        def loss(bias: list[Tensor] = bias, penalty: float = penalty) -> Tensor:
+            squares = torch.stack([b.square().sum() for b in bias]).sum()
+            return calibrated_nll(train, None, zero, ones, bias).mean() + penalty * squares
 
-        _minimise(loss, [exponent, *bias])
+        _minimise(loss, bias)
         with torch.no_grad():
-            nll = float(calibrated_nll(select, None, zero, exponent, bias).mean())
+            nll = float(calibrated_nll(select, None, zero, ones, bias).mean())
         trials.append({"penalty": penalty, "nll": nll})
         if nll < best_nll:
-            best_nll = nll
-            best = (exponent.detach().double().numpy(), [b.detach().double().numpy() for b in bias])
-    return best[0], best[1], trials
+            best_nll, best = nll, [b.detach() for b in bias]
+    exponent = ones.clone().requires_grad_(True)
+
+    def loss_of_exponents() -> Tensor:
+        nll = calibrated_nll(select, None, zero, exponent, best).mean()
+        return nll + shrink * (exponent - 1).square().sum()
+
+    _minimise(loss_of_exponents, [exponent])
+    return exponent.detach().double().numpy(), [b.double().numpy() for b in best], trials
 
 
-def _minimise(loss: object, parameters: list[Tensor], steps: int = 60) -> None:
+def _minimise(loss: Callable[[], Tensor], parameters: list[Tensor], steps: int = 60) -> None:
     optimizer = torch.optim.LBFGS(parameters, max_iter=steps, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        value: Tensor = loss()  # type: ignore[operator]
+        value = loss()
         value.backward()
         return value
 

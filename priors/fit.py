@@ -27,7 +27,6 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from semantic_ids.advertiser_ids import AdvertiserIds
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AddedToken, PreTrainedTokenizerBase
@@ -43,6 +42,7 @@ from priors.calibration import Calibration, fit_anchor_levels, fit_calibration
 from priors.config import BaseModelConfig, PriorConfig, PromptConfig
 from priors.dataset import PromptDataset, TreeCollator
 from priors.prompt import PromptCompiler
+from semantic_ids.advertiser_ids import AdvertiserIds
 from semantic_ids.trie import Trie
 
 _log = logging.getLogger(__name__)

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from semantic_ids.advertiser_ids import AdvertiserIds
 from transformers import PreTrainedTokenizerBase
 
 from data.errors import UserError
 from data.log import Log
 from priors.config import PromptConfig
+from semantic_ids.advertiser_ids import AdvertiserIds
 
 
 @dataclass(frozen=True)
