@@ -16,7 +16,6 @@ The artifact is a directory:
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from omegaconf import OmegaConf
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -34,7 +32,7 @@ from transformers import AddedToken, PreTrainedTokenizerBase
 from data.artifacts import to_plain
 from data.errors import LineageError, UserError
 from data.log import Log, Targets
-from models.prior_lm import PriorLM, PriorLMModule, TreeBatch
+from models.prior_lm import LoraSettings, PriorLM, PriorLMModule, TreeBatch
 from models.training import EpochSampler, FitResult, fit
 from priors.anchor import Anchor, Counts, TunedAnchor, choose_constants
 from priors.base_model import BaseModel, load_base_model
@@ -45,7 +43,6 @@ from priors.prompt import PromptCompiler
 from semantic_ids.advertiser_ids import AdvertiserIds
 from semantic_ids.trie import Trie
 
-_log = logging.getLogger(__name__)
 _STANDARDISE_BATCHES = 4
 
 
@@ -228,17 +225,12 @@ def build_model(
     decoder: Any = base_model.decoder
     torch.manual_seed(cfg.seed)
     if cfg.lora.rank > 0:
-        n_layers = decoder.config.num_hidden_layers
-        adapted = None if cfg.lora.layers is None else list(range(max(0, n_layers - cfg.lora.layers), n_layers))
-        decoder = get_peft_model(
-            decoder,
-            LoraConfig(
-                r=cfg.lora.rank,
-                lora_alpha=cfg.lora.alpha,  # type: ignore[arg-type]
-                target_modules=list(cfg.lora.targets),
-                layers_to_transform=adapted,
-            ),
+        adapter = LoraConfig(
+            r=cfg.lora.rank,
+            lora_alpha=cfg.lora.alpha,  # type: ignore[arg-type]
+            target_modules=adapted_modules(decoder, cfg.lora),
         )
+        decoder = get_peft_model(decoder, adapter)
     return PriorLM(
         decoder,
         codebooks=[torch.from_numpy(codebook) for codebook in ids.codebooks],
@@ -247,6 +239,25 @@ def build_model(
         head=cfg.head.kind,
         train_input_rows=cfg.base.train_input_rows,
     )
+
+
+def adapted_modules(decoder: torch.nn.Module, cfg: LoraSettings) -> list[str]:
+    """Full names of the linear layers that get an adapter: the configured ones of the last layers.
+
+    Raises:
+        UserError: the decoder has no such layer.
+    """
+    linear = [name for name, module in decoder.named_modules() if isinstance(module, torch.nn.Linear)]
+    layer_of = {name: next((int(part) for part in name.split(".") if part.isdigit()), 0) for name in linear}
+    first = 0 if cfg.layers is None else max(layer_of.values(), default=0) + 1 - cfg.layers
+    names = [name for name in linear if name.split(".")[-1] in cfg.targets and layer_of[name] >= first]
+    if not names:
+        raise UserError(
+            f"prior.lora.targets={list(cfg.targets)}, prior.lora.layers={cfg.layers}",
+            expected=f"some of {sorted({name.split('.')[-1] for name in linear})}, at least one layer",
+            action="name the linear layers of this base model, or set prior.lora.rank=0 to train the head alone",
+        )
+    return names
 
 
 def word_rows(base_model: BaseModel, ids: AdvertiserIds, log: Log) -> Tensor:
@@ -302,7 +313,7 @@ def _fit_lm(
     if not (work_dir / "checkpoints" / "last.ckpt").exists():
         _standardise(model, train, collator, cfg)
     module = PriorLMModule(
-        model,
+        model.train(),
         lora_learning_rate=cfg.lora.learning_rate,
         head_learning_rate=cfg.head.learning_rate,
         total_steps=cfg.trainer.max_epochs * per_epoch // cfg.batch_size // cfg.trainer.accumulate,
@@ -342,11 +353,6 @@ def _logits(model: PriorLM, select: list[TreeBatch]) -> tuple[list[list[Tensor]]
             counts[level] += len(at_N)
         logits.append(levels)
     return logits, sums / counts.clamp_min(1)[:, None]
-
-
-def resolve(cfg: PriorConfig) -> dict[str, Any]:
-    """The configuration as plain types."""
-    return OmegaConf.to_container(OmegaConf.structured(cfg))  # type: ignore[return-value]
 
 
 def rows_of(targets: Targets, users: NDArray[np.integer]) -> Targets:

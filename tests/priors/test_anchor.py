@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.log import Log
+from priors.anchor import Anchor, AnchorConstants, Counts, TunedAnchor, choose_constants, path_log_probs
+from priors.config import AnchorConfig
+from semantic_ids.trie import Trie
+from tests.logs import tiny_log
+from tests.priors.conftest import random_ids
+
+CONSTANTS = AnchorConstants(own_weight=0.6, own_decay=0.9, popularity_decay=0.8, smoothing=0.5)
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Log:
+    return tiny_log(tmp_path_factory.mktemp("anchor"))
+
+
+def by_hand(log: Log, user: int, period: int, c: AnchorConstants) -> np.ndarray:
+    """The formula of DESIGN §4, event by event."""
+    n, events = len(log.advertiser_ids), log.events
+    popularity, own = np.full(n, c.smoothing), np.zeros(n)
+    promoted, bought = np.zeros(n), np.zeros(n)
+    for i in range(len(events)):
+        a, ago = events.advertiser[i], period - events.period[i]
+        if a < 0 or ago <= 0:
+            continue
+        if log.is_label[i]:
+            popularity[a] += c.popularity_decay**ago
+            promoted[a] += 1
+        if log.is_purchase[i]:
+            bought[a] += 1
+            own[a] += c.own_decay**ago if events.user[i] == user else 0.0
+    floor = 0.5 / promoted.sum()
+    g = np.sqrt(np.maximum((promoted / promoted.sum()) / (bought / bought.sum()), floor))
+    own *= g
+    popularity /= popularity.sum()
+    return popularity if own.sum() == 0 else c.own_weight * own / own.sum() + (1 - c.own_weight) * popularity
+
+
+def test_probabilities_follow_the_formula(log: Log) -> None:
+    anchor = Anchor(Counts.of(log), CONSTANTS)
+    users, periods = np.array([0, 3, 7]), np.array([4, 8, 8])
+    expected = [by_hand(log, user, period, CONSTANTS) for user, period in zip(users, periods, strict=True)]
+    np.testing.assert_allclose(anchor.probabilities(users, periods), expected, rtol=1e-9)
+
+
+def test_a_user_without_history_gets_popularity(log: Log) -> None:
+    anchor = Anchor(Counts.of(log), CONSTANTS)
+    first = np.array([1])
+    np.testing.assert_allclose(anchor.probabilities(np.array([0]), first), anchor.popularity(first))
+    np.testing.assert_allclose(anchor.popularity(first), 1 / len(log.advertiser_ids))
+
+
+def test_counts_end_before_the_period(log: Log) -> None:
+    """Events of period 6 and after change nothing of what is said at the start of period 6."""
+    period = 6
+    early = replace(log, events=log.events.select(log.events.period < period))
+    users, when = np.arange(len(log.user_ids)), np.full(len(log.user_ids), period)
+    whole = Anchor(Counts.of(log), CONSTANTS).probabilities(users, when)
+    np.testing.assert_array_equal(Anchor(Counts.of(early), CONSTANTS).probabilities(users, when), whole)
+
+
+def test_untuned_scores_are_the_conditionals_of_q_and_sum_to_one(log: Log) -> None:
+    ids = random_ids(log)
+    trie = Trie.from_codes(ids.codes_AL, ids.level_sizes)
+    anchor = Anchor(Counts.of(log), CONSTANTS)
+    untuned = TunedAnchor.untuned(anchor, trie)
+    users, periods = np.arange(10), np.full(10, 7)
+    q = anchor.probabilities(users, periods)
+    np.testing.assert_allclose(np.exp(untuned.log_probs(users, periods)), q, rtol=1e-6)
+    tuned = replace(untuned, exponent_L=np.array([0.7, 1.3, 0.9]), bias_LV=[np.arange(4) * 0.3 for _ in range(3)])
+    np.testing.assert_allclose(np.exp(tuned.log_probs(users, periods)).sum(1), 1.0, rtol=1e-9)
+    assert np.abs(np.exp(tuned.log_probs(users, periods)) - q).max() > 1e-3
+    prefixes = path_log_probs(trie, tuned.child_scores(users, periods))
+    np.testing.assert_allclose(np.exp(prefixes[0]), trie.node_mass(np.exp(tuned.log_probs(users, periods)), 1))
+
+
+def test_chosen_constants_are_the_best_of_the_grid(log: Log) -> None:
+    targets = log.advertiser_targets("prior_select")
+    grid = AnchorConfig(own_weight=[0.2, 0.6], own_decay=[0.9], popularity_decay=[0.9, 1.0], smoothing=[0.1, 1.0])
+    counts = Counts.of(log)
+    chosen, trials = choose_constants(counts, targets, grid)
+    q = Anchor(counts, chosen).probabilities(targets.user, targets.period)
+    nll = -np.bincount(targets.row, np.log(q[targets.row, targets.item])) / np.diff(targets.ptr)
+    assert nll.mean() == pytest.approx(min(trial["nll"] for trial in trials))
+    assert len(trials) == 4 + 2
+
+
+def test_plain_form_gives_the_same_anchor_back(log: Log, tmp_path: Path) -> None:
+    ids = random_ids(log)
+    trie, counts = Trie.from_codes(ids.codes_AL, ids.level_sizes), Counts.of(log)
+    tuned = TunedAnchor(
+        Anchor(counts, CONSTANTS), trie, np.array([0.5, 1.0, 2.0]), [np.ones(4), np.zeros(4), np.ones(4)]
+    )
+    again = TunedAnchor.from_plain(tuned.to_plain(), counts, trie)
+    users, periods = np.arange(5), np.full(5, 5)
+    np.testing.assert_array_equal(again.log_probs(users, periods), tuned.log_probs(users, periods))

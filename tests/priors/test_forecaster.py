@@ -1,0 +1,373 @@
+"""The forecaster before and after training, against plain computations of the same thing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from data.errors import LineageError, UserError
+from models.prior_lm import TreeBatch, base_log_prob, target_log_prob
+from priors.base_model import load_base_model
+from priors.calibration import Calibration, calibrated_nll, fit_calibration
+from priors.config import BaseModelConfig, DecodeConfig, PriorConfig, PromptConfig
+from priors.dataset import Example, PromptDataset, TreeCollator
+from priors.decode import TreeDecoder
+from priors.evaluate import evaluate_forecast, exact_nll
+from priors.fit import PriorModel, batches, build_model, fit_prior
+from priors.forecast import PRIOR_FEATURES, TableForecast
+from priors.generate import as_of_periods, generate_priors
+from priors.prompt import PromptCompiler
+from priors.table import PriorTable
+from tests.priors.conftest import Fitted, random_ids
+
+
+def decoder_of(fitted: Fitted, **changes: object) -> TreeDecoder:
+    cfg = DecodeConfig(**({"beam": 64, "top_k": 100} | changes))  # type: ignore[arg-type]
+    return TreeDecoder(fitted.prior.model, fitted.prior.base, fitted.prior.calibration, cfg)
+
+
+def prompts_of(fitted: Fitted, users: np.ndarray, period: int) -> list[np.ndarray]:
+    return [fitted.prior.compiler.compile(int(user), period).token_ids for user in users]
+
+
+def every_advertiser(fitted: Fitted, users: np.ndarray, period: int) -> TreeBatch:
+    everyone = np.arange(len(fitted.log.advertiser_ids))
+    examples = [
+        Example(int(user), period, prompt, everyone)
+        for user, prompt in zip(users, prompts_of(fitted, users, period), strict=True)
+    ]
+    return fitted.prior.collator(examples)
+
+
+@torch.no_grad()
+def teacher_forced(fitted: Fitted, users: np.ndarray, period: int) -> np.ndarray:
+    """Log-probability of every advertiser through the training path, ``(B, A)``."""
+    batch, model, cal = every_advertiser(fitted, users, period), fitted.prior.model, fitted.prior.calibration
+    hidden = model.hidden(batch)
+    log_probs = []
+    for level, d in enumerate(batch.levels):
+        legal = d.base_NV.isfinite()
+        score = cal.lm_weight[level] * model.head(hidden[d.row_N, d.position_N], level)
+        score = score + cal.base_exponent[level] * d.base_NV.masked_fill(~legal, 0.0)
+        log_probs.append(score.masked_fill(~legal, -torch.inf).log_softmax(-1))
+    return target_log_prob(batch, log_probs).view(len(users), -1).numpy()
+
+
+def test_before_training_the_forecast_is_the_empirical_prior(fitted: Fitted) -> None:
+    """DESIGN §4: the head starts at zero, so that the untrained LM adds nothing to q_u."""
+    untrained = build_model(load_base_model(fitted.cfg.base), fitted.ids, fitted.log, fitted.prior.compiler, fitted.cfg)
+    untuned = replace(fitted.prior.base, exponent_L=np.ones(3), bias_LV=[np.zeros(4)] * 3)
+    decoder = TreeDecoder(untrained, untuned, Calibration.identity(3), DecodeConfig(beam=64, top_k=100))
+    users, period = np.arange(6), 8
+    q_BA = untuned.anchor.probabilities(users, np.full(6, period))
+    for row, one in enumerate(decoder.decode(prompts_of(fitted, users, period), users, np.full(6, period))):
+        np.testing.assert_allclose(np.exp(one.log_prob_K), q_BA[row, one.advertiser_K], rtol=1e-5)
+
+
+def test_a_wide_beam_finds_everyone_with_the_probability_of_teacher_forcing(fitted: Fitted) -> None:
+    users, period = np.arange(12), 9
+    forced_BA = teacher_forced(fitted, users, period)
+    np.testing.assert_allclose(np.exp(forced_BA).sum(1), 1.0, atol=1e-5)
+    decoded = decoder_of(fitted).decode(prompts_of(fitted, users, period), users, np.full(12, period))
+    for row, one in enumerate(decoded):
+        assert sorted(one.advertiser_K) == list(range(len(fitted.log.advertiser_ids)))
+        np.testing.assert_allclose(one.log_prob_K, forced_BA[row, one.advertiser_K], atol=1e-4)
+        assert one.mass == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_narrow_beam_is_exact_about_what_it_finds_and_prunes(fitted: Fitted) -> None:
+    users, period, trie = np.arange(12), 9, fitted.prior.base.trie
+    prob_BA = np.exp(teacher_forced(fitted, users, period))
+    decoder = decoder_of(fitted, beam=2, frontier_floor=1e-9)
+    for row, one in enumerate(decoder.decode(prompts_of(fitted, users, period), users, np.full(12, period))):
+        assert len(set(one.advertiser_K)) == len(one.advertiser_K) > 0
+        np.testing.assert_allclose(np.exp(one.log_prob_K), prob_BA[row, one.advertiser_K], atol=1e-5)
+        np.testing.assert_allclose(
+            np.exp(one.level1_log_prob_N), trie.node_mass(prob_BA[row : row + 1], 1)[0], atol=1e-5
+        )
+        for depth, node, log_prob in zip(
+            one.frontier_depth_F, one.frontier_node_F, one.frontier_log_prob_F, strict=True
+        ):
+            mass = trie.node_mass(prob_BA[row : row + 1], int(depth))[0, node]
+            assert np.exp(log_prob) == pytest.approx(mass, abs=1e-5)
+
+
+def test_the_order_and_company_of_prompts_change_nothing(fitted: Fitted) -> None:
+    users, period = np.arange(5), 7
+    together = decoder_of(fitted, beam=3).decode(prompts_of(fitted, users, period), users, np.full(5, period))
+    for row, user in enumerate(users):
+        one = np.array([user])
+        alone = decoder_of(fitted, beam=3).decode(prompts_of(fitted, one, period), one, np.array([period]))[0]
+        np.testing.assert_array_equal(alone.advertiser_K, together[row].advertiser_K)
+        np.testing.assert_allclose(alone.log_prob_K, together[row].log_prob_K, atol=1e-4)
+
+
+def test_an_empty_batch_gives_nothing_and_an_empty_prompt_an_error(fitted: Fitted) -> None:
+    assert decoder_of(fitted).decode([], np.zeros(0, int), np.zeros(0, int)) == []
+    with pytest.raises(UserError, match="empty prompt"):
+        decoder_of(fitted).decode([np.zeros(0, np.int64)], np.array([0]), np.array([7]))
+
+
+def test_nan_logits_are_told_with_their_prompt(fitted: Fitted) -> None:
+    decoder = decoder_of(fitted)
+    broken = torch.nn.Parameter(torch.full_like(decoder.model.head.projections[0], torch.nan))
+    sound, decoder.model.head.projections[0] = decoder.model.head.projections[0], broken
+    try:
+        with pytest.raises(FloatingPointError, match="prompt 0 of the batch at level 1"):
+            decoder.decode(prompts_of(fitted, np.array([0]), 7), np.array([0]), np.array([7]))
+    finally:
+        decoder.model.head.projections[0] = sound
+
+
+def test_tree_batch_gives_each_target_what_it_gets_alone(fitted: Fitted) -> None:
+    """Targets that share a tree do not see each other."""
+    targets = fitted.log.advertiser_targets("prior_select")
+    dataset = PromptDataset(targets, fitted.prior.compiler)
+    row = int(np.argmax(np.diff(targets.ptr)))
+    example, collator = dataset[row], fitted.prior.collator
+    model = fitted.prior.model
+    with torch.no_grad():
+        batch = collator([example])
+        together = target_log_prob(batch, model.log_probs(batch))
+        for index, advertiser in enumerate(example.targets):
+            alone = collator([replace(example, targets=np.array([advertiser]))])
+            torch.testing.assert_close(
+                target_log_prob(alone, model.log_probs(alone))[0], together[index], atol=1e-5, rtol=1e-5
+            )
+
+
+def test_targets_beyond_the_limit_are_drawn_by_row_alone(fitted: Fitted) -> None:
+    targets = fitted.log.advertiser_targets("prior_fit")
+    limited = PromptDataset(targets, fitted.prior.compiler, max_targets=1, seed=3)
+    again = PromptDataset(targets, fitted.prior.compiler, max_targets=1, seed=3)
+    for row in (0, 5, 9):
+        assert len(limited[row].targets) == 1
+        assert limited[row].targets[0] in targets.of(row)
+        np.testing.assert_array_equal(limited[row].targets, again[row].targets)
+
+
+def test_calibration_leaves_the_sum_at_one_and_never_worsens_its_own_span(fitted: Fitted) -> None:
+    targets = fitted.log.advertiser_targets("prior_select")
+    select = list(batches(PromptDataset(targets, fitted.prior.compiler), fitted.prior.collator, 16))
+    rng = torch.Generator().manual_seed(0)
+    noise = [[torch.randn(d.base_NV.shape, generator=rng) * 3 for d in batch.levels] for batch in select]
+    calibration = fit_calibration(select, noise)
+    weight, exponent = torch.tensor(calibration.lm_weight), torch.tensor(calibration.base_exponent)
+    fitted_nll = calibrated_nll(select, noise, weight, exponent).mean()
+    assert fitted_nll < calibrated_nll(select, noise, torch.ones(3), torch.ones(3)).mean()
+    # An LM of pure noise is all but left out.
+    assert max(calibration.lm_weight) < 0.3
+    assert min(calibration.lm_weight) >= 0.0
+
+
+def test_training_moves_the_forecast_and_validation_reports_it(fitted: Fitted) -> None:
+    assert fitted.metrics["steps"] == 6
+    assert len(fitted.metrics["select_nll_by_part"]) == 2  # type: ignore[arg-type]
+    targets = fitted.log.advertiser_targets("prior_select")
+    tree = list(batches(PromptDataset(targets, fitted.prior.compiler), fitted.prior.collator, 16))
+    base = torch.cat([-base_log_prob(batch) for batch in tree])
+    assert np.abs(exact_nll(fitted.prior.model, tree, fitted.prior.calibration).mean() - float(base.mean())) > 1e-6
+
+
+def test_a_killed_fit_ends_like_an_undisturbed_one(
+    fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collate, calls, dies_at = TreeCollator.__call__, 0, 0
+
+    def counted(self: TreeCollator, examples: Sequence[Example]) -> TreeBatch:
+        nonlocal calls
+        calls += 1
+        if calls == dies_at:
+            raise RuntimeError("killed")
+        return collate(self, examples)
+
+    monkeypatch.setattr(TreeCollator, "__call__", counted)
+    whole, _ = fit_prior(fitted.log, fitted.ids, fitted.cfg, work_dir=tmp_path / "whole")
+    # The second part has three training batches; after them come the selection prompts, twice four batches.
+    dies_at, calls = calls - 4 - 4 - 1, 0
+    with pytest.raises(RuntimeError, match="killed"):
+        fit_prior(fitted.log, fitted.ids, fitted.cfg, work_dir=tmp_path / "killed")
+    assert (tmp_path / "killed" / "checkpoints" / "last.ckpt").exists()
+    dies_at = 0
+    resumed, metrics = fit_prior(fitted.log, fitted.ids, fitted.cfg, work_dir=tmp_path / "killed")
+    assert metrics["steps"] == 6
+    for name, value in whole.model.head.state_dict().items():
+        torch.testing.assert_close(resumed.model.head.state_dict()[name], value, atol=0, rtol=0)
+    assert resumed.calibration == whole.calibration
+
+
+def test_saved_and_loaded_it_forecasts_the_same(fitted: Fitted, tmp_path: Path) -> None:
+    fitted.prior.save(tmp_path)
+    loaded = PriorModel.load(tmp_path, fitted.log, fitted.ids, fitted.cfg)
+    users, period = np.arange(4), 8
+    ours = decoder_of(fitted).decode(prompts_of(fitted, users, period), users, np.full(4, period))
+    theirs = TreeDecoder(loaded.model, loaded.base, loaded.calibration, DecodeConfig(beam=64, top_k=100)).decode(
+        [loaded.compiler.compile(int(user), period).token_ids for user in users], users, np.full(4, period)
+    )
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(one.advertiser_K, other.advertiser_K)
+        np.testing.assert_array_equal(one.log_prob_K, other.log_prob_K)
+    tokens = json.loads((tmp_path / "tokenizer" / "tokenizer.json").read_text())["added_tokens"]
+    named = {token["content"]: token["id"] for token in tokens}
+    offset = loaded.compiler.first_id_token
+    assert [named["<adv_1_0>"], named["<adv_2_0>"], named["<adv_3_3>"]] == [offset, offset + 4, offset + 11]
+
+
+def test_other_advertiser_ids_are_refused(fitted: Fitted, tmp_path: Path) -> None:
+    fitted.prior.save(tmp_path)
+    with pytest.raises(LineageError, match=fitted.ids.version[:12]):
+        PriorModel.load(tmp_path, fitted.log, random_ids(fitted.log, seed=1), fitted.cfg)
+
+
+@pytest.fixture(scope="module")
+def table(fitted: Fitted, tmp_path_factory: pytest.TempPathFactory) -> PriorTable:
+    directory = tmp_path_factory.mktemp("table")
+    (directory / "out").mkdir()
+    metrics = generate_priors(
+        fitted.prior, fitted.log, fitted.cfg, out_dir=directory / "out", work_dir=directory / "work"
+    )
+    assert metrics["forecasts_made"] == 20 * len(as_of_periods(fitted.log, 2))
+    return PriorTable.load(directory / "out", fitted.log)
+
+
+@pytest.mark.parametrize("arm", ["lm", "anchor"])
+def test_every_users_probabilities_sum_to_one(fitted: Fitted, table: PriorTable, arm: str) -> None:
+    forecast = TableForecast(table, fitted.prior.base, arm=arm)
+    users = fitted.log.panel(20, fitted.cfg.seed)
+    for period in (7, 8, 11):
+        log_prob = forecast.log_probs(users, np.full(len(users), period))
+        assert log_prob.shape == (20, forecast.n_advertisers)
+        np.testing.assert_allclose(np.exp(log_prob.astype(float)).sum(1), 1.0, atol=1e-5)
+
+
+def test_back_off_keeps_what_was_decoded_and_shares_the_rest_by_the_anchor(fitted: Fitted, table: PriorTable) -> None:
+    forecast = TableForecast(table, fitted.prior.base, arm="lm")
+    row = 4
+    user, period = table.user_R[row : row + 1], table.period_R[row : row + 1]
+    log_prob = forecast.log_probs(user, period)[0]
+    found = table.advertiser_RK[row][table.advertiser_RK[row] >= 0]
+    np.testing.assert_allclose(log_prob[found], table.log_prob_RK[row, : len(found)], atol=1e-5)
+    forced = teacher_forced(fitted, user, int(period[0]))
+    trie = fitted.prior.base.trie
+    np.testing.assert_allclose(
+        trie.node_mass(np.exp(log_prob[None].astype(float)), 1), trie.node_mass(np.exp(forced), 1), atol=1e-4
+    )
+
+
+def test_a_request_takes_the_newest_forecast_before_it(fitted: Fitted, table: PriorTable) -> None:
+    user = table.user_R[:1]
+    rows = [table.find(user, np.array([period]))[0] for period in (6, 7, 8, 9, 99)]
+    assert rows[0] == -1
+    assert [table.period_R[row] for row in rows[1:]] == [7, 7, 9, 11]
+
+
+def test_a_user_without_a_forecast_falls_back_to_the_anchor_and_is_flagged(fitted: Fitted, table: PriorTable) -> None:
+    forecast = TableForecast(table, fitted.prior.base, arm="lm")
+    outsider = np.setdiff1d(np.arange(len(fitted.log.user_ids)), table.user_R)[:1]
+    np.testing.assert_allclose(
+        forecast.log_probs(outsider, np.array([8])), fitted.prior.base.log_probs(outsider, np.array([8])), rtol=1e-5
+    )
+    features = forecast.features(np.r_[outsider, table.user_R[:2]], np.array([8, 8, 8]), np.array([0, 0, -1]))
+    assert set(features) == set(PRIOR_FEATURES)
+    assert features["prior_missing"].tolist() == [1.0, 0.0, 1.0]
+    assert all(np.isfinite(values).all() for values in features.values())
+
+
+def test_a_finished_as_of_file_is_not_made_again(fitted: Fitted, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    arguments = {"out_dir": tmp_path / "out", "work_dir": tmp_path / "work"}
+    generate_priors(fitted.prior, fitted.log, fitted.cfg, **arguments)
+    first = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    (tmp_path / "work" / "shards" / "as_of=0009.parquet").unlink()
+    metrics = generate_priors(fitted.prior, fitted.log, fitted.cfg, **arguments)
+    assert metrics["forecasts_made"] == 20
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == first
+
+
+def test_evaluation_has_every_arm_control_and_difference(fitted: Fitted, table: PriorTable) -> None:
+    forecasts = {arm: TableForecast(table, fitted.prior.base, arm=arm) for arm in ("anchor", "lm")}
+    evaluation = evaluate_forecast(fitted.prior, forecasts, fitted.log, fitted.cfg)
+    nll = {row.arm: row for row in evaluation.rows if row.metric == "nll"}
+    assert set(nll) == {
+        "lm", "anchor", "anchor, untuned", "popularity", "lm, other prompt", "lm, constant hidden",
+        "lm - anchor", "lm - lm, other prompt", "lm - lm, constant hidden", "lm - popularity",
+    }  # fmt: skip
+    assert nll["lm - anchor"].value == pytest.approx(nll["lm"].value - nll["anchor"].value)
+    assert nll["anchor"].value < nll["popularity"].value
+    recall = {(row.arm, row.segment): row.value for row in evaluation.rows if row.metric == "recall" and row.k == 5}
+    assert {segment for _, segment in recall} == {"all", "new", "active", "sparse users"}
+    assert recall["anchor", "active"] >= recall["anchor", "all"]
+    assert set(evaluation.curves["reliability"]) == {"anchor", "lm"}
+
+
+class TestPrompt:
+    def compiler(self, fitted: Fitted, **changes: object) -> PromptCompiler:
+        cfg = PromptConfig(**changes)  # type: ignore[arg-type]
+        return PromptCompiler(fitted.log, fitted.ids, fitted.prior.compiler.tokenizer, cfg)
+
+    def test_budget_is_kept_and_the_frame_survives(self, fitted: Fitted) -> None:
+        for budget in (12, 20, 40, 200):
+            prompt = self.compiler(fitted, max_tokens=budget, advertisers=50).compile(3, 9)
+            assert len(prompt.token_ids) == sum(prompt.sections.values()) <= budget
+            assert prompt.sections["frame"] > 0
+
+    def test_a_budget_without_room_is_refused(self, fitted: Fitted) -> None:
+        with pytest.raises(UserError, match="max_tokens=3"):
+            self.compiler(fitted, max_tokens=3)
+
+    def test_nothing_of_the_period_or_later_is_read(self, fitted: Fitted) -> None:
+        early = replace(fitted.log, events=fitted.log.events.select(fitted.log.events.period < 7))
+        cfg, tokenizer = PromptConfig(), fitted.prior.compiler.tokenizer
+        for user in range(0, 60, 7):
+            whole = PromptCompiler(fitted.log, fitted.ids, tokenizer, cfg).compile(user, 7)
+            np.testing.assert_array_equal(
+                PromptCompiler(early, fitted.ids, tokenizer, cfg).compile(user, 7).token_ids, whole.token_ids
+            )
+
+    def test_switches_and_ids(self, fitted: Fitted) -> None:
+        plain = self.compiler(fitted, profile=False, season=False, advertiser_ids=True)
+        prompt = plain.compile(3, 9)
+        assert set(prompt.sections) == {"advertisers", "frame"}
+        shown = prompt.token_ids[prompt.token_ids >= plain.first_id_token][:3]
+        named = "".join(plain.id_token(int(token)) for token in shown)
+        assert named in {"".join(fitted.ids.tokens(advertiser)) for advertiser in range(len(fitted.ids))}
+        assert named in plain.text(prompt)
+
+    def test_text_from_data_is_inert(self, fitted: Fitted) -> None:
+        """A title that spells an ID token or a chat marker stays plain characters."""
+        evil = "<adv_1_3> <|im_end|> [SEP] </s>"
+        frame = fitted.log.tables.advertisers.with_columns(text=pl.lit(evil))
+        log = replace(fitted.log, tables=replace(fitted.log.tables, advertisers=frame))
+        tokenizer = fitted.prior.compiler.tokenizer
+        compiler = PromptCompiler(log, fitted.ids, tokenizer, PromptConfig(max_tokens=200, advertiser_ids=False))
+        tokens = compiler.compile(3, 9).token_ids
+        assert (tokens < compiler.first_id_token).all()
+        assert not set(tokens.tolist()) & set(tokenizer.all_special_ids)
+
+
+BAD_CONFIGS = [
+    ({"panel": 0}, "prior.panel=0"),
+    ({"prompts": -1}, "prior.prompts=-1"),
+    ({"base": BaseModelConfig("packaged:gpt9")}, "packaged:gpt9"),
+    ({"base": BaseModelConfig(dtype="int4")}, "prior.base.dtype=int4"),
+    ({"base": BaseModelConfig("/nowhere/at/all")}, "/nowhere/at/all"),
+    ({"decode": DecodeConfig(beam=0)}, "prior.decode.beam=0"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_CONFIGS)
+def test_bad_configuration_is_told(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_base_model(PriorConfig(**changes).base)  # type: ignore[arg-type]
+
+
+def test_several_problems_are_told_together() -> None:
+    with pytest.raises(UserError, match=r"(?s)prior\.panel=0.*prior\.decode\.top_k=0"):
+        PriorConfig(panel=0, decode=DecodeConfig(top_k=0))
