@@ -185,6 +185,10 @@ class AdIndex:
             return np.empty((0, self.dim), dtype=np.float32)
         return self._index.reconstruct_batch(rows_M)
 
+    def holds(self, ads: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """Which of the ads have a vector here."""
+        return self._rows_of(ads) >= 0
+
     def rows(self, ads: NDArray[np.int32]) -> NDArray[np.int64]:
         """Distinct rows of those of the ads that the index holds, ascending."""
         rows = np.unique(self._rows_of(ads))

@@ -1,0 +1,256 @@
+"""Training the two-tower on a log, and the trained towers as an artifact.
+
+    directory/model.safetensors   weights and the items' features
+    directory/two_tower.json      sizes and config
+    directory/index/              the ad index
+
+Shapes: B users, I ads, D width.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+
+from data.artifacts import atomic_directory
+from data.errors import LineageError, UserError
+from data.log import Log
+from models.training import EpochSampler, FitResult, fit
+from models.two_tower import (
+    ItemEncoder,
+    TwoTower,
+    TwoTowerConfig,
+    TwoTowerModule,
+    TwoTowerShape,
+    ad_vectors,
+)
+from retrieval.config import PairsConfig, RetrievalConfig
+from retrieval.index import AdIndex, IndexConfig
+from retrieval.two_tower_data import (
+    AGE_EDGES,
+    COUNT_EDGES,
+    Histories,
+    TrainingBatches,
+    ValidationBatches,
+    build_items,
+    profiles,
+)
+
+
+@dataclass
+class TrainedTwoTower:
+    """Trained towers, ready to embed users of a log and to search its ads.
+
+    Attributes:
+        model: the towers.
+        index: the ads.
+        shape: sizes from the data.
+        cfg: sizes of the towers.
+    """
+
+    model: TwoTower
+    index: AdIndex
+    shape: TwoTowerShape
+    cfg: TwoTowerConfig
+
+    def embedder(self, log: Log, cfg: PairsConfig) -> UserEmbedder:
+        """Embeds users of a log.
+
+        Raises:
+            LineageError: the log has other ads or profile columns than the one trained on.
+        """
+        expected = (self.shape.item_features["ad"] - 1, self.shape.user_features)
+        given = (len(log.ad_ids), _user_features(log))
+        if given != expected:
+            raise LineageError(
+                f"a log with {given[0]} ads and profile columns {given[1]}",
+                expected=f"{expected[0]} ads and {expected[1]}, which the two-tower was trained on",
+                action="train the two-tower on this log.",
+            )
+        return UserEmbedder(self.model, log, cfg)
+
+    def save(self, directory: Path) -> None:
+        """Write weights, sizes and index, whole or not at all."""
+        with atomic_directory(directory) as temporary:
+            state = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
+            save_file(state, temporary / "model.safetensors")
+            facts = {"shape": asdict(self.shape), "config": asdict(self.cfg), "rows": self._rows()}
+            (temporary / "two_tower.json").write_text(json.dumps(facts, indent=2) + "\n")
+            self.index.save(temporary / "index")
+
+    @classmethod
+    def load(cls, directory: Path, index_cfg: IndexConfig) -> Self:
+        """Read trained towers back.
+
+        Args:
+            directory: where :meth:`save` wrote them.
+            index_cfg: search settings.
+
+        Raises:
+            UserError: a file is missing or damaged.
+        """
+        try:
+            facts = json.loads((directory / "two_tower.json").read_text())
+            state = load_file(directory / "model.safetensors")
+            shape, cfg = TwoTowerShape(**facts["shape"]), TwoTowerConfig(**facts["config"])
+            model = TwoTower(_blank_encoder(facts["rows"], shape, cfg), shape, cfg)
+            model.load_state_dict(state)
+        except Exception as error:
+            raise UserError(
+                f"the two-tower in {directory}",
+                expected=f"a readable artifact ({type(error).__name__}: {error})",
+                action="delete the directory and run the stage again.",
+            ) from error
+        model.eval()
+        return cls(model, AdIndex.load(directory / "index", index_cfg, dim=cfg.dim), shape, cfg)
+
+    def _rows(self) -> dict[str, int]:
+        return {"items": len(self.model.encoder.codes_NF), "advertisers": len(self.model.encoder.text_AE)}
+
+
+class UserEmbedder:
+    """User vectors at the start of a period, from purchases before it.
+
+    Args:
+        model: the towers.
+        log: the purchases and profiles.
+        cfg: length of the history.
+    """
+
+    def __init__(self, model: TwoTower, log: Log, cfg: PairsConfig) -> None:
+        self.model, self.histories, self.profile_UF = model, Histories(log, cfg), profiles(log)
+
+    @torch.no_grad()
+    def __call__(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> NDArray[np.float32]:
+        """Unit vectors, shape ``(B, D)``; NaN for a user without any purchase before the period.
+
+        The towers have a vector for such a user too, but it was learned from almost no example.
+        """
+        device = self.model.encoder.codes_NF.device
+        parts = []
+        for start in range(0, len(user_B), 512):
+            user, period = user_B[start : start + 512], period_B[start : start + 512]
+            inputs = {name: tensor.to(device) for name, tensor in self.histories(user, period).tensors().items()}
+            profile = torch.from_numpy(self.profile_UF[user]).to(device)
+            vectors = self.model.users(**inputs, profile_BF=profile).cpu().numpy()
+            vectors[self.histories.sizes(user, period) == 0] = np.nan
+            parts.append(vectors)
+        return np.concatenate(parts) if parts else np.empty((0, self.model.dim), dtype=np.float32)
+
+
+def train_two_tower(
+    log: Log,
+    codes_AL: NDArray[np.int64],
+    text_AE: NDArray[np.float32],
+    cfg: RetrievalConfig,
+    *,
+    work_dir: Path,
+) -> tuple[TrainedTwoTower, FitResult]:
+    """Train on ``prior_fit``, choose the epoch on ``prior_select``, index the ads.
+
+    Args:
+        log: the log.
+        codes_AL: semantic IDs of the log's advertisers.
+        text_AE: text embedding of each advertiser.
+        cfg: towers, requests, trainer, index.
+        work_dir: checkpoints; a fit that was cut off resumes from here.
+
+    Returns:
+        The trained towers with their index, and what the fit did.
+
+    Raises:
+        UserError: the fit span has no converted ad.
+    """
+    targets = log.ad_targets("prior_fit")
+    if not len(targets):
+        raise UserError(
+            f"prior_fit {log.split.prior_fit} without a converted ad",
+            expected="at least one request with a conversion of a placed ad",
+            action="check data.label_kinds and data.split.prior_fit.",
+        )
+    # torch's generator is left alone: Lightning seeds what is drawn later, this seeds the weights.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.seed)
+        model, shape = build_model(log, codes_AL, text_AE, cfg.model)
+    module = TwoTowerModule(model, cfg.model, n_ads=len(log.ad_ids), k=cfg.budget)
+    histories = Histories(log, cfg.pairs)
+    train = TrainingBatches(log, targets, histories, cfg.pairs, seed=cfg.seed)
+    per_epoch = min(cfg.pairs.requests_per_epoch or len(train), len(train))
+    train_loader = DataLoader(
+        range(len(train)),  # type: ignore[arg-type]
+        batch_size=cfg.pairs.batch_size,
+        sampler=EpochSampler(len(train), seed=cfg.seed, per_epoch=per_epoch),
+        collate_fn=train,
+    )
+    select = log.ad_targets("prior_select")
+    rng = np.random.default_rng(cfg.seed)
+    chosen = np.sort(rng.permutation(len(select))[: cfg.pairs.validation_requests])
+    validation = ValidationBatches(log, select, histories, cfg.pairs, seed=cfg.seed)
+    val_loader = DataLoader(chosen.tolist(), batch_size=128, collate_fn=validation)
+    monitor = "val_recall" if len(chosen) else None
+    result = fit(
+        module,
+        train_loader,
+        val_loader if len(chosen) else None,
+        cfg.trainer,
+        work_dir=work_dir,
+        seed=cfg.seed,
+        monitor=monitor,
+        mode="max",
+    )
+    model.cpu().eval()
+    n_ads = len(log.ad_ids)
+    index = AdIndex.build(ad_vectors(model, n_ads).numpy(), np.arange(n_ads, dtype=np.int32), cfg.index)
+    return TrainedTwoTower(model, index, shape, cfg.model), result
+
+
+def build_model(
+    log: Log, codes_AL: NDArray[np.int64], text_AE: NDArray[np.float32], cfg: TwoTowerConfig
+) -> tuple[TwoTower, TwoTowerShape]:
+    """Untrained towers of a log, and their sizes.
+
+    Raises:
+        ValueError: semantic IDs or text embeddings are of another number of advertisers.
+    """
+    if len(text_AE) != len(log.advertiser_ids):
+        raise ValueError(f"text embeddings of {len(text_AE)} advertisers for a log of {len(log.advertiser_ids)}")
+    items = build_items(log, codes_AL)
+    shape = TwoTowerShape(
+        item_features=items.sizes,
+        user_features=_user_features(log),
+        text_dim=text_AE.shape[1],
+        ages=len(AGE_EDGES) + 1,
+        counts=len(COUNT_EDGES) + 1,
+    )
+    encoder = ItemEncoder(
+        torch.from_numpy(items.codes_NF),
+        torch.from_numpy(items.advertiser_N),
+        torch.from_numpy(np.ascontiguousarray(text_AE, dtype=np.float32)),
+        shape=shape,
+        dim=cfg.dim,
+    )
+    return TwoTower(encoder, shape, cfg), shape
+
+
+def _blank_encoder(rows: dict[str, Any], shape: TwoTowerShape, cfg: TwoTowerConfig) -> ItemEncoder:
+    """An encoder of the right sizes whose values are about to be loaded."""
+    n_items = int(rows["items"])
+    return ItemEncoder(
+        torch.zeros(n_items, len(shape.item_features), dtype=torch.int32),
+        torch.zeros(n_items, dtype=torch.int32),
+        torch.zeros(int(rows["advertisers"]), shape.text_dim),
+        shape=shape,
+        dim=cfg.dim,
+    )
+
+
+def _user_features(log: Log) -> dict[str, int]:
+    return {f"user_{name}": len(values) for name, values in log.user_vocabularies.items()}
