@@ -8,14 +8,14 @@ figure carries a font, a script or a reference of its own. Every text that comes
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NotRequired, TypedDict
 
 from markupsafe import Markup, escape
 
 from data.statistics import Row
-from pipeline.verdict import MINUS, Outcome, is_known, judge, number
+from pipeline.verdict import AGAINST, CONTROLS, DIFFERENCE, MINUS, Outcome, is_known, judge, number
 
 
 class SweepPoint(TypedDict):
@@ -37,12 +37,11 @@ class LearningPoint(TypedDict):
     anchor: float
 
 
-class ReliabilityBin(TypedDict):
-    """Mean forecast probability and observed share of one equal-mass bin."""
+class ReliabilityCurve(TypedDict):
+    """Mean forecast probability and observed share of each equal-mass bin; the lists are of one length."""
 
-    predicted: float
-    observed: float
-    count: int
+    predicted: Sequence[float]
+    observed: Sequence[float]
 
 
 @dataclass
@@ -135,18 +134,24 @@ def svg(width: float, height: float, label: str, parts: Iterable[str], style: st
 
 FOREST_WIDTH = 300.0
 _FOREST_HEIGHT = 26.0
+_FOREST_RANGE = 4
+"""A difference more than this many times as large as those of the verdict is cut off."""
 
 
-def forest_scale(rows: Iterable[Row]) -> float:
+def forest_scale(rows: Sequence[Row]) -> float:
     """The value at the ends of a forest plot's axis, the same on both sides of zero.
+
+    The axis is made for the differences of the verdict. One far beyond them, from popularity say, would squeeze
+    the rest into the zero line; it is cut off, with an arrow.
 
     Args:
         rows: the differences that share the axis.
     """
-    ends = [
-        abs(end) for row in rows for end in (row.value, row.ci_low, row.ci_high) if end is not None and is_known(end)
-    ]
-    return _nice_ceiling(max(ends, default=0.0))
+    reach = {row: max((abs(end) for end in _ends(row)), default=0.0) for row in rows}
+    close = (f"lm{DIFFERENCE}{against}" for against in (*AGAINST, *CONTROLS))
+    near = max((reach[row] for row in rows if row.arm in set(close)), default=0.0)
+    shown = [value for value in reach.values() if not near or value <= _FOREST_RANGE * near]
+    return _nice_ceiling(max(shown, default=0.0))
 
 
 def forest_cell(row: Row, scale: float) -> Markup:
@@ -156,17 +161,24 @@ def forest_cell(row: Row, scale: float) -> Markup:
         row: the difference.
         scale: of `forest_scale` over the rows above and below.
     """
-    middle, reach = FOREST_WIDTH / 2, FOREST_WIDTH / 2 - 8
-    panel = Panel(8, 0, 2 * reach, _FOREST_HEIGHT, (-scale, scale), (0, 1))
+    middle, center = FOREST_WIDTH / 2, _FOREST_HEIGHT / 2
+    panel = Panel(8, 0, FOREST_WIDTH - 16, _FOREST_HEIGHT, (-scale, scale), (0, 1))
     panel.line(middle, 0, middle, _FOREST_HEIGHT, "zero")
     style = judge(row).name.lower()
-    if is_known(row.ci_low) and is_known(row.ci_high):
-        low, high = panel.px(row.ci_low or 0.0), panel.px(row.ci_high or 0.0)
-        panel.line(low, _FOREST_HEIGHT / 2, high, _FOREST_HEIGHT / 2, f"whisker {style}")
-    if is_known(row.value):
+    low, *_, high = sorted(_ends(row)) if _ends(row) else [0.0, 0.0]
+    inside_low, inside_high = max(-scale, min(scale, low)), max(-scale, min(scale, high))
+    if inside_low < inside_high:
+        panel.line(panel.px(inside_low), center, panel.px(inside_high), center, f"whisker {style}")
+    for beyond, side in ((low < -scale, -1), (high > scale, 1)):
+        if beyond:
+            tip = middle + side * (FOREST_WIDTH / 2 - 1)
+            corners = (
+                f"{tip:.1f},{center:.1f} {tip - side * 8:.1f},{center - 5:.1f} {tip - side * 8:.1f},{center + 5:.1f}"
+            )
+            panel.parts.append(f'<polygon points="{corners}" class="arrow {style}"/>')
+    if is_known(row.value) and abs(row.value) <= scale:
         panel.dot(row.value, 0.5, f"point {style}", radius=4.2)
-    label = f"difference {number(row.value, 4, signed=True)}"
-    return svg(FOREST_WIDTH, _FOREST_HEIGHT, label, panel.parts, "forest")
+    return svg(FOREST_WIDTH, _FOREST_HEIGHT, f"difference {number(row.value, 4, signed=True)}", panel.parts, "forest")
 
 
 def forest_axis(scale: float, better: Literal["higher", "lower"] | None) -> Markup:
@@ -175,17 +187,22 @@ def forest_axis(scale: float, better: Literal["higher", "lower"] | None) -> Mark
     for value, style in ((-scale, ""), (0.0, "mid"), (scale, "end")):
         text = "0" if value == 0 else f"{'+' if value > 0 else MINUS}{abs(value):g}"
         panel.text(panel.px(value), 14, text, f"tick {style}")
-    quarter = (FOREST_WIDTH - 16) / 4
     if better == "higher":
-        panel.text(panel.px(0) + quarter, 14, "better →", "tick mid")
+        panel.text(panel.px(0) + 14, 14, "better →", "tick")
     elif better == "lower":
-        panel.text(panel.px(0) - quarter, 14, "← better", "tick mid")
+        panel.text(panel.px(0) - 14, 14, "← better", "tick end")
     return svg(FOREST_WIDTH, 20, "axis of the differences", panel.parts, "forest")
 
 
-def quota_sweep(points: Sequence[SweepPoint]) -> Markup:
-    """Recall, and below it the concentration on advertisers, against the forecast channel's quota."""
+def _ends(row: Row) -> list[float]:
+    return [end for end in (row.value, row.ci_low, row.ci_high) if end is not None and is_known(end)]
+
+
+def quota_sweep(points: Sequence[SweepPoint]) -> Markup | None:
+    """Recall, and below it the concentration on advertisers, against the forecast channel's quota; None without a point."""
     known = [point for point in points if is_known(point["recall"]) and is_known(point["quota"])]
+    if not known:
+        return None
     arms = list(dict.fromkeys(point["arm"] for point in known))
     ends = [
         end
@@ -235,12 +252,14 @@ def quota_sweep(points: Sequence[SweepPoint]) -> Markup:
     return svg(680, height, "recall against the quota of the forecast channel", _all_parts(panels))
 
 
-def learning_curve(points: Sequence[LearningPoint]) -> Markup:
-    """NLL of LM and anchor on the same prompts, and below it their difference."""
+def learning_curve(points: Sequence[LearningPoint]) -> Markup | None:
+    """NLL of LM and anchor on the same prompts, and below it their difference; None without a point."""
     known = sorted(
         (point for point in points if is_known(point["lm"]) and is_known(point["anchor"])),
         key=lambda point: point["step"],
     )
+    if not known:
+        return None
     levels = [point[arm] for point in known for arm in ("lm", "anchor")]
     differences = [point["lm"] - point["anchor"] for point in known]
     x_span, x_ticks = _axis((known[0]["step"], known[-1]["step"]))
@@ -265,15 +284,12 @@ def learning_curve(points: Sequence[LearningPoint]) -> Markup:
     return svg(680, 374, "NLL of LM and anchor over training", _all_parts([level, gap]))
 
 
-def reliability_diagram(arms: dict[str, list[ReliabilityBin]]) -> Markup:
-    """Observed share against forecast probability, on logarithmic axes; the diagonal is perfect."""
-    values = [
-        value
-        for bins in arms.values()
-        for one in bins
-        for value in (one["predicted"], one["observed"])
-        if is_known(value) and value > 0
-    ]
+def reliability_diagram(arms: Mapping[str, ReliabilityCurve]) -> Markup | None:
+    """Observed share against forecast probability, logarithmic; the diagonal is perfect. None without a point."""
+    points = {arm: list(zip(curve["predicted"], curve["observed"], strict=True)) for arm, curve in arms.items()}
+    values = [value for pairs in points.values() for pair in pairs for value in pair if is_known(value) and value > 0]
+    if not values:
+        return None
     low = 10.0 ** math.floor(math.log10(min(values)))
     high = 10.0 ** math.ceil(math.log10(max(values)))
     low, high = min(low, high / 10), max(high, low * 10)
@@ -283,11 +299,9 @@ def reliability_diagram(arms: dict[str, list[ReliabilityBin]]) -> Markup:
     panel.axes("forecast probability (mean of the bin)", "observed share", ticks, ticks)
     panel.line(panel.px(low), panel.py(low), panel.px(high), panel.py(high), "zero")
     labels = []
-    for arm, bins in arms.items():
+    for arm, pairs in points.items():
         style = arm_class(arm)
-        drawn = sorted(
-            (one["predicted"], one["observed"]) for one in bins if is_known(one["predicted"]) and one["predicted"] > 0
-        )
+        drawn = sorted((x, y) for x, y in pairs if is_known(x) and is_known(y) and x > 0)
         panel.path([(x, y) for x, y in drawn if y > 0], style)
         for x, y in drawn:
             panel.dot(x, y, style if y > 0 else f"{style} hollow")
@@ -297,8 +311,10 @@ def reliability_diagram(arms: dict[str, list[ReliabilityBin]]) -> Markup:
     return svg(500, 424, "observed share against forecast probability", panel.parts, "figure square")
 
 
-def code_usage(levels: Sequence[Sequence[int]]) -> Markup:
-    """How often each code of each level is used, most used first, with the even use as a line."""
+def code_usage(levels: Sequence[Sequence[int]]) -> Markup | None:
+    """How often each code of each level is used, most used first, with the even use as a line; None without a level."""
+    if not levels:
+        return None
     gap, left = 34.0, 40.0
     width = (680 - left - gap * (len(levels) - 1)) / len(levels)
     panels = []

@@ -87,9 +87,9 @@ class Curves(TypedDict, total=False):
     """Points of the plots; a missing key is said to be missing in the report."""
 
     learning: Sequence[figures.LearningPoint]
-    reliability: dict[str, list[figures.ReliabilityBin]]  # by arm
+    reliability: Mapping[str, figures.ReliabilityCurve]  # by arm
     quota_sweep: Sequence[figures.SweepPoint]
-    code_usage: Sequence[Sequence[int]]  # by level, the number of advertisers under each code
+    code_usage: Sequence[Sequence[int]]  # by level, the number of advertisers under each code, in any order
 
 
 SECTIONS = {
@@ -154,6 +154,7 @@ class ForestLine:
     mark: str
     style: str
     n: str
+    opens: bool  # the first of its segment
 
 
 @dataclass(frozen=True)
@@ -229,9 +230,10 @@ def render_html(rows: Sequence[Row], *, run: RunInfo, example: UserExample | Non
     by_section = {name: [row for row in rows if row.section == name] for name in SECTIONS}
     by_section["forecast"] = [row for row in by_section["forecast"] if row not in calibration]
     return environment.get_template("report.html.j2").render(
-        level=f"{LEVEL:.0%}".replace("%", " %"),
+        level=f"{LEVEL:.0%}",
         summary=verdict.summary(found),
-        findings=[(SECTIONS[name], list(_of_section(found, name))) for name in ("forecast", "retrieval", "ranking")],
+        verdict=[(SECTIONS[name], _by_measure(found, name)) for name in ("forecast", "retrieval", "ranking")],
+        against=[verdict.arm_label(f"lm{DIFFERENCE}{arm}") for arm in verdict.AGAINST],
         controls=controls,
         control_summary=verdict.control_summary(controls),
         n_headlines=len(HEADLINES),
@@ -259,8 +261,11 @@ def _refuse_duplicates(rows: Iterable[Row]) -> None:
         )
 
 
-def _of_section(found: Iterable[verdict.Finding], name: str) -> Iterable[verdict.Finding]:
-    return (finding for finding in found if finding.section == name)
+def _by_measure(found: Sequence[verdict.Finding], section: str) -> list[list[verdict.Finding]]:
+    """The findings of a section, those of one measure together, in the order of `verdict.AGAINST`."""
+    own = [finding for finding in found if finding.section == section]
+    size = len(verdict.AGAINST)
+    return [own[start : start + size] for start in range(0, len(own), size)]
 
 
 def _section(rows: Sequence[Row]) -> Section | None:
@@ -276,7 +281,10 @@ def _section(rows: Sequence[Row]) -> Section | None:
         if (row.section, row.metric) == (headline.section, headline.metric)
         and (row.k == headline.k or not any(_same_measure(other, row, headline.k) for other in differences))
     }
-    is_leading = [(row.section, row.metric, row.k) in leading or row.metric in CALIBRATION[:1] for row in differences]
+    is_leading = [
+        (row.section, row.metric, row.k) in leading or (row.section, row.metric) == ("forecast", "ece")
+        for row in differences
+    ]
     return Section(
         tables=[_arm_table(segment, [row for row in levels if row.segment == segment]) for segment in segments],
         headline=_forests([row for row, leads in zip(differences, is_leading, strict=True) if leads]),
@@ -350,14 +358,15 @@ def _forests(rows: Sequence[Row]) -> list[Forest]:
         order = _segment_order(own)
         own.sort(key=lambda row: (order(row.segment), _arm_order(row.arm)))
         scale = figures.forest_scale(own)
-        lines = [_forest_line(row, scale) for row in own]
+        first = {row.segment: row for row in reversed(own)}
+        lines = [_forest_line(row, scale, opens=row is first[row.segment]) for row in own]
         axis = figures.forest_axis(scale, verdict.metric_of(metric).better)
         forests.append(Forest(verdict.metric_label(own[0]), axis, lines))
     return forests
 
 
-def _forest_line(row: Row, scale: float) -> ForestLine:
-    outcome, digits = verdict.judge(row), verdict.metric_of(row.metric).digits + 1
+def _forest_line(row: Row, scale: float, *, opens: bool) -> ForestLine:
+    outcome, digits = verdict.judge(row), verdict.metric_of(row.metric).difference_digits
     return ForestLine(
         comparison=verdict.arm_label(row.arm),
         segment=row.segment.replace("_", " "),
@@ -368,6 +377,7 @@ def _forest_line(row: Row, scale: float) -> ForestLine:
         mark=figures.outcome_mark(outcome),
         style=outcome.name.lower(),
         n=number(row.n, 0),
+        opens=opens,
     )
 
 
@@ -406,10 +416,10 @@ def _segment_order(rows: Sequence[Row]) -> Any:
 
 def _plots(curves: Curves) -> dict[str, Markup | None]:
     return {
-        "learning": figures.learning_curve(curves["learning"]) if curves.get("learning") else None,
-        "reliability": figures.reliability_diagram(curves["reliability"]) if curves.get("reliability") else None,
-        "quota_sweep": figures.quota_sweep(curves["quota_sweep"]) if curves.get("quota_sweep") else None,
-        "code_usage": figures.code_usage(curves["code_usage"]) if curves.get("code_usage") else None,
+        "learning": figures.learning_curve(curves.get("learning", ())),
+        "reliability": figures.reliability_diagram(curves.get("reliability", {})),
+        "quota_sweep": figures.quota_sweep(curves.get("quota_sweep", ())),
+        "code_usage": figures.code_usage(curves.get("code_usage", ())),
     }
 
 

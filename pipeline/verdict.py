@@ -38,7 +38,7 @@ class Metric:
     Attributes:
         label: its name in tables.
         better: the direction that is an improvement; None where neither is.
-        digits: decimals of a value; a difference is written with one more.
+        digits: decimals of a value.
         unit: unit of a difference in a sentence, empty for shares and ratios.
     """
 
@@ -46,6 +46,11 @@ class Metric:
     better: Literal["higher", "lower"] | None
     digits: int = 3
     unit: str = ""
+
+    @property
+    def difference_digits(self) -> int:
+        """Decimals of a difference: one more than a value has, up to four."""
+        return max(self.digits, min(self.digits + 1, 4))
 
 
 METRICS: dict[str, Metric] = {
@@ -64,12 +69,13 @@ METRICS: dict[str, Metric] = {
     "log_loss": Metric("log loss", "lower", digits=4),
     "calibration": Metric("predicted / observed", None),
     "collision_rate": Metric("collision rate before resolving", "lower", digits=4),
-    "largest_collision_group": Metric("largest collision group", "lower", digits=0),
+    "largest_collision": Metric("largest collision group", "lower", digits=0),
     "dead_codes": Metric("dead codes", "lower", digits=0),
     "perplexity": Metric("perplexity", "higher", digits=1),
     "entropy_ratio": Metric("entropy ratio", "higher"),
     "reconstruction_error": Metric("reconstruction error", "lower", digits=4),
-    "neighbour_preservation": Metric("neighbour preservation", "higher"),
+    "neighbour_share": Metric("nearest neighbours with the same prefix", "higher"),
+    "moved_share": Metric("moved to resolve collisions", None),
     "seconds_per_user": Metric("seconds per user", "lower", digits=4),
     "tokens_per_user": Metric("tokens per user", None, digits=1),
     "users_per_hour": Metric("users per hour", "higher", digits=0),
@@ -100,7 +106,7 @@ HEADLINES = (
     Headline("ranking", "normalized_entropy"),
 )
 AGAINST = ("anchor", "none")  # the first is the headline
-CONTROLS = ("other prompt", "constant hidden")
+CONTROLS = ("lm, other prompt", "lm, constant hidden")
 SEGMENT = "all"
 
 
@@ -113,7 +119,8 @@ class Finding:
         metric: the measure with its k, as a reader sees it.
         comparison: the two arms, e.g. ``LM − anchor``.
         outcome: what it shows.
-        sentence: the whole finding as one sentence.
+        figures: the difference, its interval and its relative size, as far as known; empty where not measured.
+        words: what they show, in words.
         row: the difference it is read from; None where it was not measured.
     """
 
@@ -121,8 +128,16 @@ class Finding:
     metric: str
     comparison: str
     outcome: Outcome
-    sentence: str
+    figures: tuple[str, ...]
+    words: str
     row: Row | None
+
+    @property
+    def sentence(self) -> str:
+        """The whole finding."""
+        value, *details = self.figures or ("",)
+        figures = f"{value} ({'; '.join(details)})" if details else value
+        return ": ".join(filter(None, [f"{self.metric}, {self.comparison}", figures, self.words])) + "."
 
 
 def metric_of(name: str) -> Metric:
@@ -138,8 +153,11 @@ def metric_label(row: Row) -> str:
 
 def arm_label(arm: str) -> str:
     """An arm or a difference of arms as a reader sees it: ``lm - anchor`` becomes ``LM − anchor``."""
-    parts = ["LM" if part == "lm" else part.replace("_", " ") for part in arm.split(DIFFERENCE)]
-    return f" {MINUS} ".join(parts)
+    parts = arm.split(DIFFERENCE)
+    if len(parts) == 2:
+        parts[1] = parts[1].removeprefix("lm, ")  # LM − other prompt
+    names = [f"LM{part[2:]}" if part.split(",")[0] == "lm" else part.replace("_", " ") for part in parts]
+    return f" {MINUS} ".join(names)
 
 
 def is_known(value: float | None) -> bool:
@@ -262,29 +280,39 @@ def _difference(rows: Sequence[Row], headline: Headline, against: str) -> Row | 
 
 
 def _finding(rows: Sequence[Row], headline: Headline, against: str, row: Row | None) -> Finding:
-    metric = metric_of(headline.metric)
-    outcome = judge(row)
-    comparison = arm_label(row.arm if row else f"lm{DIFFERENCE}{against}")
+    metric, outcome = metric_of(headline.metric), judge(row)
     if row is None or outcome is Outcome.NOT_MEASURED:
         label = metric.label if headline.k is None else f"{metric.label}@{headline.k}"
-        sentence = f"{label}, {comparison}: not measured in this run."
-        return Finding(headline.section, label, comparison, outcome, sentence, None)
-    label, digits = metric_label(row), metric.digits + 1
-    difference = " ".join(filter(None, [number(row.value, digits, signed=True), metric.unit]))
-    base = find(rows, row.section, row.metric, row.arm.split(DIFFERENCE)[1], segment=row.segment, k=row.k)
-    relative = ""
-    if base is not None and is_known(base.value) and base.value and base.k == row.k:
+        comparison = arm_label(f"lm{DIFFERENCE}{against}")
+        return Finding(headline.section, label, comparison, outcome, (), "not measured in this run", None)
+    words = {
+        Outcome.GAIN: f"gain ({metric.better} is better)",
+        Outcome.LOSS: f"loss ({metric.better} is better)",
+        Outcome.NOT_SHOWN: NOT_SHOWN,
+        Outcome.NO_INTERVAL: "nothing is claimed: no interval was computed",
+    }.get(outcome, outcome.value)
+    figures = _figures(row, base=_base(rows, row))
+    return Finding(row.section, metric_label(row), arm_label(row.arm), outcome, figures, words, row)
+
+
+def _base(rows: Sequence[Row], difference: Row) -> Row | None:
+    """The figure of the arm that a difference is taken from."""
+    arm = difference.arm.split(DIFFERENCE)[1]
+    base = find(rows, difference.section, difference.metric, arm, segment=difference.segment, k=difference.k)
+    return base if base is not None and base.k == difference.k and is_known(base.value) and base.value else None
+
+
+def _figures(row: Row, *, base: Row | None) -> tuple[str, ...]:
+    metric = metric_of(row.metric)
+    digits = metric.difference_digits
+    parts = [" ".join(filter(None, [number(row.value, digits, signed=True), metric.unit]))]
+    if is_known(row.ci_low) and is_known(row.ci_high):
+        low, high = number(row.ci_low, digits, signed=True), number(row.ci_high, digits, signed=True)
+        parts.append(f"{LEVEL:.0%} interval {low} to {high}")
+    if base is not None:
         percent = number(100 * row.value / base.value, 2, signed=True)
-        relative = f", {percent} % of {number(base.value, metric.digits)}"
-    if outcome is Outcome.NO_INTERVAL:
-        sentence = f"{label}, {comparison}: {difference}{relative}; no interval was computed, so nothing is claimed."
-    else:
-        interval = f"{number(row.ci_low, digits, signed=True)} to {number(row.ci_high, digits, signed=True)}"
-        words = NOT_SHOWN if outcome is Outcome.NOT_SHOWN else outcome.value
-        direction = f" ({metric.better} is better)" if outcome in (Outcome.GAIN, Outcome.LOSS) else ""
-        figures = f"{difference} ({LEVEL:.0%} interval {interval}{relative})"
-        sentence = f"{label}, {comparison}: {figures}: {words}{direction}."
-    return Finding(headline.section, label, comparison, outcome, sentence, row)
+        parts.append(f"{percent}% of {number(base.value, metric.digits)}")
+    return tuple(parts)
 
 
 def _join(names: Sequence[str]) -> str:
