@@ -148,8 +148,8 @@ def forest_scale(rows: Sequence[Row]) -> float:
         rows: the differences that share the axis.
     """
     reach = {row: max((abs(end) for end in _ends(row)), default=0.0) for row in rows}
-    close = (f"lm{DIFFERENCE}{against}" for against in (*AGAINST, *CONTROLS))
-    near = max((reach[row] for row in rows if row.arm in set(close)), default=0.0)
+    close = {f"lm{DIFFERENCE}{against}" for against in (*AGAINST, *CONTROLS)}
+    near = max((reach[row] for row in rows if row.arm in close), default=0.0)
     shown = [value for value in reach.values() if not near or value <= _FOREST_RANGE * near]
     return _nice_ceiling(max(shown, default=0.0))
 
@@ -199,7 +199,7 @@ def _ends(row: Row) -> list[float]:
 
 
 def quota_sweep(points: Sequence[SweepPoint]) -> Markup | None:
-    """Recall, and below it the concentration on advertisers, against the forecast channel's quota; None without a point."""
+    """Recall, and below it the concentration on advertisers, by the channel's quota; None without a point."""
     known = [point for point in points if is_known(point["recall"]) and is_known(point["quota"])]
     if not known:
         return None

@@ -321,6 +321,8 @@ def test_a_large_difference_does_not_squeeze_the_headline() -> None:
     near, far = difference(-0.02, -0.01), difference(-0.6, -0.5, arm="lm - popularity")
     assert forest_scale([near, far]) == pytest.approx(0.02)
     assert forest_scale([far]) >= 0.6
+    against_none = difference(0.03, 0.05, arm="lm - none")
+    assert forest_scale([difference(-0.001, 0.002), against_none]) == pytest.approx(0.05)
     assert 'class="arrow gain"' in html([near, far])
 
 
