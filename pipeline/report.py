@@ -383,10 +383,7 @@ def _forest_line(row: Row, scale: float, *, opens: bool) -> ForestLine:
 
 def _support(rows: Sequence[Row]) -> str:
     cases, seeds = {row.n for row in rows}, {row.seeds for row in rows}
-    parts = [f"n = {_range(cases)}"]
-    if max(seeds) > 1:
-        parts.append(f"{_range(seeds)} seeds")
-    return " · ".join(parts)
+    return f"n = {_range(cases)} · {_range(seeds)} seed{'' if seeds == {1} else 's'}"
 
 
 def _range(values: set[int]) -> str:

@@ -242,6 +242,18 @@ def test_an_empty_part_of_the_example_is_said() -> None:
         assert f"No {name} recorded for this user." in text
 
 
+def test_cases_and_seeds_stand_beside_the_figures() -> None:
+    one = level(4.9)
+    assert "all n = 100 · 1 seed " in text_of(html([one]))
+    three = Row("forecast", "recall", "lm", "all", 10, 0.3, None, None, 2000, 3)
+    assert "all n = 100 to 2,000 · 1 to 3 seeds" in text_of(html([one, three]))
+
+
+def test_figures_read_back_from_json_may_be_none() -> None:
+    rows = [Row(**{**row, "value": None}) for row in json.loads(render_json([level(4.9)], run=RUN))["rows"]]
+    assert "–" in text_of(html([*rows, difference(None, None)]))
+
+
 def test_every_figure_is_shown_somewhere() -> None:
     rows = [
         level(0.1234567 + index, section=section, metric=f"measure {index}")
