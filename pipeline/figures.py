@@ -165,7 +165,7 @@ def forest_cell(row: Row, scale: float) -> Markup:
     panel = Panel(8, 0, FOREST_WIDTH - 16, _FOREST_HEIGHT, (-scale, scale), (0, 1))
     panel.line(middle, 0, middle, _FOREST_HEIGHT, "zero")
     style = judge(row).name.lower()
-    low, *_, high = sorted(_ends(row)) if _ends(row) else [0.0, 0.0]
+    low, high = min(_ends(row), default=0.0), max(_ends(row), default=0.0)
     inside_low, inside_high = max(-scale, min(scale, low)), max(-scale, min(scale, high))
     if inside_low < inside_high:
         panel.line(panel.px(inside_low), center, panel.px(inside_high), center, f"whisker {style}")
