@@ -79,6 +79,9 @@ class RankerBatch:
 def embedding_bags(tables: Sequence[SparseTable], dim: int) -> EmbeddingBagCollection:
     """TorchRec's collection of pooled embeddings, all of one width, fp32.
 
+    Row 0 of a table, which stands for ids without a row of their own, starts at zero: an id of a kind that
+    training never saw adds nothing. The others start as TorchRec's default has it.
+
     Args:
         tables: at least one table; names and features must differ.
         dim: width D of every embedding.
@@ -100,10 +103,17 @@ def embedding_bags(tables: Sequence[SparseTable], dim: int) -> EmbeddingBagColle
                 num_embeddings=table.rows,
                 feature_names=list(table.features),
                 pooling=PoolingType[table.pooling.upper()],
+                init_fn=_uniform_but_row_0,
             )
             for table in tables
         ]
     )
+
+
+def _uniform_but_row_0(weight_RD: Tensor) -> None:
+    bound = len(weight_RD) ** -0.5
+    with torch.no_grad():
+        weight_RD.uniform_(-bound, bound)[0] = 0.0
 
 
 class PointwiseModule(L.LightningModule):

@@ -14,8 +14,8 @@ class FeatureConfig:
     """Which features a ranker reads.
 
     Attributes:
-        sparse: names in `ranking.features.SPARSE`, each an embedded id or bag of ids.
-        dense: names in `ranking.features.DENSE`, each a group of numbers.
+        sparse: names in ``ranking.features.SPARSE``, each an embedded id or bag of ids.
+        dense: names in ``ranking.features.DENSE``, each a group of numbers.
         ad_columns: categorical columns of the ads table that are embedded and counted in ``own_columns``, out of
             those that ``data.ad_columns`` opens; None takes all of them.
         min_count: an id with fewer training rows shares the row of unseen ids.
@@ -68,7 +68,6 @@ class RankerConfig:
         seeds: one ranker is trained for each arm and seed.
         shuffled_control: also train on another user's forecast, which must show no gain.
         draws: bootstrap draws over users.
-        sparse_user_quantile: users with fewer purchases than this quantile are the segment ``sparse_users``.
     """
 
     model: DLRMConfig = field(default_factory=DLRMConfig)
@@ -80,7 +79,6 @@ class RankerConfig:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     shuffled_control: bool = True
     draws: int = 300
-    sparse_user_quantile: float = 0.25
 
     def __post_init__(self) -> None:
         errors = []
@@ -106,8 +104,6 @@ class RankerConfig:
             errors.append(_out_of_range("learning_rate", self.learning_rate, "a positive number"))
         if self.weight_decay < 0:
             errors.append(_out_of_range("weight_decay", self.weight_decay, "zero or a positive number"))
-        if not 0 < self.sparse_user_quantile < 1:
-            errors.append(_out_of_range("sparse_user_quantile", self.sparse_user_quantile, "a number between 0 and 1"))
         if self.features.clip <= 0:
             errors.append(_out_of_range("features.clip", self.features.clip, "a positive number"))
         if errors:

@@ -6,6 +6,7 @@ Shapes: B rows of a batch, N all rows, F dense features.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -17,7 +18,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from data.errors import UserError
 from models.pointwise import RankerBatch
 from models.training import EpochSampler
-from ranking.features import Design
+from ranking.rows import Design
 
 
 class RankerDataset(Dataset[RankerBatch]):
@@ -117,6 +118,6 @@ def _loader(data: RankerDataset, batch_size: int, sampler: EpochSampler | None) 
     return DataLoader(data, batch_size=batch_size, sampler=sampler, collate_fn=_whole)
 
 
-def _whole(batch: RankerBatch) -> RankerBatch:
+def _whole(batch: Any) -> Any:
     """`RankerDataset.__getitems__` has collated already."""
     return batch

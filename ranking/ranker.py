@@ -1,0 +1,238 @@
+"""Training, saving and loading of one ranker: weights as safetensors, its feature spec as JSON.
+
+    <ranker>/weights.safetensors    state of the model
+    <ranker>/feature_spec.json      `ranking.spec.FeatureSpec`
+    <ranker>/manifest.json          sizes of the model, key, metrics
+
+A ranker that is finished under the same key is loaded instead of trained. While it is trained, its
+checkpoints lie beside it under a name that holds the key, so that only the very same training resumes.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from data.artifacts import Manifest, atomic_directory, fingerprint, hash_directory, package_versions, to_plain
+from data.errors import LineageError, UserError
+from data.log import Log
+from data.split import Span
+from models.dlrm import DLRM, DLRMConfig
+from models.pointwise import PointwiseModule
+from models.training import fit
+from priors.forecast import Forecast
+from ranking.config import RankerConfig
+from ranking.datamodule import RankerData, batches
+from ranking.features import FeatureBuilder
+from ranking.rows import Design, Features, Rows
+from ranking.spec import FeatureSpec
+
+KIND = "ranker"
+WEIGHTS, SPEC = "weights.safetensors", "feature_spec.json"
+
+
+@dataclass(frozen=True)
+class RankerSpans:
+    """Features of the three spans that a ranker is made and judged on, without those of a forecast.
+
+    Attributes:
+        builder: what built them.
+        fit, stop, evaluation: training rows, rows for early stopping, rows that figures are of.
+    """
+
+    builder: FeatureBuilder
+    fit: Features
+    stop: Features
+    evaluation: Features
+
+    @classmethod
+    def of(
+        cls, builder: FeatureBuilder, users: NDArray[np.integer] | None, *, evaluation: str | Span = "validation"
+    ) -> RankerSpans:
+        """The spans of a log.
+
+        Args:
+            builder: of the log.
+            users: the panel; None takes all users.
+            evaluation: span that figures are of.
+
+        Raises:
+            UserError: a span has no impressions of the panel, or is closed.
+        """
+        log = builder.log
+        spans = (log.split.ranker_fit, log.split.ranker_stop, evaluation)
+        return cls(builder, *(builder.build(Rows.of_span(log, span, users)) for span in spans))
+
+    @property
+    def log(self) -> Log:
+        """The log that the features are of."""
+        return self.builder.log
+
+
+@dataclass(frozen=True)
+class Ranker:
+    """A trained ranker.
+
+    Attributes:
+        module: the model, in evaluation mode.
+        spec: how its features are built and scaled.
+        sizes: of the model.
+    """
+
+    module: PointwiseModule
+    spec: FeatureSpec
+    sizes: DLRMConfig
+
+    def probabilities(self, features: Features) -> NDArray[np.float64]:
+        """Chance of a conversion of each row.
+
+        Args:
+            features: built with ``spec.config``, with the prior features of the ranker's arm.
+
+        Returns:
+            Probabilities, shape ``(N,)``.
+
+        Raises:
+            UserError: the features are not those of the spec.
+        """
+        return predict(self.module, self.spec.apply(features))
+
+    def write(self, directory: Path) -> None:
+        """Weights and spec into an existing directory."""
+        state = {name: tensor.contiguous() for name, tensor in self.module.ranker.state_dict().items()}
+        save_file(state, directory / WEIGHTS)
+        (directory / SPEC).write_text(self.spec.to_json() + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, directory: Path) -> Ranker:
+        """The ranker that `train_ranker` left in a directory.
+
+        Raises:
+            UserError: there is none, or a file of it is damaged.
+            LineageError: its weights are of another feature spec.
+        """
+        manifest = Manifest.read(directory)
+        if manifest.kind != KIND:
+            raise UserError(
+                f"{directory}, which holds {manifest.kind}", expected="a ranker", action="give a ranker's folder"
+            )
+        try:
+            spec = FeatureSpec.from_json((directory / SPEC).read_text(encoding="utf-8"))
+            weights = load_file(directory / WEIGHTS)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{directory} cannot be read ({error})",
+                expected=f"{WEIGHTS} and {SPEC} as the ranker stage wrote them",
+                action="remove the folder and train the ranker again",
+            ) from error
+        sizes = DLRMConfig(**manifest.config["model"])
+        module = build_module(spec, sizes, learning_rate=0.0, weight_decay=0.0, base_rate=0.5, seed=0)
+        try:
+            module.ranker.load_state_dict(weights)
+        except RuntimeError as error:
+            raise LineageError(
+                f"{directory / WEIGHTS} with the spec {directory / SPEC}: {str(error).splitlines()[-1].strip()}",
+                expected="weights that were trained with this very feature spec",
+                action="keep the files of one ranker together, or train the ranker again",
+            ) from error
+        return cls(module.eval(), spec, sizes)
+
+
+def build_module(
+    spec: FeatureSpec, sizes: DLRMConfig, *, learning_rate: float, weight_decay: float, base_rate: float, seed: int
+) -> PointwiseModule:
+    """An untrained ranker whose weights depend on the seed and the shapes alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        ranker = DLRM(spec.sparse_tables(), n_dense=len(spec.dense), cfg=sizes, base_rate=base_rate)
+    return PointwiseModule(ranker, learning_rate=learning_rate, weight_decay=weight_decay)
+
+
+def predict(module: PointwiseModule, design: Design) -> NDArray[np.float64]:
+    """Chance of a conversion of each row of a design, shape ``(N,)``."""
+    module.eval()
+    with torch.inference_mode():
+        logits = [module(batch.to(module.device)).double().cpu() for batch in batches(design)]
+    return torch.sigmoid(torch.cat(logits)).numpy()
+
+
+def train_ranker(
+    spans: RankerSpans, forecast: Forecast | None, *, seed: int, cfg: RankerConfig, directory: Path
+) -> Ranker:
+    """Trains the ranker of one arm and seed, or loads it where it is finished.
+
+    Args:
+        spans: features of the log.
+        forecast: of the arm; None for the arm without.
+        seed: of the initial weights and the order of the rows.
+        cfg: model and training.
+        directory: the artifact; made whole or not at all. Checkpoints lie beside it meanwhile.
+
+    Returns:
+        The ranker at its best epoch by the log loss of ``ranker_stop``.
+
+    Raises:
+        UserError: the training rows are of one class, or the features cannot be used.
+    """
+    started = time.monotonic()
+    fit_features, stop_features = (part.with_prior(forecast) for part in (spans.fit, spans.stop))
+    spec = FeatureSpec.fit(fit_features, cfg.features, semantic_ids=spans.builder.ids.version)
+    data = RankerData(spec.apply(fit_features), spec.apply(stop_features), batch_size=cfg.batch_size, seed=seed)
+    key = _key(data, spec, seed, cfg)
+    if directory.exists() and Manifest.read(directory).key == key:
+        return Ranker.load(directory)
+    checkpoints = directory.parent / f".{directory.name}.fit-{key[:16]}"
+    for stale in directory.parent.glob(f".{directory.name}.fit-*"):
+        if stale != checkpoints:
+            shutil.rmtree(stale)
+    rate = float(np.average(data.fit.label_N, weights=data.fit.weight_N))
+    module = build_module(
+        spec,
+        cfg.model,
+        learning_rate=cfg.learning_rate,
+        weight_decay=cfg.weight_decay,
+        base_rate=rate,
+        seed=seed,
+    )
+    result = fit(
+        module,
+        data.train_dataloader(),
+        data.val_dataloader(),
+        cfg.trainer,
+        work_dir=checkpoints,
+        seed=seed,
+        monitor="val_loss",
+    )
+    ranker = Ranker(module.cpu().eval(), spec, cfg.model)
+    with atomic_directory(directory) as unfinished:
+        ranker.write(unfinished)
+        Manifest(
+            kind=KIND,
+            key=key,
+            config=to_plain(cfg) | {"seed": seed},
+            content_hash=hash_directory(unfinished),
+            versions=package_versions(),
+            metrics={"val_loss": result.best_score, "best_epoch": result.best_epoch, "epochs": result.epochs},
+            seconds=time.monotonic() - started,
+        ).write(unfinished)
+    shutil.rmtree(checkpoints)
+    return ranker
+
+
+def _key(data: RankerData, spec: FeatureSpec, seed: int, cfg: RankerConfig) -> str:
+    """Fingerprint of all that the weights depend on: the very rows, the model and its training."""
+    trainer = {name: value for name, value in asdict(cfg.trainer).items() if name != "progress_bar"}
+    rows = [
+        (design.dense_NF, design.label_N, design.weight_N, [asdict(bags) for bags in design.bags.values()])
+        for design in (data.fit, data.stop)
+    ]
+    training = (cfg.batch_size, cfg.learning_rate, cfg.weight_decay, trainer)
+    return fingerprint((asdict(spec), asdict(cfg.model), training, seed, rows))

@@ -1,0 +1,221 @@
+"""Rows that are ranked, and their features on the way to a model, as arrays.
+
+Shapes: N rows, R bags, V ids in all bags, F dense features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.errors import UserError
+from data.log import Log
+from data.split import Span
+from priors.forecast import PRIOR_FEATURES, Forecast
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """(visit, ad) pairs to be ranked, all arrays of shape ``(N,)``.
+
+    Attributes:
+        user, ad, advertiser, market: indexes of the log; advertiser -1 for none.
+        period: of the visit.
+        display, mailer: placement codes of the log.
+        label: 1.0 where the user converted, else 0.0; NaN where it is not known yet.
+        weight: impressions of the log that the row stands for.
+    """
+
+    user: NDArray[np.int32]
+    ad: NDArray[np.int32]
+    advertiser: NDArray[np.int32]
+    market: NDArray[np.int32]
+    period: NDArray[np.int32]
+    display: NDArray[np.int8]
+    mailer: NDArray[np.int8]
+    label: Floats
+    weight: Floats
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    @classmethod
+    def of_span(cls, log: Log, span: str | Span, users: NDArray[np.integer] | None = None) -> Rows:
+        """The sampled impressions and the conversions of a span.
+
+        Args:
+            log: the log.
+            span: name of a span, or its first and last period.
+            users: users to keep; None keeps all.
+
+        Raises:
+            UserError: the span has no impressions of these users, or it is closed.
+        """
+        events = log.impressions(span, users)
+        if not len(events):
+            raise UserError(
+                f"span {span} without an impression of the chosen users",
+                expected="impressions to train or evaluate a ranker on",
+                action="choose more users (prior.panel), or a span of data.split in which they were active",
+            )
+        return cls(
+            user=events.user,
+            ad=events.ad,
+            advertiser=log.ad_advertiser[events.ad],
+            market=events.market,
+            period=events.period,
+            display=events.display,
+            mailer=events.mailer,
+            label=np.isin(events.kind, log.label_kinds).astype(np.float32),
+            weight=events.weight,
+        )
+
+    @classmethod
+    def of_request(cls, log: Log, ads: NDArray[np.integer], *, user: int, market: int, period: int) -> Rows:
+        """The candidates of one request, whose labels are not known.
+
+        Args:
+            log: the log.
+            ads: indexes of the candidates.
+            user: who asks.
+            market: where.
+            period: when; nothing of this period is read but where its ads are placed.
+        """
+        active, ad = log.active_ads(market, period), np.asarray(ads).astype(np.int32)
+        slot = np.searchsorted(active.ad, ad)
+        runs = np.append(active.ad, -1)[slot] == ad
+        return cls(
+            user=np.full(len(ad), user, np.int32),
+            ad=ad,
+            advertiser=log.ad_advertiser[ad],
+            market=np.full(len(ad), market, np.int32),
+            period=np.full(len(ad), period, np.int32),
+            display=np.where(runs, np.append(active.display, 0)[slot], 0).astype(np.int8),
+            mailer=np.where(runs, np.append(active.mailer, 0)[slot], 0).astype(np.int8),
+            label=np.full(len(ad), np.nan, np.float32),
+            weight=np.ones(len(ad), np.float32),
+        )
+
+
+@dataclass(frozen=True)
+class Bags:
+    """A bag of numbers for each row; rows may share a bag.
+
+    Attributes:
+        value_V: the numbers of all bags.
+        ptr_R1: bag ``r`` is ``value_V[ptr_R1[r]:ptr_R1[r + 1]]``, shape ``(R + 1,)``.
+        bag_N: bag of each row.
+    """
+
+    value_V: Ints
+    ptr_R1: Ints
+    bag_N: Ints
+
+    @classmethod
+    def single(cls, value_N: NDArray[np.integer]) -> Bags:
+        """One number a row; a negative one leaves the bag empty."""
+        value = np.asarray(value_N, np.int64)
+        known = value >= 0
+        return cls(value[known], np.concatenate([[0], np.cumsum(known)]), np.arange(len(value)))
+
+    def of_rows(self, row_B: Ints) -> tuple[Ints, Ints]:
+        """The bags of some rows: all their numbers, row after row, and how many each row has."""
+        bag_B = self.bag_N[row_B]
+        start_B = self.ptr_R1[bag_B]
+        length_B = self.ptr_R1[bag_B + 1] - start_B
+        skipped_B = start_B - (np.cumsum(length_B) - length_B)
+        return self.value_V[np.arange(length_B.sum()) + np.repeat(skipped_B, length_B)], length_B
+
+    def counts(self, n: int) -> Ints:
+        """In how many rows each of the numbers ``0 .. n - 1`` stands, once for every time it stands in a bag."""
+        rows_R = np.bincount(self.bag_N, minlength=len(self.ptr_R1) - 1)
+        times_V = np.repeat(rows_R, np.diff(self.ptr_R1))
+        return np.bincount(self.value_V, times_V, minlength=n).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class SparseFeature:
+    """Bags of ids.
+
+    Attributes:
+        table: the embedding table that they are looked up in.
+        bags: positions in ``ids``.
+        ids: the id at each position, numbers or strings that do not depend on the log's indexes.
+    """
+
+    table: str
+    bags: Bags
+    ids: list[int] | list[str]
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of rows before scaling.
+
+    Attributes:
+        rows: what they are of.
+        sparse: bags of ids, by feature.
+        dense: numbers of shape ``(N,)``, by feature; NaN where unknown.
+    """
+
+    rows: Rows
+    sparse: Mapping[str, SparseFeature]
+    dense: Mapping[str, Floats]
+
+    def with_prior(self, forecast: Forecast | None) -> Features:
+        """The same features beside those of a forecast; see `prior_columns`."""
+        return replace(self, dense={**self.dense, **prior_columns(self.rows, forecast)})
+
+
+@dataclass(frozen=True)
+class Design:
+    """Rows as a model reads them.
+
+    Attributes:
+        dense_NF: scaled dense features.
+        bags: rows of the embedding tables, by sparse feature.
+        label_N, weight_N: of `Rows`.
+    """
+
+    dense_NF: Floats
+    bags: Mapping[str, Bags]
+    label_N: Floats
+    weight_N: Floats
+
+    def __len__(self) -> int:
+        return len(self.label_N)
+
+
+def prior_columns(rows: Rows, forecast: Forecast | None) -> dict[str, Floats]:
+    """`PRIOR_FEATURES` of rows.
+
+    Args:
+        rows: the rows; each gets the newest forecast at or before its period.
+        forecast: None, or one that says nothing of a row, leaves the row's features unknown.
+
+    Returns:
+        One column a feature; where ``prior_missing`` is 1, all others are NaN.
+
+    Raises:
+        UserError: the forecast lacks a feature.
+    """
+    if forecast is None:
+        columns = {name: np.full(len(rows), np.nan, np.float32) for name in PRIOR_FEATURES}
+        return {**columns, "prior_missing": np.ones(len(rows), np.float32)}
+    given = forecast.features(rows.user, rows.period, rows.advertiser)
+    lacking = [name for name in PRIOR_FEATURES if name not in given]
+    if lacking:
+        raise UserError(
+            f"a forecast without {', '.join(lacking)}",
+            expected=f"all of {', '.join(PRIOR_FEATURES)}",
+            action="make the priors again with this version of adsid",
+        )
+    missing = given["prior_missing"] > 0
+    columns = {name: np.where(missing, np.nan, given[name]).astype(np.float32) for name in PRIOR_FEATURES}
+    return {**columns, "prior_missing": missing.astype(np.float32)}

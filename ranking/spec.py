@@ -1,0 +1,170 @@
+"""What a ranker learned about its features: which ids have an embedding, the mean and scale of every number.
+
+Fitted on the training rows alone and saved with the ranker. An id that was rare or absent in training
+shares row 0 of its table. What is unknown takes the training mean, with a flag of its own beside it, and
+what was constant in training is zero for ever.
+
+Shapes: N rows, F dense features, U ids of the log.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from data.errors import UserError
+from models.pointwise import SparseTable
+from priors.forecast import PRIOR_FEATURES
+from ranking.config import FeatureConfig
+from ranking.rows import Bags, Design, Features, SparseFeature
+
+NULLABLE = frozenset({"price", "discount", "price_age", *PRIOR_FEATURES})
+"""Dense features that may be unknown (NaN); each has a flag beside it that says so."""
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """How features become a model's input; fitted on training rows, saved with the ranker.
+
+    Attributes:
+        config: what the features were built with.
+        semantic_ids: version of the IDs.
+        tables: ids that have a row of their own, by table; id ``i`` has row ``i + 1``, row 0 is for all others.
+        features: sparse features in order, each with its table.
+        dense: dense features in order.
+        mean, scale: a number ``x`` becomes ``(x - mean) * scale``; a scale of 0 silences what was constant.
+    """
+
+    config: FeatureConfig
+    semantic_ids: str
+    tables: dict[str, list[int] | list[str]]
+    features: dict[str, str]
+    dense: list[str]
+    mean: list[float]
+    scale: list[float]
+
+    @classmethod
+    def fit(cls, features: Features, cfg: FeatureConfig, *, semantic_ids: str) -> FeatureSpec:
+        """Learns ids and scales.
+
+        Args:
+            features: of the training rows, with those of a forecast.
+            cfg: what they were built with.
+            semantic_ids: version of the IDs.
+
+        Returns:
+            The spec.
+
+        Raises:
+            UserError: a number is infinite, or unknown where that cannot be.
+        """
+        _check_finite(features)
+        tables: dict[str, list[Any]] = {}
+        for table in dict.fromkeys(feature.table for feature in features.sparse.values()):
+            sharing = [feature for feature in features.sparse.values() if feature.table == table]
+            counts = sum(feature.bags.counts(len(feature.ids)) for feature in sharing)
+            kept = np.flatnonzero(counts >= cfg.min_count)
+            tables[table] = [sharing[0].ids[position] for position in kept.tolist()]
+        mean, scale = [], []
+        for column in features.dense.values():
+            known = column[~np.isnan(column)].astype(np.float64)
+            spread = float(known.std()) if len(known) else 0.0
+            mean.append(float(known.mean()) if len(known) else 0.0)
+            scale.append(1.0 / spread if spread > 1e-6 else 0.0)
+        return cls(
+            config=cfg,
+            semantic_ids=semantic_ids,
+            tables=tables,
+            features={name: feature.table for name, feature in features.sparse.items()},
+            dense=list(features.dense),
+            mean=mean,
+            scale=scale,
+        )
+
+    def apply(self, features: Features) -> Design:
+        """Scales features and looks ids up.
+
+        Args:
+            features: built with this spec's config.
+
+        Returns:
+            The model's input; ids without a row of their own have row 0.
+
+        Raises:
+            UserError: features are missing or too many, a number is infinite, or unknown where that cannot be.
+        """
+        expected, given = {*self.features, *self.dense}, {*features.sparse, *features.dense}
+        if expected != given:
+            raise UserError(
+                f"features without {_names(expected - given)} and with {_names(given - expected)} beyond the spec's",
+                expected="the features this ranker was trained on",
+                action="build them with the ranker's own feature config, or train a ranker on these",
+            )
+        _check_finite(features)
+        dense_NF = np.stack([features.dense[name] for name in self.dense], axis=1)
+        dense_NF = (dense_NF - np.array(self.mean, np.float32)) * np.array(self.scale, np.float32)
+        dense_NF = np.clip(np.nan_to_num(dense_NF, nan=0.0), -self.config.clip, self.config.clip)
+        bags = {name: self._look_up(features.sparse[name]) for name in self.features}
+        return Design(dense_NF.astype(np.float32), bags, features.rows.label.astype(np.float32), features.rows.weight)
+
+    def _look_up(self, feature: SparseFeature) -> Bags:
+        row_of = {known: row for row, known in enumerate(self.tables[feature.table], 1)}
+        row_U = np.array([row_of.get(given, 0) for given in feature.ids], np.int64)
+        return replace(feature.bags, value_V=row_U[feature.bags.value_V])
+
+    def sparse_tables(self) -> list[SparseTable]:
+        """The embedding tables that a model of this spec needs."""
+        return [
+            SparseTable(
+                name=table,
+                rows=len(ids) + 1,
+                features=tuple(feature for feature, of in self.features.items() if of == table),
+            )
+            for table, ids in self.tables.items()
+        ]
+
+    def to_json(self) -> str:
+        """The spec as JSON text."""
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> FeatureSpec:
+        """The spec that `to_json` wrote.
+
+        Raises:
+            UserError: it cannot be understood.
+        """
+        try:
+            fields = json.loads(text)
+            return cls(**{**fields, "config": FeatureConfig(**fields["config"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f"a feature spec that cannot be understood ({error})",
+                expected="the spec as the ranker stage wrote it",
+                action="train the ranker again",
+            ) from error
+
+
+def _check_finite(features: Features) -> None:
+    errors = []
+    for name, column in features.dense.items():
+        wrong = np.isinf(column) if name in NULLABLE else ~np.isfinite(column)
+        if wrong.any():
+            row = int(wrong.argmax())
+            errors.append(
+                UserError(
+                    f"feature {name}: {int(wrong.sum())} values that are no number, e.g. {column[row]} in row {row}",
+                    expected="finite numbers" + (" or NaN for unknown" if name in NULLABLE else ""),
+                    action="look at the events it is counted from with `adsid data validate`",
+                )
+            )
+    if errors:
+        raise UserError.collect(errors)
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "nothing"

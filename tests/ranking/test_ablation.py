@@ -1,0 +1,131 @@
+"""The ablation credits what a forecast adds and nothing else, and keeps what was finished."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ranking.ablation as ablation
+from data.statistics import Row
+from priors.forecast import PRIOR_FEATURES
+from ranking.ablation import SHUFFLED, ShuffledForecast, compare, run_ablation, segments
+from ranking.features import FeatureBuilder
+from ranking.metrics import METRICS
+from ranking.ranker import RankerSpans
+from tests.logs import tiny_log
+from tests.ranking.common import tastes, tiny_ids, tiny_ranker
+
+CFG = tiny_ranker(seeds=[0, 1])
+
+
+@pytest.fixture(scope="module")
+def spans(tmp_path_factory: pytest.TempPathFactory) -> RankerSpans:
+    log = tiny_log(tmp_path_factory.mktemp("log"))
+    return RankerSpans.of(FeatureBuilder(log, tiny_ids(log), CFG.features), None)
+
+
+def find(rows: list[Row], metric: str, arm: str, segment: str = "all") -> Row:
+    return next(row for row in rows if (row.metric, row.arm, row.segment) == (metric, arm, segment))
+
+
+@pytest.fixture(scope="module")
+def rows(spans: RankerSpans, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    forecasts = {"none": None, "anchor": tastes(spans.log, strength=2.0), "lm": tastes(spans.log)}
+    return run_ablation(spans, forecasts, CFG, tmp_path_factory.mktemp("ablation"))
+
+
+def test_every_metric_of_every_arm_and_difference_by_segment(rows: list[Row]) -> None:
+    arms = {"none", "anchor", "lm", SHUFFLED, "lm - anchor", "lm - none", "anchor - none", f"{SHUFFLED} - none"}
+    expected = {(m, a, s) for m in METRICS for a in arms for s in ("all", "new", "sparse users")}
+    assert {(row.metric, row.arm, row.segment) for row in rows} == expected
+    assert len(rows) == len(expected)
+    assert {(row.section, row.seeds, row.k) for row in rows} == {("ranking", 2, None)}
+    for row in rows:
+        assert row.ci_low is not None
+        assert row.ci_high is not None
+        assert row.ci_low <= row.ci_high
+
+
+def test_differences_are_those_of_the_arms(rows: list[Row]) -> None:
+    for metric in METRICS:
+        lm, none = (find(rows, metric, arm).value for arm in ("lm", "none"))
+        assert find(rows, metric, "lm - none").value == pytest.approx(lm - none)
+
+
+def test_equal_arms_show_no_difference_at_all(spans: RankerSpans) -> None:
+    probability = np.random.default_rng(0).uniform(0.01, 0.5, len(spans.evaluation.rows))
+    rows = compare(spans, {"none": [probability], "lm": [probability]}, replace(CFG, seeds=[0]))
+    assert {(r.value, r.ci_low, r.ci_high) for r in rows if r.arm == "lm - none"} == {(0.0, 0.0, 0.0)}
+
+
+def test_the_figure_of_an_arm_is_the_mean_over_its_seeds(spans: RankerSpans) -> None:
+    rng = np.random.default_rng(0)
+    first, second = (rng.uniform(0.01, 0.5, len(spans.evaluation.rows)) for _ in range(2))
+    one, other = (find(compare(spans, {"lm": [p]}, CFG), "auc", "lm").value for p in (first, second))
+    both = find(compare(spans, {"lm": [first, second]}, CFG), "auc", "lm").value
+    assert both == pytest.approx((one + other) / 2)
+
+
+def test_segments_are_what_they_say(spans: RankerSpans) -> None:
+    log, rows = spans.log, spans.evaluation.rows
+    found = segments(spans)
+    bought = log.is_purchase
+    for n in np.random.default_rng(0).choice(len(rows), 30, replace=False):
+        own = bought & (log.events.user == rows.user[n])
+        same = own & (log.events.advertiser == rows.advertiser[n]) & (log.events.period < rows.period[n])
+        assert found["new"][n] == (not same.any())
+    assert 0.2 < len(np.unique(rows.user[found["sparse users"]])) / len(np.unique(rows.user)) < 0.5
+
+
+def test_a_segment_without_rows_is_left_out(spans: RankerSpans, monkeypatch: pytest.MonkeyPatch) -> None:
+    probability = np.full(len(spans.evaluation.rows), 0.1)
+    nothing = {"all": np.ones(len(probability), bool), "new": np.zeros(len(probability), bool)}
+    monkeypatch.setattr(ablation, "segments", lambda spans: nothing)
+    assert {row.segment for row in compare(spans, {"none": [probability]}, CFG)} == {"all"}
+
+
+def test_in_the_shuffle_everybody_has_the_forecast_of_somebody_else(spans: RankerSpans) -> None:
+    forecast = tastes(spans.log)
+    users = np.array([3, 8, 5, 41, 3])
+    shuffled = ShuffledForecast(forecast, users)
+    assert sorted(shuffled.other(users[:4]).tolist()) == sorted(users[:4].tolist())
+    assert (shuffled.other(users) != users).all()
+    period, advertiser = np.full(5, 10), np.arange(5)
+    expected = forecast.features(shuffled.other(users), period, advertiser)
+    given = shuffled.features(users, period, advertiser)
+    for name in PRIOR_FEATURES:
+        np.testing.assert_array_equal(given[name], expected[name])
+    np.testing.assert_array_equal(shuffled.log_probs(users, period), forecast.log_probs(shuffled.other(users), period))
+    with pytest.raises(ValueError, match="not among those"):
+        shuffled.other(np.array([4]))
+    with pytest.raises(ValueError, match="at least two"):
+        ShuffledForecast(forecast, np.array([3, 3]))
+
+
+def test_killed_between_arms_it_keeps_the_finished_ones(
+    spans: RankerSpans, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[Row]
+) -> None:
+    forecasts = {"none": None, "lm": tastes(spans.log)}
+    cfg = replace(CFG, shuffled_control=False)
+    train = ablation.train_ranker
+    trained: list[str] = []
+
+    def train_until_killed(*args: object, directory: Path, **kwargs: object) -> object:
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        trained.append(directory.name)
+        return train(*args, directory=directory, **kwargs)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ablation, "train_ranker", train_until_killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_ablation(spans, forecasts, cfg, tmp_path)
+    assert trained == ["none-0", "none-1", "lm-0"]
+    before = {name: (tmp_path / name / "weights.safetensors").stat().st_mtime_ns for name in trained}
+    again = run_ablation(spans, forecasts, cfg, tmp_path)
+    assert {name: (tmp_path / name / "weights.safetensors").stat().st_mtime_ns for name in trained} == before
+    for metric in METRICS:  # the undisturbed run trained the same rankers
+        assert find(again, metric, "lm - none") == find(rows, metric, "lm - none")

@@ -1,0 +1,182 @@
+"""A ranker learns, resumes as if undisturbed, and is loaded exactly as it was trained."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ranking.ranker as ranker_module
+from data.artifacts import Manifest
+from data.errors import LineageError, UserError
+from models.dlrm import DLRMConfig
+from ranking.features import FeatureBuilder
+from ranking.metrics import Sample, evaluate
+from ranking.rank import rank
+from ranking.ranker import SPEC, WEIGHTS, Ranker, RankerSpans, train_ranker
+from tests.logs import tiny_log
+from tests.ranking.common import tastes, tiny_ids, tiny_ranker
+
+CFG = tiny_ranker()
+
+
+@pytest.fixture(scope="module")
+def spans(tmp_path_factory: pytest.TempPathFactory) -> RankerSpans:
+    log = tiny_log(tmp_path_factory.mktemp("log"))
+    return RankerSpans.of(FeatureBuilder(log, tiny_ids(log), CFG.features), None)
+
+
+@pytest.fixture(scope="module")
+def trained(spans: RankerSpans, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ranker, Path]:
+    directory = tmp_path_factory.mktemp("rankers") / "lm-0"
+    return train_ranker(spans, tastes(spans.log), seed=0, cfg=CFG, directory=directory), directory
+
+
+def test_it_beats_the_base_rate_and_is_calibrated(spans: RankerSpans, tmp_path: Path) -> None:
+    trainer = replace(CFG.trainer, max_epochs=20, patience=3)
+    cfg = replace(CFG, trainer=trainer, learning_rate=1e-2, batch_size=128)
+    ranker = train_ranker(spans, tastes(spans.log), seed=0, cfg=cfg, directory=tmp_path / "lm-0")
+    rows = spans.evaluation.rows
+    probability = ranker.probabilities(spans.evaluation.with_prior(tastes(spans.log)))
+    figures = evaluate(Sample.of(rows.label, rows.weight, rows.user, draws=1, seed=0), probability)
+    assert figures["auc"][0] > 0.75
+    assert figures["normalized_entropy"][0] < 0.95
+    predicted = np.average(probability, weights=rows.weight)
+    assert predicted == pytest.approx(np.average(rows.label, weights=rows.weight), rel=0.25)
+
+
+def test_loaded_it_predicts_exactly_the_same(spans: RankerSpans, trained: tuple[Ranker, Path]) -> None:
+    ranker, directory = trained
+    features = spans.evaluation.with_prior(tastes(spans.log))
+    np.testing.assert_array_equal(Ranker.load(directory).probabilities(features), ranker.probabilities(features))
+    assert sorted(path.name for path in directory.parent.iterdir()) == [directory.name]  # no checkpoints left
+
+
+def test_a_finished_ranker_is_not_trained_again_and_a_changed_one_is(
+    spans: RankerSpans, trained: tuple[Ranker, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "lm-0"
+    shutil.copytree(trained[1], directory)
+
+    def no_training(*args: object, **kwargs: object) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(ranker_module, "fit", no_training)
+    quiet = replace(CFG, draws=7, trainer=replace(CFG.trainer, progress_bar=True))
+    train_ranker(spans, tastes(spans.log), seed=0, cfg=quiet, directory=directory)
+    for change in ({"learning_rate": 1e-4}, {"model": DLRMConfig(embedding_dim=2)}):
+        with pytest.raises(AssertionError, match="trained again"):
+            train_ranker(spans, tastes(spans.log), seed=0, cfg=replace(CFG, **change), directory=directory)
+    with pytest.raises(AssertionError, match="trained again"):
+        train_ranker(spans, None, seed=0, cfg=CFG, directory=directory)
+
+
+def test_killed_and_started_again_it_equals_an_undisturbed_run(
+    spans: RankerSpans, trained: tuple[Ranker, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "lm-0"
+    validate = ranker_module.PointwiseModule.on_validation_epoch_end
+    ended = []
+
+    def die_in_epoch_2(self: ranker_module.PointwiseModule) -> None:
+        ended.append(1)
+        if len(ended) == 2:
+            raise KeyboardInterrupt
+        validate(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ranker_module.PointwiseModule, "on_validation_epoch_end", die_in_epoch_2)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            train_ranker(spans, tastes(spans.log), seed=0, cfg=CFG, directory=directory)
+    assert not directory.exists()
+    assert list(tmp_path.glob(".lm-0.fit-*/checkpoints/last.ckpt"))
+    resumed = train_ranker(spans, tastes(spans.log), seed=0, cfg=CFG, directory=directory)
+    for name, tensor in trained[0].module.ranker.state_dict().items():
+        torch.testing.assert_close(resumed.module.ranker.state_dict()[name], tensor, rtol=0, atol=0)
+
+
+def test_seeds_differ_and_arms_of_a_seed_begin_alike(spans: RankerSpans) -> None:
+    def state(forecast: object, seed: int) -> torch.Tensor:
+        features = spans.fit.with_prior(forecast)  # type: ignore[arg-type]
+        spec = ranker_module.FeatureSpec.fit(features, CFG.features, semantic_ids="v")
+        module = ranker_module.build_module(
+            spec, CFG.model, learning_rate=1.0, weight_decay=0.0, base_rate=0.1, seed=seed
+        )
+        return torch.cat([tensor.flatten() for tensor in module.ranker.state_dict().values()])
+
+    torch.testing.assert_close(state(None, 0), state(tastes(spans.log), 0), rtol=0, atol=0)
+    assert not torch.equal(state(None, 0), state(None, 1))
+
+
+def test_weights_of_another_feature_spec_are_refused(
+    spans: RankerSpans, trained: tuple[Ranker, Path], tmp_path: Path
+) -> None:
+    directory = tmp_path / "mixed"
+    shutil.copytree(trained[1], directory)
+    spec = json.loads((directory / SPEC).read_text())
+    spec["tables"]["ad"].pop()
+    (directory / SPEC).write_text(json.dumps(spec))
+    with pytest.raises(LineageError, match="size mismatch"):
+        Ranker.load(directory)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, SPEC])
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_damaged_files_are_an_error_that_says_so(
+    trained: tuple[Ranker, Path], tmp_path: Path, name: str, damage: str
+) -> None:
+    directory = tmp_path / "damaged"
+    shutil.copytree(trained[1], directory)
+    if damage == "missing":
+        (directory / name).unlink()
+    else:
+        (directory / name).write_bytes((directory / name).read_bytes()[:40])
+    with pytest.raises(UserError, match=r"cannot be (read|understood)"):
+        Ranker.load(directory)
+
+
+def test_another_artifact_is_no_ranker(tmp_path: Path) -> None:
+    Manifest(kind="two_tower", key="k").write(tmp_path)
+    with pytest.raises(UserError, match="holds two_tower"):
+        Ranker.load(tmp_path)
+
+
+def test_a_request_is_ranked_by_probability(spans: RankerSpans, trained: tuple[Ranker, Path]) -> None:
+    log = spans.log
+    ads = log.active_ads(1, 10).ad
+    ranking = rank(trained[0], spans.builder, tastes(log), ads, user=4, market=1, period=10)
+    assert sorted(ranking.ad_N.tolist()) == sorted(ads.tolist())
+    assert (np.diff(ranking.probability_N) <= 0).all()
+    reverse = rank(trained[0], spans.builder, tastes(log), ads[::-1], user=4, market=1, period=10)
+    np.testing.assert_allclose(reverse.probability_N, ranking.probability_N, rtol=1e-6)
+    best = int(ranking.ad_N[0])
+    known = tastes(log).log_prob_UA[4, log.ad_advertiser[best]]
+    assert ranking.dense["prior_log_prob"][0] == pytest.approx(known)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ads": np.array([], dtype=np.int32)}, "no candidate"),
+        ({"ads": np.array([0, 10_000])}, "ad 10000"),
+        ({"user": -1}, "user -1"),
+        ({"market": 99}, "market 99"),
+    ],
+)
+def test_requests_outside_the_log_are_refused(
+    spans: RankerSpans, trained: tuple[Ranker, Path], change: dict, message: str
+) -> None:
+    request = {"ads": np.array([0, 1]), "user": 0, "market": 0, "period": 10} | change
+    with pytest.raises(UserError, match=message):
+        rank(trained[0], spans.builder, None, **request)
+
+
+def test_features_of_another_config_are_refused(spans: RankerSpans, trained: tuple[Ranker, Path]) -> None:
+    other = FeatureBuilder(spans.log, spans.builder.ids, replace(CFG.features, history_length=5))
+    with pytest.raises(LineageError, match="another config"):
+        rank(trained[0], other, None, np.array([0]), user=0, market=0, period=10)
