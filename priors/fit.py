@@ -15,6 +15,7 @@ The artifact is a directory:
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ from models.prior_lm import LoraSettings, PriorLM, PriorLMModule, TreeBatch
 from models.training import EpochSampler, FitResult, fit
 from priors.anchor import Anchor, Counts, TunedAnchor, choose_constants
 from priors.base_model import BaseModel, load_base_model
-from priors.calibration import Calibration, fit_anchor_levels, fit_calibration
+from priors.calibration import Calibration, calibrated_nll, fit_anchor_levels, fit_calibration
 from priors.config import BaseModelConfig, PriorConfig, PromptConfig
 from priors.dataset import PromptDataset, TreeCollator
 from priors.prompt import PromptCompiler
@@ -198,6 +199,8 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
     select_batches = list(batches(select_set, collator, cfg.batch_size))
     logits, constant_LH = _logits(module.model, select_batches)
     calibration = fit_calibration(select_batches, logits)
+    zeros, ones = torch.zeros(trie.n_levels), torch.ones(trie.n_levels)
+    select_anchor = float(calibrated_nll(select_batches, None, zeros, ones).mean())
     fitted = PriorModel(
         module.model.eval(), base, calibration, compiler, constant_LH, cfg, base_model.reference, ids.version
     )
@@ -212,6 +215,7 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
         "steps": result.steps,
         "best_part": result.best_epoch,
         "select_nll_by_part": result.history,
+        "select_nll_anchor": select_anchor,
         "calibration": to_plain(calibration),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
@@ -281,7 +285,8 @@ def word_rows(base_model: BaseModel, ids: AdvertiserIds, log: Log) -> Tensor:
 
 
 def with_id_tokens(tokenizer: PreTrainedTokenizerBase, trie: Trie) -> PreTrainedTokenizerBase:
-    """The tokenizer with ``<adv_level_code>`` tokens, numbered as the model numbers them."""
+    """A copy of the tokenizer with ``<adv_level_code>`` tokens, numbered as the model numbers them."""
+    tokenizer = copy.deepcopy(tokenizer)
     names = [f"<adv_{level + 1}_{code}>" for level, size in enumerate(trie.level_sizes) for code in range(size)]
     tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in names])
     return tokenizer
