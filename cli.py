@@ -1,0 +1,159 @@
+"""The `adsid` command. Heavy imports wait until a command runs, so that help is quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from data.errors import UserError
+
+USER_MISTAKE, OUR_MISTAKE, INTERRUPTED = 2, 1, 130
+
+app = typer.Typer(
+    name="adsid",
+    help="An LLM forecasts which advertisers a user converts with; retrieval and ranking use the forecast.",
+    epilog="Examples:\n\n  adsid run experiment=quickstart\n\n  adsid report runs/quickstart\n\n  adsid doctor",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and every message of the libraries.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import importlib.metadata
+
+        typer.echo(f"adsid {importlib.metadata.version('adsid')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    context: typer.Context,
+    debug: Debug = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    context.obj = debug
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "  adsid run                                        experiment=quickstart, in runs/quickstart\n\n"
+    "  adsid run experiment=smoke run.dir=/tmp/smoke    every stage, small and quick\n\n"
+    "  adsid run prior.prompts=2000 seed=1              other values\n\n"
+    "  adsid run prior=tiny run.until=forecasts         another choice of a group, and only so far\n\n"
+    "A second run does only what is not up to date; an interrupted one goes on where it was."
+)
+def run(
+    context: typer.Context,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="group=choice or key=value; see configs/ for groups and keys.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Run every stage that is not up to date, from the data to the report."""
+
+    def work() -> None:
+        from rich.console import Console
+
+        from pipeline.config import compose, run_directory
+        from pipeline.run import REPORT, run_stages
+
+        config = compose([*_terminal_overrides(), *(overrides or [])])
+        console = Console(soft_wrap=True)
+        run_stages(config, console=console)
+        report = run_directory(config) / REPORT
+        if report.exists() and config.run.until in (None, "report"):
+            console.print(f"report: {report}", highlight=False)
+
+    guarded(work, debug=debug or bool(context.obj))
+
+
+@app.command(epilog="Example:\n\n  adsid report runs/quickstart")
+def report(
+    context: typer.Context,
+    directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a finished run.")],
+    debug: Debug = False,
+) -> None:
+    """Write the report of a finished run anew, from its artifacts."""
+
+    def work() -> None:
+        from rich.console import Console
+
+        from pipeline.run import report_again
+
+        console = Console(soft_wrap=True)
+        console.print(f"report: {report_again(directory.absolute(), console=console)}", highlight=False)
+
+    guarded(work, debug=debug or bool(context.obj))
+
+
+@app.command(epilog="Examples:\n\n  adsid doctor\n\n  adsid doctor --json")
+def doctor(
+    context: typer.Context,
+    json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Say what this machine has and how long the quickstart takes here."""
+
+    def work() -> None:
+        from pipeline.doctor import examine, to_json, to_text
+
+        findings = examine()
+        typer.echo(to_json(findings) if json else to_text(findings))
+
+    guarded(work, debug=debug or bool(context.obj))
+
+
+def guarded(work: Callable[[], None], *, debug: bool) -> None:
+    """Run something and end the process as a command line should.
+
+    Exit code 2 for a mistake of the user's, 1 for one of ours, 130 after Ctrl-C; a traceback only with ``debug``.
+    """
+    from pipeline.quiet import quiet_libraries
+
+    try:
+        if not debug:
+            quiet_libraries()
+        work()
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        typer.echo(f"{error}", err=True)
+        raise SystemExit(USER_MISTAKE) from None
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command goes on from here", err=True)
+        raise SystemExit(INTERRUPTED) from None
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        first_line = (str(error).splitlines() or [""])[0]
+        hint = "" if debug else "; --debug shows where"
+        typer.echo(f"adsid failed: {type(error).__name__}: {first_line}{hint}", err=True)
+        raise SystemExit(OUR_MISTAKE) from None
+
+
+def _terminal_overrides() -> list[str]:
+    """No progress bars where nobody watches them."""
+    return [] if sys.stderr.isatty() else ["trainer.progress_bar=false"]
+
+
+def main() -> None:
+    """Entry point of the `adsid` command."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warn after every fork of a loader
+    app()
+
+
+if __name__ == "__main__":
+    main()

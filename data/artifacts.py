@@ -113,7 +113,7 @@ def hash_file(path: Path) -> str:
 
 
 def hash_directory(path: Path) -> str:
-    """SHA-256 of the names and bytes of all files below a directory, its manifest left out.
+    """SHA-256 of the names and bytes of all files below a directory, manifests left out: they name times.
 
     Args:
         path: an existing directory.
@@ -124,7 +124,7 @@ def hash_directory(path: Path) -> str:
     digest = hashlib.sha256()
     files = sorted((file.relative_to(path).as_posix(), file) for file in path.rglob("*") if file.is_file())
     for name, file in files:
-        if name != MANIFEST:
+        if file.name != MANIFEST:
             digest.update(f"{len(name)}:{name}:{hash_file(file)}\n".encode())
     return digest.hexdigest()
 

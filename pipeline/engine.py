@@ -152,11 +152,12 @@ class Run(Generic[Config]):
         with locked(self.directory):
             return [self._bring_up_to_date(self.stages[name]) for name in wanted]
 
-    def execute_one(self, name: str) -> Outcome:
+    def execute_one(self, name: str, *, again: bool = False) -> Outcome:
         """Bring one stage up to date from artifacts that are there; nothing before it is made.
 
         Args:
             name: of the stage.
+            again: run it even if it is up to date.
 
         Raises:
             LineageError: an input was made by another configuration, or from other inputs, than called for now.
@@ -172,7 +173,7 @@ class Run(Generic[Config]):
             )
         with locked(self.directory):
             self._check_lineage(stage)
-            return self._bring_up_to_date(stage)
+            return self._bring_up_to_date(stage, again=again)
 
     def manifests(self) -> dict[str, Manifest]:
         """Manifests of the stages that are finished, in order."""
@@ -238,10 +239,10 @@ class Run(Generic[Config]):
                     action=f"make it again with `adsid run run.until={name}` and the same overrides",
                 )
 
-    def _bring_up_to_date(self, stage: Stage[Config]) -> Outcome:
+    def _bring_up_to_date(self, stage: Stage[Config], *, again: bool = False) -> Outcome:
         inputs = self._input_hashes(stage)
         key = self._key(stage, inputs)
-        manifest = self._finished(stage.name, key)
+        manifest = None if again else self._finished(stage.name, key)
         if manifest is not None:
             outcome = Outcome(stage.name, "skipped", manifest)
         else:

@@ -1,0 +1,69 @@
+"""Running the stages of a configuration: what `adsid run`, `adsid report` and `train.py` share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from data.errors import UserError
+from pipeline import config as configuration
+from pipeline.config import AdsidConfig
+from pipeline.console import ConsoleObserver
+from pipeline.engine import Outcome, Run
+from pipeline.stages import stages
+
+CONFIG_FILE = "config.yaml"
+REPORT = Path("report") / "report.html"
+
+
+def run_stages(config: AdsidConfig, *, console: Console, only: str | None = None) -> list[Outcome]:
+    """Bring the stages of a run directory up to date.
+
+    Args:
+        config: of the run; ``run.until`` ends it early.
+        console: told what happens.
+        only: run this one stage alone, from artifacts that are there.
+
+    Returns:
+        One outcome a stage.
+
+    Raises:
+        UserError: a mistake in the configuration, the data or the place to write to.
+    """
+    directory = configuration.run_directory(config)
+    run = Run(directory, stages(), config, observer=ConsoleObserver(console))
+    console.print(f"run directory [bold]{directory}[/], experiment {config.experiment}", highlight=False)
+    if only is not None:
+        outcomes = [run.execute_one(only)]
+    else:
+        outcomes = run.execute(until=config.run.until)
+    configuration.save(config, directory / CONFIG_FILE)
+    if all(outcome.status == "skipped" for outcome in outcomes):
+        console.print("everything is up to date, nothing was done")
+    return outcomes
+
+
+def report_again(directory: Path, *, console: Console) -> Path:
+    """Write the report of a finished run anew, from its artifacts.
+
+    Args:
+        directory: the run directory.
+        console: told what happens.
+
+    Returns:
+        Path of ``report.html``.
+
+    Raises:
+        UserError: there is no such run, or stages before the report are not finished.
+    """
+    if not (directory / CONFIG_FILE).is_file():
+        raise UserError(
+            f"{directory}",
+            expected=f"a run directory, with a {CONFIG_FILE}",
+            action="give the folder of a finished run, e.g. runs/quickstart, or make one with `adsid run`",
+        )
+    config = configuration.load(directory / CONFIG_FILE)
+    config.run.dir = str(directory)
+    Run(directory, stages(), config, observer=ConsoleObserver(console)).execute_one("report", again=True)
+    return directory / REPORT

@@ -1,0 +1,360 @@
+"""The stages of adsid: thin glue from a configuration and input artifacts to one artifact each.
+
+    data ─► semantic_ids ─► prior ─► forecasts ─┬─► retrieval ─► report
+      └──────────┴──────► two_tower ────────────┤                  ▲
+                                                └─► ranker ────────┘
+
+Every stage that measures something leaves ``rows.json``, the tidy rows of the report, in its artifact.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from data.artifacts import Manifest, fingerprint, to_plain
+from data.log import Log, load_log
+from data.prepare import prepare
+from data.statistics import Row
+from pipeline.config import AdsidConfig
+from pipeline.engine import Context, Stage
+from pipeline.example import user_example
+from pipeline.report import Curves, RunInfo, write_report
+from priors.evaluate import evaluate_forecast
+from priors.fit import PriorModel, fit_prior
+from priors.forecast import Forecast, TableForecast
+from priors.generate import generate_priors
+from priors.table import PriorTable
+from ranking.ablation import run_ablation
+from ranking.features import FeatureBuilder
+from ranking.ranker import Ranker, RankerSpans
+from retrieval.evaluate import Retriever, evaluate_retrieval
+from retrieval.two_tower import TrainedTwoTower, train_two_tower
+from semantic_ids.advertiser_ids import AdvertiserIds
+from semantic_ids.embeddings import text_embeddings
+from semantic_ids.quality import quality_rows
+from semantic_ids.tokenize import build_ids
+
+Work = Context[AdsidConfig]
+T = TypeVar("T")
+
+ROWS = "rows.json"
+FACTS = "facts.json"
+TEXT = "text_embeddings.safetensors"
+TOWERS = "towers"
+RANKERS = "rankers"
+
+
+def stages() -> list[Stage[AdsidConfig]]:
+    """The stage graph, each after its inputs."""
+    return [
+        Stage("data", (), lambda cfg: cfg.data, make_data, ("events", "ads", "advertisers")),
+        Stage(
+            "semantic_ids",
+            ("data",),
+            lambda cfg: {"data": cfg.data, "semantic_ids": cfg.semantic_ids},
+            make_semantic_ids,
+            ("collision_rate", "entropy_ratio"),
+        ),
+        Stage(
+            "prior",
+            ("data", "semantic_ids"),
+            lambda cfg: {"data": cfg.data, "prior": _fitting(cfg)},
+            make_prior,
+            ("prompts", "select_nll_by_part"),
+        ),
+        Stage(
+            "forecasts",
+            ("data", "semantic_ids", "prior"),
+            lambda cfg: {"data": cfg.data, "prior": cfg.prior, "evaluate": cfg.evaluate},
+            make_forecasts,
+            ("users", "forecasts_made", "users_per_hour"),
+        ),
+        Stage(
+            "two_tower",
+            ("data", "semantic_ids"),
+            lambda cfg: {"data": cfg.data, "retrieval": _towers(cfg), "encoder": cfg.semantic_ids.embedding.encoder},
+            make_two_tower,
+            ("epochs", "val_recall"),
+        ),
+        Stage(
+            "retrieval",
+            ("data", "semantic_ids", "prior", "forecasts", "two_tower"),
+            lambda cfg: {
+                "data": cfg.data,
+                "retrieval": cfg.retrieval,
+                "panel": [cfg.prior.panel, cfg.prior.seed],
+                "evaluate": cfg.evaluate,
+            },
+            make_retrieval,
+            ("recall", "quotas"),
+        ),
+        Stage(
+            "ranker",
+            ("data", "semantic_ids", "prior", "forecasts"),
+            lambda cfg: {
+                "data": cfg.data,
+                "ranker": cfg.ranker,
+                "panel": [cfg.prior.panel, cfg.prior.seed],
+                "evaluate": cfg.evaluate,
+            },
+            make_ranker,
+            ("auc", "rankers"),
+        ),
+        Stage(
+            "report",
+            ("data", "semantic_ids", "prior", "forecasts", "two_tower", "retrieval", "ranker"),
+            lambda cfg: {key: value for key, value in to_plain(cfg).items() if key != "run"},
+            make_report,
+            ("rows",),
+        ),
+    ]
+
+
+def make_data(context: Work) -> dict[str, Any]:
+    """The five tables of the log."""
+    return prepare(context.config.data, context.output)
+
+
+def make_semantic_ids(context: Work) -> dict[str, Any]:
+    """Embeddings, RQ-VAE, unique IDs and their quality."""
+    cfg, log = context.config.semantic_ids, _log(context)
+    ids, _, quality = build_ids(log, cfg, work_dir=context.work, cache_dir=context.work)
+    ids.save(context.output)
+    texts = log.tables.advertisers["text"].fill_null("").to_list()
+    text_AE = text_embeddings(texts, cfg.embedding.encoder, cache_dir=context.work)
+    save_file({"text_AE": text_AE}, context.output / TEXT)
+    _write_rows(context.output, quality_rows(quality))
+    return quality
+
+
+def make_prior(context: Work) -> dict[str, Any]:
+    """The fine-tuned forecaster with its tuned anchor."""
+    prior, metrics = fit_prior(_log(context), _ids(context), context.config.prior, work_dir=context.work)
+    prior.save(context.output)
+    return metrics
+
+
+def make_forecasts(context: Work) -> dict[str, Any]:
+    """The panel's forecasts, and how good they are."""
+    cfg, log, prior = context.config.prior, _log(context), _prior(context)
+    metrics = generate_priors(prior, log, cfg, out_dir=context.output, work_dir=context.work)
+    table = PriorTable.load(context.output, log)
+    forecasts = {arm: TableForecast(table, prior.base, arm=arm) for arm in ("anchor", "lm")}
+    evaluation = evaluate_forecast(prior, forecasts, log, cfg)
+    costs = [
+        Row("cost", name, "lm", "all", None, float(metrics[name]), None, None, int(metrics["forecasts_made"]))
+        for name in ("tokens_per_forecast", "seconds_per_forecast", "users_per_hour", "mass_in_list")
+        if metrics[name] is not None
+    ]
+    _write_rows(context.output, [*evaluation.rows, *costs])
+    _write_facts(context.output, {"curves": evaluation.curves})
+    return metrics
+
+
+def make_two_tower(context: Work) -> dict[str, Any]:
+    """The trained towers and the index of all ads."""
+    text_AE = load_file(context.inputs["semantic_ids"] / TEXT)["text_AE"]
+    cfg = context.config.retrieval
+    towers, result = train_two_tower(_log(context), _ids(context).codes_AL, text_AE, cfg, work_dir=context.work)
+    towers.save(context.output / TOWERS)
+    return {"epochs": result.epochs, "steps": result.steps, "val_recall": result.best_score, "history": result.history}
+
+
+def make_retrieval(context: Work) -> dict[str, Any]:
+    """Retrieval in three arms at one budget."""
+    cfg, log = context.config, _log(context)
+    evaluation = evaluate_retrieval(log, _towers_of(context), _forecasts(context), cfg.retrieval, users=_panel(context))
+    _write_rows(context.output, evaluation.rows)
+    _write_facts(context.output, {"quotas": evaluation.quotas, "sweep": evaluation.sweep})
+    recall = {
+        row.arm: row.value
+        for row in evaluation.rows
+        if (row.metric, row.segment, row.k) == ("recall", "all", cfg.retrieval.budget)
+    }
+    return {"recall": recall, "quotas": evaluation.quotas}
+
+
+def make_ranker(context: Work) -> dict[str, Any]:
+    """Rankers of all arms and seeds, and what sets the arms apart."""
+    cfg, log = context.config.ranker, _log(context)
+    builder = FeatureBuilder(log, _ids(context), cfg.features)
+    spans = RankerSpans.of(builder, _panel(context), evaluation=context.config.evaluate)
+    rankers = context.work / RANKERS
+    rankers.mkdir(exist_ok=True)
+    rows = run_ablation(spans, _forecasts(context), cfg, rankers)
+    shutil.copytree(rankers, context.output / RANKERS, ignore=shutil.ignore_patterns(".*"))
+    _write_rows(context.output, rows)
+    auc = {row.arm: row.value for row in rows if (row.metric, row.segment) == ("auc", "all")}
+    return {"auc": auc, "rankers": len(list((context.output / RANKERS).iterdir()))}
+
+
+def make_report(context: Work) -> dict[str, Any]:
+    """``report.html`` and ``report.json`` of everything before."""
+    cfg, log = context.config, _log(context)
+    manifests = {name: Manifest.read(directory) for name, directory in context.inputs.items()}
+    rows = [*_data_rows(log), *(row for directory in context.inputs.values() for row in _read_rows(directory))]
+    prior, retrieval = manifests["prior"].metrics, _read_facts(context.inputs["retrieval"])
+    curves: Curves = {
+        "learning": _learning(prior, cfg),
+        "reliability": _read_facts(context.inputs["forecasts"])["curves"].get("reliability", {}),
+        "quota_sweep": retrieval["sweep"],
+        "code_usage": manifests["semantic_ids"].metrics["usage"],
+    }
+    run: RunInfo = {
+        "config": to_plain(cfg),
+        "versions": manifests["ranker"].versions,
+        "stages": [
+            {"name": name, "seconds": manifest.seconds, "peak_memory_mb": manifest.peak_memory_mb}
+            for name, manifest in manifests.items()
+        ],
+        "dataset": cfg.data.source,
+        "evaluate": cfg.evaluate,
+        "command": f"adsid run experiment={cfg.experiment}",
+    }
+    forecasts = _forecasts(context)
+    example = user_example(
+        log,
+        prior=_prior(context),
+        forecasts=forecasts,
+        retriever=Retriever(log, _towers_of(context), forecasts["lm"], cfg.retrieval),
+        quota=retrieval["quotas"]["lm"],
+        ranker=Ranker.load(context.inputs["ranker"] / RANKERS / f"lm-{cfg.ranker.seeds[0]}"),
+        builder=FeatureBuilder(log, _ids(context), cfg.ranker.features),
+        users=_panel(context),
+    )
+    write_report(rows, run=run, example=example, curves=curves, out_dir=context.output)
+    return {"rows": len(rows)}
+
+
+# --- what stages share -------------------------------------------------------------------------------------
+
+
+def _fitting(cfg: AdsidConfig) -> dict[str, Any]:
+    """The prior's config without what only decoding and evaluation read."""
+    plain = to_plain(cfg.prior)
+    return {key: value for key, value in plain.items() if key not in ("decode", "panel", "evaluation_prompts")}
+
+
+def _towers(cfg: AdsidConfig) -> dict[str, Any]:
+    """The retrieval config without what only the evaluation reads; the budget is the list length of validation."""
+    plain = to_plain(cfg.retrieval)
+    return {key: value for key, value in plain.items() if key not in ("forecast", "ks", "quotas", "sparse_quantile")}
+
+
+def _once(context: Work, make: Callable[[], T], *inputs: str, settings: Any = None) -> T:
+    """A value that stages of one process share: made again only for other inputs or settings."""
+    hashes = [Manifest.read(context.inputs[name]).content_hash for name in inputs]
+    key = (make.__qualname__, fingerprint([hashes, to_plain(settings)]))
+    if key not in context.shared:
+        for old in [old for old in context.shared if old[0] == make.__qualname__]:
+            del context.shared[old]
+        context.shared[key] = make()
+    value: T = context.shared[key]
+    return value
+
+
+def _log(context: Work) -> Log:
+    cfg = context.config
+
+    def log() -> Log:
+        return load_log(context.inputs["data"], cfg.data, evaluate=cfg.evaluate)
+
+    return _once(context, log, "data", settings=[cfg.data, cfg.evaluate])
+
+
+def _ids(context: Work) -> AdvertiserIds:
+    return AdvertiserIds.load(context.inputs["semantic_ids"])
+
+
+def _prior(context: Work) -> PriorModel:
+    cfg = context.config
+
+    def prior() -> PriorModel:
+        return PriorModel.load(context.inputs["prior"], _log(context), _ids(context), cfg.prior)
+
+    return _once(context, prior, "data", "semantic_ids", "prior", settings=[cfg.data, cfg.prior, cfg.evaluate])
+
+
+def _forecasts(context: Work) -> dict[str, Forecast | None]:
+    """The forecast of each arm."""
+
+    def forecasts() -> dict[str, Forecast | None]:
+        table, base = PriorTable.load(context.inputs["forecasts"], _log(context)), _prior(context).base
+        return {
+            "none": None,
+            "anchor": TableForecast(table, base, arm="anchor"),
+            "lm": TableForecast(table, base, arm="lm"),
+        }
+
+    settings = [context.config.data, context.config.evaluate]
+    return _once(context, forecasts, "data", "prior", "forecasts", settings=settings)
+
+
+def _towers_of(context: Work) -> TrainedTwoTower:
+    return TrainedTwoTower.load(context.inputs["two_tower"] / TOWERS, context.config.retrieval.index)
+
+
+def _panel(context: Work) -> NDArray[np.int32]:
+    """Users with forecasts: what retrieval and ranking are measured on."""
+    return _log(context).panel(context.config.prior.panel, context.config.prior.seed)
+
+
+def _learning(metrics: dict[str, Any], cfg: AdsidConfig) -> list[Any]:
+    """NLL of LM and anchor on the selection prompts after each part of the training."""
+    anchor, parts = metrics["select_nll_anchor"], metrics["select_nll_by_part"]
+    per_part = metrics["steps"] * cfg.prior.batch_size * cfg.prior.trainer.accumulate / max(len(parts), 1)
+    return [{"step": round((part + 1) * per_part), "lm": lm, "anchor": anchor} for part, lm in enumerate(parts)]
+
+
+def _data_rows(log: Log) -> list[Row]:
+    """Sizes of the log, as far as the run may look."""
+    targets = log.advertiser_targets(log.evaluate)
+    new = log.is_new(targets.user[targets.row], targets.period[targets.row], targets.item)
+    figures = {
+        "users": len(log.user_ids),
+        "advertisers": len(log.advertiser_ids),
+        "ads": len(log.ad_ids),
+        "markets": len(log.market_ids),
+        "events": len(log.events),
+        "purchases": int(log.is_purchase.sum()),
+        "conversions": int(log.is_label.sum()),
+        "user_periods": len(targets),
+        "targets": len(targets.item),
+        "new_advertiser_share": float(new.mean()) if len(new) else float("nan"),
+    }
+    evaluated = {"user_periods", "targets", "new_advertiser_share"}
+    return [
+        Row("data", name, "log", log.evaluate if name in evaluated else "all", None, float(value), None, None, 1)
+        for name, value in figures.items()
+    ]
+
+
+def _write_rows(directory: Path, rows: Sequence[Row]) -> None:
+    text = json.dumps([to_plain(row) for row in rows], indent=0, allow_nan=False)
+    (directory / ROWS).write_text(text + "\n", encoding="utf-8")
+
+
+def _read_rows(directory: Path) -> list[Row]:
+    path = directory / ROWS
+    if not path.exists():
+        return []
+    rows = [Row(**plain) for plain in json.loads(path.read_text(encoding="utf-8"))]
+    nan = float("nan")
+    return [row if row.value is not None else Row(**(to_plain(row) | {"value": nan})) for row in rows]
+
+
+def _write_facts(directory: Path, facts: dict[str, Any]) -> None:
+    (directory / FACTS).write_text(json.dumps(to_plain(facts), allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _read_facts(directory: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((directory / FACTS).read_text(encoding="utf-8"))
+    return facts
