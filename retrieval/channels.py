@@ -1,8 +1,9 @@
 """Where candidates come from: each channel ranks the active ads of a request in its own way.
 
     two_tower     ads nearest to the user's vector
-    forecast      the paper's rule (arXiv 2605.27856): of the ads of the forecast's first advertisers, those
-                  nearest to the user's vector
+    forecast      of the ads of the forecast's first advertisers those with the best two-tower score, the
+                  paper's rule (arXiv 2605.27856); with a prior weight w > 0 its soft form, in which an ad's
+                  share of the forecast counts too:  sim / temperature + w · log(P(advertiser) / its active ads)
     seeded        ads nearest to the forecast advertisers' own vectors, in turn, the likeliest first: it also
                   reaches ads of advertisers that the forecast does not name
     popularity    most converted ads so far; for users that have no vector
@@ -19,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.log import Log
-from retrieval.config import ForecastChannelConfig
 from retrieval.index import NO_AD, AdIndex
 
 Ads = NDArray[np.int32]
@@ -65,25 +65,42 @@ class TwoTowerChannel:
 
 
 class ForecastChannel:
-    """The user's nearest active ads among those of the forecast's first advertisers.
+    """The active ads of the forecast's first advertisers, by two-tower score and their share of the forecast.
 
     Args:
         index: ad vectors.
         ad_advertiser: advertiser of every ad, -1 for none.
         n_advertisers: how many active advertisers of the forecast.
+        prior_weight: w; 0 is the paper's rule.
+        temperature: of the two-tower's softmax, which makes its similarity a log-likelihood.
     """
 
     name = FORECAST
 
-    def __init__(self, index: AdIndex, ad_advertiser: NDArray[np.int32], n_advertisers: int) -> None:
+    def __init__(
+        self,
+        index: AdIndex,
+        ad_advertiser: NDArray[np.int32],
+        n_advertisers: int,
+        *,
+        prior_weight: float = 0.0,
+        temperature: float = 1.0,
+    ) -> None:
         self.index, self.ad_advertiser, self.n_advertisers = index, ad_advertiser, n_advertisers
+        self.prior_weight, self.temperature = prior_weight, temperature
 
     def candidates(self, request: Request, k: int) -> Ads:
         chosen = forecast_advertisers(request, self.ad_advertiser, self.n_advertisers)
         among = request.active[np.isin(self.ad_advertiser[request.active], chosen)]
-        if request.vector_D is None:
+        if request.vector_D is None or request.log_prob_A is None:
             return among[:0]
-        return _nearest(self.index, request.vector_D, k, among)
+        if self.prior_weight == 0:
+            return _nearest(self.index, request.vector_D, k, among)
+        among = among[self.index.holds(among)]
+        own = self.ad_advertiser[among]
+        share = request.log_prob_A[own] - np.log(np.bincount(own, minlength=len(request.log_prob_A))[own])
+        score = self.index.vectors(among) @ request.vector_D / self.temperature + self.prior_weight * share
+        return among[np.argsort(-score, kind="stable")[:k]]
 
 
 class SeededChannel:
@@ -140,14 +157,6 @@ class PopularityChannel:
             self._counts[request.period] = np.bincount(before, minlength=self._n_ads)
         counts = self._counts[request.period][request.active]
         return request.active[np.argsort(-counts, kind="stable")[:k]]
-
-
-def forecast_channels(index: AdIndex, ad_advertiser: NDArray[np.int32], cfg: ForecastChannelConfig) -> list[Channel]:
-    """The two channels that follow a forecast."""
-    return [
-        ForecastChannel(index, ad_advertiser, cfg.advertisers),
-        SeededChannel(index, ad_advertiser, cfg.advertisers),
-    ]
 
 
 def forecast_advertisers(request: Request, ad_advertiser: NDArray[np.int32], n: int) -> NDArray[np.int32]:

@@ -48,20 +48,38 @@ class ForecastChannelConfig:
 
     Attributes:
         advertisers: the forecast's first so many advertisers among those active in the market.
-        seeded_share: share of the forecast's places that goes to the search seeded by the advertisers'
-            vectors; the rest goes to the paper's rule.
+        prior_weights: weights of the forecast in the score of its ads, the best is chosen with the quota; 0 is
+            the paper's rule, by two-tower score alone.
+        seed_advertisers: the first so many of them seed a search with their own vectors.
+        seeded_share: share of the forecast's places that goes to that search.
     """
 
-    advertisers: int = 20
-    seeded_share: float = 0.25
+    advertisers: int = 300
+    prior_weights: list[float] = field(default_factory=lambda: [0.0, 0.3, 0.6])
+    seed_advertisers: int = 20
+    seeded_share: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.advertisers < 1:
-            raise UserError(
-                f"retrieval.forecast.advertisers={self.advertisers}",
-                expected="a positive whole number",
-                action="raise it.",
+        errors = []
+        for name in ("advertisers", "seed_advertisers"):
+            if getattr(self, name) < 1:
+                errors.append(
+                    UserError(
+                        f"retrieval.forecast.{name}={getattr(self, name)}",
+                        expected="a positive whole number",
+                        action="raise it.",
+                    )
+                )
+        if not self.prior_weights or min(self.prior_weights) < 0:
+            errors.append(
+                UserError(
+                    f"retrieval.forecast.prior_weights={list(self.prior_weights)}",
+                    expected="at least one number, none below 0",
+                    action="give the weights to choose from, e.g. [0.0,0.3].",
+                )
             )
+        if errors:
+            raise UserError.collect(errors)
         _check_share(self.seeded_share, "retrieval.forecast.seeded_share")
 
 
@@ -78,7 +96,9 @@ class RetrievalConfig:
         forecast: the forecast channels.
         budget: candidates of a request, whatever the channels.
         ks: list lengths reported; none above the budget.
-        quotas: shares of the budget that the forecast channels may get; the best on ``ranker_stop`` is taken.
+        quotas: shares of the budget that the forecast channels may get; the best is chosen on the ranker's
+            spans, which the towers and the forecast have not learned from.
+        quota_requests: requests of those spans that it is chosen on, at the most.
         sparse_quantile: users whose number of earlier purchases is in this lowest part are "sparse".
     """
 
@@ -90,8 +110,9 @@ class RetrievalConfig:
     forecast: ForecastChannelConfig = field(default_factory=ForecastChannelConfig)
     budget: int = 100
     ks: list[int] = field(default_factory=lambda: [10, 20, 50, 100])
-    quotas: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0])
-    sparse_quantile: float = 0.25
+    quotas: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.3, 0.5, 1.0])
+    quota_requests: int = 400
+    sparse_quantile: float = 0.33
 
     def __post_init__(self) -> None:
         errors = []
@@ -105,6 +126,14 @@ class RetrievalConfig:
                     f"retrieval.ks={list(self.ks)}",
                     expected=f"list lengths from 1 to the budget of {self.budget}",
                     action="drop the others or raise retrieval.budget.",
+                )
+            )
+        if self.quota_requests < 1:
+            errors.append(
+                UserError(
+                    f"retrieval.quota_requests={self.quota_requests}",
+                    expected="a positive whole number",
+                    action="raise it.",
                 )
             )
         if not self.quotas or not all(0 <= quota <= 1 for quota in self.quotas):

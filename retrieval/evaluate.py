@@ -2,7 +2,8 @@
 
 Every arm gets ``budget`` candidates a request out of the ads that are active in the visited market and
 period. In the arm ``none`` the two-tower has all places; in ``anchor`` and ``lm`` the forecast channels get
-a quota of them, chosen from a grid for each arm on the span ``ranker_stop``, before the evaluated span.
+a quota of them. Quota and weight of the forecast are chosen for each arm on the ranker's spans, from which
+neither towers nor forecast have learned and which end before the evaluated one.
 
 Shapes: R requests, K budget.
 """
@@ -26,10 +27,11 @@ from retrieval.channels import (
     SEEDED,
     TWO_TOWER,
     Channel,
+    ForecastChannel,
     PopularityChannel,
     Request,
+    SeededChannel,
     TwoTowerChannel,
-    forecast_channels,
 )
 from retrieval.config import RetrievalConfig
 from retrieval.index import NO_AD
@@ -48,11 +50,13 @@ class RetrievalEvaluation:
     Attributes:
         rows: tidy rows of section ``retrieval``.
         quotas: quota chosen for each arm.
+        prior_weights: weight of the forecast chosen for each arm.
         sweep: recall and concentration by quota on the evaluated span, as plain dicts for the plot.
     """
 
     rows: list[Row] = field(default_factory=list)
     quotas: dict[str, float] = field(default_factory=dict)
+    prior_weights: dict[str, float] = field(default_factory=dict)
     sweep: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -64,15 +68,33 @@ class Retriever:
         two_tower: user vectors and the ad index.
         forecast: of the arm; None for the arm without.
         cfg: budget and channels.
+        prior_weight: of the forecast in its channel's score.
     """
 
-    def __init__(self, log: Log, two_tower: TrainedTwoTower, forecast: Forecast | None, cfg: RetrievalConfig) -> None:
+    def __init__(
+        self,
+        log: Log,
+        two_tower: TrainedTwoTower,
+        forecast: Forecast | None,
+        cfg: RetrievalConfig,
+        *,
+        prior_weight: float = 0.0,
+    ) -> None:
         self.log, self.forecast, self.cfg = log, forecast, cfg
         self.embed = two_tower.embedder(log, cfg.pairs)
-        index = two_tower.index
+        index, own = two_tower.index, log.ad_advertiser
         self.channels: list[Channel] = [TwoTowerChannel(index), PopularityChannel(log)]
         if forecast is not None:
-            self.channels += forecast_channels(index, log.ad_advertiser, cfg.forecast)
+            self.channels += [
+                ForecastChannel(
+                    index,
+                    own,
+                    cfg.forecast.advertisers,
+                    prior_weight=prior_weight,
+                    temperature=two_tower.cfg.temperature,
+                ),
+                SeededChannel(index, own, cfg.forecast.seed_advertisers),
+            ]
 
     def lists(
         self, user_R: NDArray[np.integer], market_R: NDArray[np.integer], period_R: NDArray[np.integer]
@@ -135,14 +157,16 @@ def evaluate_retrieval(
         Rows, chosen quotas and the sweep.
     """
     evaluation = RetrievalEvaluation()
-    targets, stop = log.ad_targets(log.evaluate, users), log.ad_targets("ranker_stop", users)
+    targets, choosing = log.ad_targets(log.evaluate, users), _choosing(log, users, cfg)
     new = _of_new_advertisers(log, targets)
     sparse_R = _sparse(log, targets, cfg.sparse_quantile)
     values: dict[tuple[str, str, int], dict[str, NDArray[np.float64]]] = {}
     for arm, forecast in forecasts.items():
-        retriever = Retriever(log, two_tower, forecast, cfg)
+        weights = [0.0] if forecast is None else list(cfg.forecast.prior_weights)
         quotas = [0.0] if forecast is None else list(cfg.quotas)
-        evaluation.quotas[arm] = _best_quota(retriever, stop, quotas)
+        retrievers = {weight: Retriever(log, two_tower, forecast, cfg, prior_weight=weight) for weight in weights}
+        evaluation.prior_weights[arm], evaluation.quotas[arm] = _choose(retrievers, choosing, quotas)
+        retriever = retrievers[evaluation.prior_weights[arm]]
         lists = retriever.lists(targets.user, targets.market, targets.period)
         by_quota = {quota: [retriever.blend(found, quota) for found in lists] for quota in quotas}
         if forecast is not None:
@@ -175,18 +199,25 @@ def evaluate_retrieval(
     return evaluation
 
 
-def _best_quota(retriever: Retriever, stop: Targets, quotas: Sequence[float]) -> float:
-    """The quota with the best recall at the budget; of equal ones the smallest."""
-    if len(quotas) == 1 or not len(stop):
-        return min(quotas)
-    lists = retriever.lists(stop.user, stop.market, stop.period)
-    budget, count_R = retriever.cfg.budget, np.diff(stop.ptr)
+def _choosing(log: Log, users: NDArray[np.integer], cfg: RetrievalConfig) -> Targets:
+    """Requests of the ranker's spans that quota and weight are chosen on."""
+    targets = log.ad_targets((log.split.ranker_fit[0], log.split.ranker_stop[1]), users)
+    rng = np.random.default_rng(cfg.seed)
+    return targets.select(np.sort(rng.permutation(len(targets))[: cfg.quota_requests]))
 
-    def recall(quota: float) -> float:
-        ads_RK = _matrix([retriever.blend(found, quota) for found in lists], budget)
-        return float(np.nanmean(recall_at_k(hits(ads_RK, stop.ptr, stop.item), count_R, budget)))
 
-    return max(sorted(quotas), key=recall)
+def _choose(retrievers: Mapping[float, Retriever], choosing: Targets, quotas: Sequence[float]) -> tuple[float, float]:
+    """Weight and quota with the best recall at the budget; of equal ones the smallest."""
+    if len(retrievers) * len(quotas) == 1 or not len(choosing):
+        return min(retrievers), min(quotas)
+    count_R, recall = np.diff(choosing.ptr), {}
+    for weight, retriever in sorted(retrievers.items()):
+        lists, budget = retriever.lists(choosing.user, choosing.market, choosing.period), retriever.cfg.budget
+        for quota in sorted(quotas):
+            ads_RK = _matrix([retriever.blend(found, quota) for found in lists], budget)
+            hit_RK = hits(ads_RK, choosing.ptr, choosing.item)
+            recall[weight, quota] = float(np.nanmean(recall_at_k(hit_RK, count_R, budget)))
+    return max(recall, key=lambda pair: (recall[pair], -pair[1], -pair[0]))
 
 
 def _sweep_point(
