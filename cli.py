@@ -70,7 +70,7 @@ def run(
         from pipeline.config import compose, run_directory
         from pipeline.run import REPORT, run_stages
 
-        config = compose([*_terminal_overrides(), *(overrides or [])])
+        config = compose([*terminal_overrides(), *(overrides or [])])
         console = Console(soft_wrap=True)
         run_stages(config, console=console)
         report = run_directory(config) / REPORT
@@ -144,7 +144,7 @@ def guarded(work: Callable[[], None], *, debug: bool) -> None:
         raise SystemExit(OUR_MISTAKE) from None
 
 
-def _terminal_overrides() -> list[str]:
+def terminal_overrides() -> list[str]:
     """No progress bars where nobody watches them."""
     return [] if sys.stderr.isatty() else ["trainer.progress_bar=false"]
 

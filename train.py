@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from cli import guarded
+from cli import guarded, terminal_overrides
 from data.errors import UserError
 
 TRAINED = ("semantic_ids", "prior", "two_tower", "ranker")
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
         from pipeline.config import compose
         from pipeline.run import run_stages
 
-        run_stages(compose(overrides), console=Console(soft_wrap=True), only=stage)
+        run_stages(compose([*terminal_overrides(), *overrides]), console=Console(soft_wrap=True), only=stage)
 
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from pipeline.engine import Observer, Outcome, Stage
 
@@ -16,14 +17,13 @@ class ConsoleObserver(Observer):
         self.console = console
         super().__init__(self._start, self._end)
 
-    def _start(self, stage: str, resumed: bool) -> None:
-        how = "goes on where it was interrupted" if resumed else "starts"
-        self.console.print(f"[bold]{stage:<13}[/] {how}", highlight=False)
+    def _start(self, stage: str, why: str) -> None:
+        self.console.print(f"[bold]{stage:<13}[/] {escape(why)}", highlight=False)
 
     def _end(self, outcome: Outcome, stage: Stage[Any]) -> None:
         manifest = outcome.manifest
         told = "  ".join(
-            f"{name} {_short(manifest.metrics[name])}"
+            f"{name} {escape(_short(manifest.metrics[name]))}"
             for name in stage.headline
             if manifest.metrics.get(name) is not None
         )

@@ -100,7 +100,7 @@ class Outcome:
 class Observer:
     """Told what happens; the default says nothing. The command line prints lines instead."""
 
-    on_start: Callable[[str, bool], None] = field(default=lambda stage, resumed: None)
+    on_start: Callable[[str, str], None] = field(default=lambda stage, why: None)
     on_end: Callable[[Outcome, Stage[Any]], None] = field(default=lambda outcome, stage: None)
 
 
@@ -259,12 +259,30 @@ class Run(Generic[Config]):
         fits = manifest.key == key and hash_directory(directory) == manifest.content_hash
         return manifest if fits else None
 
+    def _why(self, stage: Stage[Config], inputs: Mapping[str, str]) -> str:
+        """In words, why a stage runs."""
+        directory = self.directory / stage.name
+        try:
+            manifest = Manifest.read(directory)
+        except UserError:
+            return "starts"
+        changed = _differences(manifest.config, to_plain(stage.settings(self.config)))
+        if changed:
+            return f"starts again: {'; '.join(changed[:3])}"
+        others = [name for name, content in inputs.items() if manifest.inputs.get(name) != content]
+        if others:
+            return f"starts again: {', '.join(others)} changed"
+        return "starts again: " + (
+            "its code changed" if manifest.key != self._key(stage, inputs) else "asked to, or its files changed"
+        )
+
     def _make(self, stage: Stage[Config], inputs: dict[str, str], key: str) -> Manifest:
         target = self.directory / stage.name
         work = self.directory / WORK / f"{stage.name}-{key[:16]}"
         make_directory(work)
         earlier = _begin_attempt(work)
-        self.observer.on_start(stage.name, earlier is not None)
+        why = self._why(stage, inputs) if earlier is None else "goes on where it was interrupted"
+        self.observer.on_start(stage.name, why)
         started = time.monotonic()
         memory = PeakMemory()
         with atomic_directory(target) as output, storage_errors(work):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import transformers
 from rich.console import Console
 
 from data.errors import UserError
@@ -31,6 +32,7 @@ def run_stages(config: AdsidConfig, *, console: Console, only: str | None = None
     Raises:
         UserError: a mistake in the configuration, the data or the place to write to.
     """
+    transformers.utils.logging.disable_progress_bar()  # its bars are of seconds, and break the lines of a log
     directory = configuration.run_directory(config)
     run = Run(directory, stages(), config, observer=ConsoleObserver(console))
     console.print(f"run directory [bold]{directory}[/], experiment {config.experiment}", highlight=False)

@@ -244,9 +244,9 @@ def _fitting(cfg: AdsidConfig) -> dict[str, Any]:
 
 
 def _towers(cfg: AdsidConfig) -> dict[str, Any]:
-    """The retrieval config without what only the evaluation reads; the budget is the list length of validation."""
+    """The retrieval config that training and index read; the budget is the list length of its validation."""
     plain = to_plain(cfg.retrieval)
-    return {key: value for key, value in plain.items() if key not in ("forecast", "ks", "quotas", "sparse_quantile")}
+    return {key: plain[key] for key in ("seed", "model", "pairs", "trainer", "index", "budget")}
 
 
 def _once(context: Work, make: Callable[[], T], *inputs: str, settings: Any = None) -> T:

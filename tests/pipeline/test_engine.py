@@ -74,6 +74,18 @@ def test_a_change_reruns_what_depends_on_it(tmp_path: Path) -> None:
     assert statuses(make(tmp_path, calls, second=5, third=4)) == "skipped skipped done"
 
 
+def test_why_a_stage_runs_is_told(tmp_path: Path) -> None:
+    def reasons(**values: Any) -> list[str]:
+        told: list[str] = []
+        run = make(tmp_path, [], **values)
+        run.observer.on_start = lambda name, why: told.append(f"{name} {why}")
+        run.execute()
+        return told
+
+    assert reasons() == ["first starts", "second starts", "third starts"]
+    assert reasons(second=5) == ["second starts again: value was 2, is 5", "third starts again: second changed"]
+
+
 def test_until_runs_what_is_needed_only(tmp_path: Path) -> None:
     calls: list[str] = []
     assert statuses(make(tmp_path, calls), until="second") == "done done"
@@ -111,11 +123,11 @@ def test_time_of_earlier_attempts_counts(tmp_path: Path) -> None:
     work = next((tmp_path / WORK).iterdir())
     later = time.time() + 100
     os.utime(work / "checkpoint", (later, later))
-    resumed: list[bool] = []
+    told: list[str] = []
     run = make(tmp_path, [])
-    run.observer.on_start = lambda name, again: resumed.append(again)
+    run.observer.on_start = lambda name, why: told.append(why)
     run.execute(until="first")
-    assert resumed == [True]
+    assert told == ["goes on where it was interrupted"]
     assert 99 < Manifest.read(tmp_path / "first").seconds < 110
 
 
