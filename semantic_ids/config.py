@@ -107,7 +107,7 @@ class SemanticIdsConfig:
     seed: int = 0
     embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
     rqvae: RQVAEConfig = field(default_factory=RQVAEConfig)
-    trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(max_epochs=40, patience=None))
+    trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(max_epochs=30, patience=None))
 
     def __post_init__(self) -> None:
         _check("", [("seed", self.seed, self.seed >= 0, "a whole number of at least 0")])

@@ -1,7 +1,8 @@
 """Whether IDs are good: used evenly, few collisions, near advertisers near in the tree.
 
-No single figure can be met by a collapsed tokenizer: one code for all gives a fine neighbour figure but
-an entropy of zero; random codes give full entropy and no neighbours.
+A collapsed tokenizer improves none of these figures: use is measured before collisions are resolved (resolving
+them hands out codes that the tokenizer never uses), and neighbours are counted beyond chance, so that one code
+for all scores zero there, as random codes do.
 
 Shapes: A advertisers, L levels, D features of the embedding, V codes of a level.
 """
@@ -41,11 +42,12 @@ def quality(
 
     Returns:
         ``collision_rate``: share of advertisers whose greedy ID another one has too; ``largest_collision``;
-        ``reconstruction_error``: squared error over the embeddings' variance; and lists by level:
-        ``dead_codes``, ``perplexity``, ``entropy_ratio`` (entropy over the largest possible), ``gini`` of the
-        codes' use, ``neighbour_share`` (how many of the ten nearest advertisers share the prefix up to that
-        level), ``neighbour_share_random`` (the same with codes dealt out at random), ``usage`` (members of
-        each code, most used first).
+        ``moved_share``: advertisers whose ID differs from the greedy one; ``reconstruction_error``: squared error
+        over the embeddings' variance; and lists by level. Of the greedy codes: ``dead_codes``, ``perplexity``,
+        ``entropy_ratio`` (entropy over the largest possible), ``gini`` of the codes' use, ``usage`` (members of
+        each code, most used first). Of the unique codes, by proper prefix: ``neighbour_share`` (how many of the
+        ten nearest advertisers share the prefix up to that level), ``neighbour_share_random`` (the same with the
+        IDs dealt out at random) and ``neighbour_preservation`` (the share beyond chance: 1 all, 0 as random).
     """
     _, group, counts = np.unique(greedy_AL, axis=0, return_inverse=True, return_counts=True)
     error = ((embeddings_AD - reconstruction_AD) ** 2).sum()
@@ -63,7 +65,7 @@ def quality(
         "usage": [],
     }
     for level, size in enumerate(level_sizes):
-        used = np.bincount(codes_AL[:, level], minlength=size)
+        used = np.bincount(greedy_AL[:, level], minlength=size)
         share = used[used > 0] / used.sum()
         entropy = float(-(share * np.log(share)).sum())
         report["dead_codes"].append(int((used == 0).sum()))
@@ -72,8 +74,14 @@ def quality(
         report["gini"].append(gini(used))
         report["usage"].append(np.sort(used)[::-1].tolist())
     rng = np.random.default_rng(seed)
-    report["neighbour_share"] = neighbour_share(embeddings_AD, codes_AL, rng)
-    report["neighbour_share_random"] = neighbour_share(embeddings_AD, rng.permutation(codes_AL), rng)
+    rows = np.sort(rng.permutation(len(codes_AL))[:_SAMPLE])
+    prefixes_AP = codes_AL[:, :-1]  # whole IDs are unique, so none is shared
+    share = neighbour_share(embeddings_AD[rows], prefixes_AP[rows])
+    random = neighbour_share(embeddings_AD[rows], rng.permutation(prefixes_AP)[rows])
+    report["neighbour_share"], report["neighbour_share_random"] = share, random
+    report["neighbour_preservation"] = [
+        (here - chance) / (1 - chance) if chance < 1 else 0.0 for here, chance in zip(share, random, strict=True)
+    ]
     return report
 
 
@@ -86,25 +94,22 @@ def gini(counts_V: NDArray[np.integer]) -> float:
     return float((2 * np.arange(1, n + 1) - n - 1) @ ordered / (n * total))
 
 
-def neighbour_share(
-    embeddings_AD: NDArray[np.floating], codes_AL: NDArray[np.integer], rng: np.random.Generator
-) -> list[float]:
+def neighbour_share(embeddings_AD: NDArray[np.floating], codes_AL: NDArray[np.integer]) -> list[float]:
     """Share of each advertiser's ten nearest ones (Euclidean) that share its prefix, by prefix length."""
-    rows = np.sort(rng.permutation(len(codes_AL))[:_SAMPLE])
-    vectors = np.asarray(embeddings_AD[rows], dtype=np.float32)
-    n = min(NEIGHBOURS, len(rows) - 1)
+    vectors = np.asarray(embeddings_AD, dtype=np.float32)
+    n = min(NEIGHBOURS, len(vectors) - 1)
     if n < 1:
         return [float("nan")] * codes_AL.shape[1]
     squared = (vectors**2).sum(1)
     shared = np.zeros(codes_AL.shape[1])
-    for start in range(0, len(rows), 1024):
-        part = slice(start, min(start + 1024, len(rows)))
+    for start in range(0, len(vectors), 1024):
+        part = slice(start, min(start + 1024, len(vectors)))
         distance = squared[part, None] - 2 * vectors[part] @ vectors.T + squared[None]
         distance[np.arange(distance.shape[0]), np.arange(part.start, part.stop)] = np.inf
         nearest = np.argpartition(distance, n - 1, axis=1)[:, :n]
-        same = codes_AL[rows[part], None] == codes_AL[rows[nearest]]
+        same = codes_AL[part, None] == codes_AL[nearest]
         shared += np.logical_and.accumulate(same, axis=2).sum((0, 1))
-    return (shared / (len(rows) * n)).tolist()
+    return (shared / (len(vectors) * n)).tolist()
 
 
 def quality_rows(report: dict[str, Any]) -> list[Row]:
@@ -114,8 +119,9 @@ def quality_rows(report: dict[str, Any]) -> list[Row]:
         Row("semantic_ids", metric, "ids", "all", None, float(report[metric]), None, None, n)
         for metric in ("collision_rate", "largest_collision", "moved_share", "reconstruction_error")
     ]
-    names = ("dead_codes", "perplexity", "entropy_ratio", "gini", "neighbour_share", "neighbour_share_random")
-    for metric in names:
+    by_level = ("dead_codes", "perplexity", "entropy_ratio", "gini")
+    by_prefix = ("neighbour_share", "neighbour_share_random", "neighbour_preservation")
+    for metric in (*by_level, *by_prefix):
         arm = "random" if metric.endswith("_random") else "ids"
         for level, value in enumerate(report[metric], 1):
             name = metric.removesuffix("_random")

@@ -5,14 +5,14 @@ Only conversions of the prior's fit span are read, so an ID never knows what cam
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from data.errors import UserError
 from data.log import Log
 from models.rqvae import RQVAEModule
 from models.training import EpochSampler, fit
@@ -20,14 +20,17 @@ from semantic_ids.advertiser_ids import AdvertiserIds
 from semantic_ids.config import EmbeddingConfig, SemanticIdsConfig
 from semantic_ids.embeddings import Embeddings, collaborative_embeddings, join_sources, text_embeddings
 from semantic_ids.quality import quality
-from semantic_ids.unique import resolve_collisions
+from semantic_ids.unique import check_capacity, resolve_collisions
+
+logger = logging.getLogger(__name__)
 
 
 def advertiser_embeddings(log: Log, cfg: EmbeddingConfig, *, cache_dir: Path | None = None) -> Embeddings:
     """What each advertiser sells, joined with who else its customers converted with in the fit span.
 
     Args:
-        log: texts of the advertisers, and label conversions up to the end of ``prior_fit``.
+        log: texts of the advertisers, and conversions up to the end of ``prior_fit``, with an ad or without: an ad
+            makes no difference to what an advertiser sells, and more than twice as many advertisers are known so.
         cfg: encoder and weights.
         cache_dir: folder of earlier text embeddings.
 
@@ -40,7 +43,7 @@ def advertiser_embeddings(log: Log, cfg: EmbeddingConfig, *, cache_dir: Path | N
         sources["text"] = (text_embeddings(texts, cfg.encoder, cache_dir=cache_dir), cfg.text_weight)
     if cfg.collaborative_weight > 0:
         _, last = log.split.prior_fit
-        events = log.events.select(log.is_label & (log.events.advertiser >= 0) & (log.events.period <= last))
+        events = log.events.select(log.is_purchase & (log.events.advertiser >= 0) & (log.events.period <= last))
         vectors = collaborative_embeddings(
             events.user, events.advertiser, n_advertisers=len(log.advertiser_ids), dim=cfg.collaborative_dim,
             context_smoothing=cfg.context_smoothing,
@@ -65,22 +68,27 @@ def build_ids(
 
     Raises:
         UserError: more advertisers than the code space holds, or embeddings that are no numbers.
+
+    With fewer advertisers than codes a level, the codes left over stay unused (a warning says so, the report
+    counts them as dead). Equal embeddings, those of advertisers nothing is known about among them, get
+    neighbouring IDs.
     """
+    sizes = cfg.rqvae.level_sizes
+    check_capacity(len(log.advertiser_ids), sizes)
+    if len(log.advertiser_ids) < max(sizes):
+        fitting = [min(size, len(log.advertiser_ids)) for size in sizes]
+        logger.warning(
+            "%d advertisers cannot use all of %s codes a level; semantic_ids.rqvae.level_sizes=%s would fit",
+            len(log.advertiser_ids), list(sizes), fitting,
+        )  # fmt: skip
     embeddings = advertiser_embeddings(log, cfg.embedding, cache_dir=cache_dir)
-    capacity = int(np.prod(cfg.rqvae.level_sizes))
-    if len(embeddings.vectors_AD) > capacity:
-        fitting = int(np.ceil(len(embeddings.vectors_AD) ** (1 / len(cfg.rqvae.level_sizes))))
-        raise UserError(
-            f"{len(embeddings.vectors_AD)} advertisers for level_sizes={list(cfg.rqvae.level_sizes)}",
-            expected=f"at most {capacity}, the IDs that these sizes hold",
-            action=f"set semantic_ids.rqvae.level_sizes to at least {[fitting] * len(cfg.rqvae.level_sizes)}",
-        )
     x_AD = torch.from_numpy(embeddings.vectors_AD)
     module = RQVAEModule.of(x_AD, list(embeddings.source_dims), cfg.rqvae, seed=cfg.seed)
-    loader: DataLoader = DataLoader(
-        x_AD,  # type: ignore[arg-type]
+    loader: DataLoader[Tensor] = DataLoader(
+        _Rows(x_AD),
         batch_size=cfg.rqvae.batch_size,
         sampler=EpochSampler(len(x_AD), seed=cfg.seed),
+        collate_fn=_as_is,
     )
     result = fit(module, loader, None, cfg.trainer, work_dir=work_dir, seed=cfg.seed)
     model = module.model
@@ -97,3 +105,23 @@ def build_ids(
     )
     report |= {"epochs": result.epochs, "known": embeddings.known()}
     return ids, embeddings, report
+
+
+class _Rows(Dataset[Tensor]):
+    """Rows of a matrix, a batch at a time."""
+
+    def __init__(self, x_AD: Tensor) -> None:
+        self.x_AD = x_AD
+
+    def __len__(self) -> int:
+        return len(self.x_AD)
+
+    def __getitem__(self, row: int) -> Tensor:
+        return self.x_AD[row]
+
+    def __getitems__(self, rows: list[int]) -> Tensor:  # the loader's own hook for whole batches
+        return self.x_AD[rows]
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
