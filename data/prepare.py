@@ -8,12 +8,15 @@ from typing import Any
 
 import polars as pl
 
-from data import complete_journey
+from data import complete_journey, parquet
 from data.config import DataConfig
 from data.errors import UserError
 from data.tables import Tables, validate
 
-SOURCES: dict[str, Callable[[DataConfig], Tables]] = {"complete_journey": complete_journey.read}
+SOURCES: dict[str, Callable[[DataConfig], Tables]] = {
+    "complete_journey": complete_journey.read,
+    "parquet": parquet.read,
+}
 """Adapters by name; each turns a :class:`~data.config.DataConfig` into tables."""
 
 

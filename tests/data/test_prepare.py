@@ -1,0 +1,97 @@
+"""Any log that comes as the five tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from data.errors import UserError
+from data.log import load_log
+from data.prepare import SOURCES, prepare
+from tests.logs import tiny_config, tiny_tables
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    directory = tmp_path / "source"
+    directory.mkdir()
+    tiny_tables().write(directory)
+    return directory
+
+
+def config(source: Path | None):  # type: ignore[no-untyped-def]
+    return tiny_config(source="parquet", path=None if source is None else str(source))
+
+
+def test_tables_come_through_as_they_are(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    counts = prepare(config(source), out)
+    for name in ("advertisers", "ads", "users", "events", "placements"):
+        table = pl.read_parquet(source / f"{name}.parquet")
+        assert table.equals(pl.read_parquet(out / f"{name}.parquet"))
+        assert counts[name] == len(table)
+    assert len(load_log(out, config(source), evaluate="validation").advertiser_targets("validation")) > 0
+
+
+def nan_value(frame: pl.DataFrame) -> pl.DataFrame:
+    return frame.with_columns(value=pl.when(pl.col("event_id") == 7).then(float("nan")).otherwise("value"))
+
+
+def dangling_ad(frame: pl.DataFrame) -> pl.DataFrame:
+    return frame.with_columns(ad_id=pl.when(pl.col("event_id") < 3).then(99999).otherwise("ad_id").cast(pl.Int32))
+
+
+BROKEN = [
+    ("events", nan_value, r"events\.value: 1 offending row.*row 7"),
+    ("events", dangling_ad, r"events\.ad_id: 3 offending rows.*99999"),
+    ("events", lambda frame: frame.reverse(), r"events\.timestamp: .*offending rows"),
+    ("events", lambda frame: frame.drop("kind"), r"events\.kind: it is missing"),
+    ("ads", lambda frame: pl.concat([frame, frame[:1]]), r"ads\.ad_id: 2 offending rows"),
+    ("ads", lambda frame: frame.with_columns(text=pl.lit("a\0b")), r"ads\.text: 200 offending rows"),
+    ("users", lambda frame: frame[:0], r"users: the table must have rows|users: it is empty"),
+    ("advertisers", lambda frame: frame.with_columns(name=pl.lit(None, pl.String)), r"advertisers\.name: 30 offending"),
+]
+
+
+@pytest.mark.parametrize(("table", "breaks", "message"), BROKEN)
+def test_a_broken_rule_names_table_column_rows_and_example(
+    table: str, breaks: object, message: str, source: Path, tmp_path: Path
+) -> None:
+    file = source / f"{table}.parquet"
+    breaks(pl.read_parquet(file)).write_parquet(file)  # type: ignore[operator]
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(UserError, match=f"(?s){message}"):
+        prepare(config(source), out)
+    assert list(out.iterdir()) == []
+
+
+def test_all_problems_come_at_once_and_name_no_user(source: Path, tmp_path: Path) -> None:
+    file = source / "events.parquet"
+    frame = dangling_ad(nan_value(pl.read_parquet(file)))
+    frame.with_columns(user_id=pl.lit("somebody@example.org")).write_parquet(file)
+    with pytest.raises(UserError) as caught:
+        prepare(config(source), tmp_path)
+    told = str(caught.value)
+    assert all(column in told for column in ("events.value", "events.ad_id", "events.user_id"))
+    assert "somebody" not in told
+
+
+def test_truncated_files_and_missing_paths_are_told(source: Path, tmp_path: Path) -> None:
+    file = source / "events.parquet"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"events\.parquet"):
+        prepare(config(source), tmp_path)
+    with pytest.raises(UserError, match="without a path"):
+        prepare(config(None), tmp_path)
+    with pytest.raises(UserError, match=r"without advertisers\.parquet"):
+        prepare(config(tmp_path / "nowhere"), tmp_path)
+
+
+def test_every_source_has_a_config() -> None:
+    from pipeline.config import groups
+
+    assert set(SOURCES) <= set(groups()["data"])
