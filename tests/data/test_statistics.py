@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from data.statistics import bootstrap_mean, bootstrap_statistic, paired_bootstrap
+
+RNG = np.random.default_rng(0)
+
+
+def test_interval_covers_the_truth_as_often_as_it_says() -> None:
+    """Of 200 data sets whose users differ, about 95 % of the intervals hold the true mean of zero."""
+    covered = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        groups = np.repeat(np.arange(40), 5)
+        values = rng.normal(size=40)[groups] + rng.normal(size=200)
+        interval = bootstrap_mean(values, groups, draws=400, seed=seed)
+        covered += interval.low <= 0 <= interval.high
+    assert 176 <= covered <= 199
+
+
+def test_requests_of_one_user_are_not_independent() -> None:
+    users = np.repeat(np.arange(20), 10)
+    values = RNG.normal(size=20)[users]
+    by_user, by_row = bootstrap_mean(values, users), bootstrap_mean(values, np.arange(200))
+    assert by_user.high - by_user.low > 2 * (by_row.high - by_row.low)
+
+
+def test_pairing_cancels_what_both_arms_find_hard() -> None:
+    users = np.arange(300)
+    hard = RNG.normal(scale=10, size=300)
+    a, b = hard + 0.5 + RNG.normal(scale=0.1, size=300), hard + RNG.normal(scale=0.1, size=300)
+    difference = paired_bootstrap(a, b, users)
+    assert 0.4 < difference.low < difference.value < difference.high < 0.6
+    assert bootstrap_mean(a, users).low < 0 < bootstrap_mean(a, users).high
+
+
+def test_undefined_requests_are_left_out() -> None:
+    interval = bootstrap_mean([1.0, np.nan, 3.0], [0, 1, 2])
+    assert (interval.value, interval.n) == (2.0, 2)
+    assert paired_bootstrap([1.0, np.nan], [0.0, 0.0], [0, 1]).n == 1
+    assert bootstrap_mean([], []).n == 0
+    assert np.isnan(bootstrap_mean([np.nan], [0]).value)
+
+
+def test_any_statistic_by_weights() -> None:
+    values, users = RNG.normal(size=200), np.repeat(np.arange(50), 4)
+    mean = bootstrap_statistic(lambda weight: float(np.average(values, weights=weight)), users, draws=1000)
+    plain = bootstrap_mean(values, users)
+    assert mean.value == pytest.approx(plain.value)
+    assert (mean.low, mean.high) == pytest.approx((plain.low, plain.high), abs=0.02)
+
+
+def test_unequal_lengths_are_told() -> None:
+    with pytest.raises(ValueError, match="two equal lengths"):
+        bootstrap_mean([1.0, 2.0], [0])
