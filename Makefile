@@ -8,8 +8,8 @@ PYTHON ?= python3.11
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-# Where PyTorch publishes its CPU builds; asked only if the configured package index has no +cpu build.
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# An index of torch's CPU builds, asked where pip's own indexes have none: make demo TORCH_INDEX=<address>
+TORCH_INDEX ?=
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,7 +45,7 @@ $(STAMP): requirements/cpu.txt pyproject.toml
 	@rm -f $(STAMP)
 	@torch=$$(sed -n 's/^torch==//p' requirements/cpu.txt); \
 	$(PY) -m pip install --no-deps --quiet "torch==$$torch+cpu" 2> $(VENV)/.torch.log \
-	|| $(PY) -m pip install --no-deps --retries 1 --timeout 30 --index-url $(TORCH_INDEX) "torch==$$torch+cpu" \
+	|| { test -n "$(TORCH_INDEX)" && $(PY) -m pip install --no-deps --index-url "$(TORCH_INDEX)" "torch==$$torch+cpu"; } \
 	|| echo "no CPU build of torch $$torch found; taking the index's own build"
 	$(PY) -m pip install --no-deps --no-warn-script-location -r requirements/cpu.txt
 	$(PY) -m pip install --no-deps --no-build-isolation --editable .
