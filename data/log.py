@@ -404,7 +404,8 @@ class Before:
     def advertiser_counts(self, kinds: Sequence[int], *, decay: float = 1.0) -> F64:
         """Events of each advertiser, each counted as ``decay ** (periods ago)``, shape ``(A,)``."""
         rows = np.flatnonzero(self._mask(kinds) & (self.log.events.advertiser >= 0))
-        return np.bincount(self.log.events.advertiser[rows], self._decayed(rows, decay), len(self.log.advertiser_ids))
+        n, weight = len(self.log.advertiser_ids), self._decayed(rows, decay)
+        return np.bincount(self.log.events.advertiser[rows], weight, n).astype(np.float64)
 
     def user_advertiser_counts(self, kinds: Sequence[int], *, decay: float = 1.0) -> csr_array:
         """Events of each user with each advertiser, counted in the same way, sparse ``(U, A)``."""
@@ -678,7 +679,7 @@ def _targets(events: Events, item: I32, *, by_market: bool) -> Targets:
     new = np.ones(key.shape, bool)
     new[:, 1:] = key[:, 1:] != key[:, :-1]
     starts = np.flatnonzero(new.any(0))
-    row_starts = new[:3].any(0)[starts]
+    row_starts = np.any(new[:3], axis=0)[starts]
     weight = np.add.reduceat(events.weight[order], starts) if len(starts) else np.empty(0)
     value = np.add.reduceat(np.nan_to_num(events.value[order]), starts) if len(starts) else np.empty(0)
     rows = key[:, starts[row_starts]]

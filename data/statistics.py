@@ -163,7 +163,7 @@ def _aligned(values: ArrayLike, groups: ArrayLike) -> tuple[NDArray[np.float64],
 
 def _by_group(values: NDArray, groups: NDArray) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     _, inverse = np.unique(groups, return_inverse=True)
-    return np.bincount(inverse, weights=values), np.bincount(inverse).astype(np.float64)
+    return np.bincount(inverse, weights=values).astype(np.float64), np.bincount(inverse).astype(np.float64)
 
 
 def _draw(n_groups: int, draws: int, seed: int) -> NDArray[np.float64]:

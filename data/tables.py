@@ -280,10 +280,10 @@ def find_problems(tables: Tables) -> list[Problem]:
     """All broken rules, in the order of tables and columns."""
     keys: dict[str, pl.Series] = {}
     for name in ("advertisers", "ads", "users"):
-        frame: pl.DataFrame = getattr(tables, name)
+        small: pl.DataFrame = getattr(tables, name)
         key = SCHEMAS[name].key[0]
-        if key in frame.columns:
-            keys[name] = frame[key].drop_nulls().unique()
+        if key in small.columns:
+            keys[name] = small[key].drop_nulls().unique()
     problems: list[Problem] = []
     for schema, frame in tables:
         problems += _table_problems(schema, frame, keys)
@@ -313,10 +313,9 @@ def _table_problems(schema: Schema, frame: pl.LazyFrame, keys: Mapping[str, pl.S
     names = {column.name for column in usable}
     if {"start", "end"} <= names:
         rules.append(_Rule("start, end", "end must be after start", pl.col("end") <= pl.col("start"), "end"))
-    if schema.sorted_by in names:
-        rule = f"rows must be in order of {schema.sorted_by}"
+    if schema.sorted_by is not None and schema.sorted_by in names:
         step = pl.col(schema.sorted_by) < pl.col(schema.sorted_by).shift(1)
-        rules.append(_Rule(schema.sorted_by, rule, step, schema.sorted_by))
+        rules.append(_Rule(schema.sorted_by, f"rows must be in order of {schema.sorted_by}", step, schema.sorted_by))
     expressions = [pl.len().alias("rows")]
     for number, rule in enumerate(rules):
         broken = rule.broken.fill_null(False)
@@ -367,7 +366,7 @@ def _rules(column: Column, dtype: pl.DataType, keys: Mapping[str, pl.Series]) ->
         yield rule(f"must be one of {', '.join(KINDS)}", ~value.cast(pl.String).is_in(list(KINDS)))
     if isinstance(dtype, pl.String):
         yield rule("must not hold a NUL character", value.str.contains("\0", literal=True))
-    if column.references in keys:
+    if column.references is not None and column.references in keys:
         known = keys[column.references]
         text = f"must be a key of {column.references}"
         if known.dtype.is_integer() != dtype.is_integer():

@@ -31,7 +31,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
 
 @dataclass(frozen=True)
@@ -166,6 +166,9 @@ class IdHead(nn.Module):
             self.mean_LH[level] = source.mean(0)
             self.scale_L[level] = (source - self.mean_LH[level]).norm(dim=-1).mean().clamp_min(1e-6)
 
+    mean_LH: Tensor
+    scale_L: Tensor
+
     def forward(self, hidden_NH: Tensor, level: int) -> Tensor:
         """Scores ``(N, V_level)`` in float32."""
         unit_NH = (hidden_NH.float() - self.mean_LH[level]) / self.scale_L[level]
@@ -210,13 +213,13 @@ class PriorLM(nn.Module):
             self.level_offset.append(self.level_offset[-1] + len(codes_VD))
 
     @property
-    def word_embedding(self) -> nn.Module:
-        base: PreTrainedModel = getattr(self.decoder, "base_model", self.decoder)
+    def word_embedding(self) -> nn.Embedding:
+        base: Any = getattr(self.decoder, "base_model", self.decoder)
         return base.get_input_embeddings()
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.word_embedding.weight.dtype  # type: ignore[union-attr, return-value]
+        return self.word_embedding.weight.dtype
 
     def id_token(self, level: int, codes: Tensor) -> Tensor:
         """Token numbers of codes of one level."""
@@ -366,7 +369,7 @@ class PriorLMModule(L.LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Trained weights and the head's constants; the frozen base stays where it came from."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         state = super().state_dict(*args, **kwargs)

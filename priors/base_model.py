@@ -75,7 +75,7 @@ def load_base_model(cfg: BaseModelConfig) -> BaseModel:
                 action=f"give a directory with config.json, or another name ({str(error).splitlines()[0]})",
             ) from error
         decoder, tokenizer = AutoModel.from_pretrained(cfg.name), AutoTokenizer.from_pretrained(cfg.name)
-    decoder = decoder.to(resolve_dtype(cfg.dtype)).eval()
+    decoder = decoder.to(dtype=resolve_dtype(cfg.dtype)).eval()  # type: ignore[call-arg]
     decoder.requires_grad_(False)
     return BaseModel(decoder, tokenizer, cfg.name)
 

@@ -76,11 +76,11 @@ class TreeDecoder:
     def __init__(self, model: PriorLM, base: TunedAnchor, calibration: Calibration, cfg: DecodeConfig) -> None:
         self.model, self.base, self.trie, self.cfg = model.eval(), base, base.trie, cfg
         self.calibration = calibration
-        device = model.word_embedding.weight.device
-        self.device = device  # type: ignore[assignment]
+        device = self.device = next(model.parameters()).device
         trie = self.trie
         self._child_ptr = [torch.from_numpy(ptr).to(device) for ptr in trie.child_ptr]
         self._child_code = [torch.from_numpy(code).to(device) for code in trie.child_code]
+        self._parent = [torch.from_numpy(parent).to(device) for parent in trie.parent]
         self._leaf_ptr = [torch.from_numpy(ptr).to(device) for ptr in trie.leaf_ptr]
         self._leaf_advertiser = torch.from_numpy(trie.leaf_advertiser).to(device)
         self._widest = [int(np.diff(ptr).max()) for ptr in trie.child_ptr]
@@ -155,6 +155,7 @@ class TreeDecoder:
             hidden_BKH=hidden_BKH,
             seen_BKT=real_BT[:, None],
             tokens_B=length_B.clone(),
+            nodes_BK=torch.zeros(len(prompts), 1, dtype=torch.long, device=self.device),
         )
 
     def _expand(
@@ -208,9 +209,7 @@ class TreeDecoder:
 
     def _beam_parents(self, depth: int, node_BK: Tensor, state: _State) -> Tensor:
         """Index of each beam's parent among the beams of the level before."""
-        if depth == 1:
-            return torch.zeros_like(node_BK)
-        parent_BK = torch.from_numpy(self.trie.parent[depth - 1]).to(self.device)[node_BK]
+        parent_BK = self._parent[depth - 1][node_BK]
         return (parent_BK[:, :, None] == state.nodes_BK[:, None, :]).long().argmax(-1)
 
     def _collect(
@@ -257,7 +256,7 @@ class _State:
         hidden_BKH: hidden state at each beam.
         seen_BKT: cached tokens that each beam sees, itself included.
         tokens_B: tokens computed so far.
-        nodes_BK: nodes of the beams; unset before the first level.
+        nodes_BK: nodes of the beams.
     """
 
     cache: DynamicCache
@@ -266,4 +265,4 @@ class _State:
     hidden_BKH: Tensor
     seen_BKT: Tensor
     tokens_B: Tensor
-    nodes_BK: Tensor | None = None
+    nodes_BK: Tensor

@@ -8,6 +8,7 @@ state. *Lists* are those that retrieval and ranking get: the newest forecast of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -150,12 +151,16 @@ def _lists(
     """Recall, NDCG and calibration of what the stages after get, all arms on the same rows."""
     as_of = _as_of(forecasts, targets)
     popularity = TunedAnchor.untuned(_popularity_alone(base.anchor), base.trie)
-    scorers = {name: forecast.log_probs for name, forecast in forecasts.items()}
-    scorers["popularity"] = lambda user, period: popularity.log_probs(user, as_of_of(period))  # type: ignore[assignment]
+    schedule = np.unique(as_of)
 
-    def as_of_of(period: NDArray) -> NDArray:
-        schedule = np.unique(as_of)
-        return schedule[np.maximum(np.searchsorted(schedule, period, side="right") - 1, 0)]
+    def popular(user: NDArray, period: NDArray) -> NDArray:
+        made = schedule[np.maximum(np.searchsorted(schedule, period, side="right") - 1, 0)]
+        return popularity.log_probs(user, made)
+
+    scorers: dict[str, Callable[[NDArray, NDArray], NDArray]] = {
+        **{name: forecast.log_probs for name, forecast in forecasts.items()},
+        "popularity": popular,
+    }
 
     segments = _segments(log, targets)
     values: dict[tuple[str, str, int, str], NDArray[np.float64]] = {}
@@ -168,12 +173,12 @@ def _lists(
         log_prob = np.concatenate(parts)
         if arm in forecasts:
             curves[arm] = reliability(log_prob, targets)
-        for segment, (rows, allowed) in segments.items():
-            rank = target_ranks(log_prob, rows, allowed)
+        for segment, (of_segment, allowed) in segments.items():
+            rank = target_ranks(log_prob, of_segment, allowed)
             for k in KS:
-                values["recall", segment, k, arm] = recall_at_k(rank, rows, k)
-                values["ndcg", segment, k, arm] = ndcg_at_k(rank, rows, k)
-    rows = []
+                values["recall", segment, k, arm] = recall_at_k(rank, of_segment, k)
+                values["ndcg", segment, k, arm] = ndcg_at_k(rank, of_segment, k)
+    rows: list[Row] = []
     for (metric, segment, k, arm), value in values.items():
         interval = bootstrap_mean(value, targets.user)
         rows.append(Row.of(interval, section="forecast", metric=metric, arm=arm, segment=segment, k=k))

@@ -91,7 +91,7 @@ class PriorModel:
         state |= {"id_rows": self.model.id_rows.weight.detach(), "constant_LH": self.constant_LH.contiguous()}
         save_file(state, directory / "head.safetensors")
         if isinstance(self.model.decoder, PeftModel):
-            self.model.decoder.save_pretrained(directory / "adapter")
+            self.model.decoder.save_pretrained(str(directory / "adapter"))
         with_id_tokens(self.compiler.tokenizer, self.base.trie).save_pretrained(directory / "tokenizer")
 
     @classmethod
@@ -270,7 +270,9 @@ def word_rows(base_model: BaseModel, ids: AdvertiserIds, log: Log) -> Tensor:
     Returns:
         ``(sum V_l, H)``, levels after one another; a code that nobody has gets the mean of all words seen.
     """
-    table = base_model.decoder.get_input_embeddings().weight.detach().float()  # type: ignore[union-attr]
+    embedding = base_model.decoder.get_input_embeddings()
+    assert isinstance(embedding, torch.nn.Embedding)
+    table = embedding.weight.detach().float()
     texts = log.tables.advertisers["text"].fill_null("").to_list()
     encoded = base_model.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     text_AH = torch.stack([table[tokens].mean(0) if tokens else table.new_zeros(table.shape[1]) for tokens in encoded])
@@ -294,7 +296,7 @@ def with_id_tokens(tokenizer: PreTrainedTokenizerBase, trie: Trie) -> PreTrained
 
 def batches(dataset: PromptDataset, collator: TreeCollator, batch_size: int) -> DataLoader[TreeBatch]:
     """A data set as batches, in order."""
-    return DataLoader(dataset, batch_size=batch_size, collate_fn=collator)  # type: ignore[arg-type, return-value]
+    return DataLoader(dataset, batch_size=batch_size, collate_fn=collator)  # type: ignore[arg-type]
 
 
 def sample_rows(targets: Targets, n: int, seed: int) -> Targets:

@@ -112,7 +112,7 @@ class PromptCompiler:
             if 0 <= token < self.first_id_token:
                 run.append(token)
                 continue
-            words.append(self.tokenizer.decode(run))
+            words.append(str(self.tokenizer.decode(run)))
             run = []
             if token >= 0:
                 words.append(self.id_token(token))

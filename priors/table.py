@@ -166,7 +166,7 @@ def write_shard(
     temporary.replace(path)
 
 
-def _pad(rows: list[list[float]], value: float) -> NDArray[np.float64]:
+def _pad(rows: Sequence[Sequence[float]], value: float) -> NDArray[np.float64]:
     width = max((len(row) for row in rows), default=0)
     padded = np.full((len(rows), max(width, 1)), value)
     for index, row in enumerate(rows):

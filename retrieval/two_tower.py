@@ -184,7 +184,7 @@ def train_two_tower(
     histories = Histories(log, cfg.pairs)
     train = TrainingBatches(log, targets, histories, cfg.pairs, seed=cfg.seed)
     per_epoch = min(cfg.pairs.requests_per_epoch or len(train), len(train))
-    train_loader = DataLoader(
+    train_loader: DataLoader = DataLoader(
         range(len(train)),  # type: ignore[arg-type]
         batch_size=cfg.pairs.batch_size,
         sampler=EpochSampler(len(train), seed=cfg.seed, per_epoch=per_epoch),

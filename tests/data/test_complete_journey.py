@@ -79,7 +79,7 @@ def test_impressions_stand_for_all_placed_ads_that_were_not_bought(tables: Table
     assert not shown.select("request_id", "ad_id").is_duplicated().any()
     assert shown.join(converted, on=["request_id", "ad_id"], how="semi").is_empty()
     for request, rows in shown.group_by("request_id"):
-        week, store = int(request[0]) % 100, int(request[0]) // 100 % 1_000_000  # type: ignore[call-overload]
+        week, store = int(request[0]) % 100, int(request[0]) // 100 % 1_000_000
         eligible = placements.filter(pl.col("week") == week, pl.col("market_id") == store)
         bought = converted.filter(pl.col("request_id") == request[0])["ad_id"].n_unique()
         assert rows["ad_id"].is_in(eligible["ad_id"].implode()).all()

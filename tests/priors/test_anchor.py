@@ -74,7 +74,7 @@ def test_untuned_scores_are_the_conditionals_of_q_and_sum_to_one(log: Log) -> No
     users, periods = np.arange(10), np.full(10, 7)
     q = anchor.probabilities(users, periods)
     np.testing.assert_allclose(np.exp(untuned.log_probs(users, periods)), q, rtol=1e-6)
-    tuned = replace(untuned, exponent_L=np.array([0.7, 1.3, 0.9]), bias_LV=[np.arange(4) * 0.3 for _ in range(3)])
+    tuned = replace(untuned, exponent_L=np.array([0.7, 1.3, 0.9]), bias_LV=[np.linspace(0, 0.9, 4)] * 3)
     np.testing.assert_allclose(np.exp(tuned.log_probs(users, periods)).sum(1), 1.0, rtol=1e-9)
     assert np.abs(np.exp(tuned.log_probs(users, periods)) - q).max() > 1e-3
     prefixes = path_log_probs(trie, tuned.child_scores(users, periods))
