@@ -18,11 +18,17 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from scipy.optimize import brentq
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+
+_LARGEST_LOGIT = 30.0
+"""Log-odds beyond this are as good as certain; the level is not set by how far beyond they are."""
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -116,28 +122,65 @@ def _uniform_but_row_0(weight_RD: Tensor) -> None:
         weight_RD.uniform_(-bound, bound)[0] = 0.0
 
 
+def level_shift(logit_N: Tensor, label_N: Tensor, weight_N: Tensor) -> float:
+    """What to add to all logits so that the mean prediction is the mean outcome.
+
+    The level of the probabilities is settled last and by few rows of large weight, so that two rankers may
+    differ by it more than by what they know. It is therefore set on held-out rows, epoch by epoch and for
+    good after training. The order of the rows stays as it is.
+
+    Args:
+        logit_N: log-odds, float64.
+        label_N: zeros and ones.
+        weight_N: rows of the log that each row stands for.
+
+    Returns:
+        The shift in log-odds; 0 where the rows are of one class.
+    """
+    label, weight = label_N.double(), weight_N.double()
+    if label.min() == label.max():
+        return 0.0
+    logit = logit_N.clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT)
+
+    def excess(shift: float) -> float:
+        return float(weight @ (torch.sigmoid(logit + shift) - label))
+
+    return float(brentq(excess, -2 * _LARGEST_LOGIT, 2 * _LARGEST_LOGIT))
+
+
 class PointwiseModule(L.LightningModule):
     """Fits a ranker by weighted binary cross-entropy and watches the same loss on held-out rows.
 
     Negatives are a sample of the impressions; weighting each row by the impressions it stands for
     makes the loss an unbiased estimate of the loss over all impressions, so the fitted probabilities
-    are those of the whole log and need no correction afterwards.
+    are those of the whole log.
+
+    Embeddings have a learning rate of their own. AdamW steps the row of a rare id as far as that of a
+    frequent one, so at the rate of the dense layers a small log's ids are memorised within three
+    epochs. Both rates fall linearly to zero: a few rows of large weight otherwise move the level of
+    all probabilities from epoch to epoch.
 
     Args:
         ranker: maps ``(dense_BN, sparse)`` to ``logits_B``.
-        learning_rate: of AdamW.
+        learning_rate: of AdamW at the first step.
+        embedding_learning_rate: the same for the embedding tables.
         weight_decay: of AdamW, on everything but biases.
     """
 
-    def __init__(self, ranker: nn.Module, *, learning_rate: float, weight_decay: float) -> None:
+    def __init__(
+        self, ranker: nn.Module, *, learning_rate: float, embedding_learning_rate: float, weight_decay: float
+    ) -> None:
         super().__init__()
         self.ranker = ranker
-        self.learning_rate, self.weight_decay = learning_rate, weight_decay
-        self._val_loss, self._val_weight = 0.0, 0.0
+        self.intercept: Tensor
+        self.register_buffer("intercept", torch.zeros(()))
+        self.learning_rate, self.embedding_learning_rate = learning_rate, embedding_learning_rate
+        self.weight_decay = weight_decay
+        self._validated: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def forward(self, batch: RankerBatch) -> Tensor:
-        """Logits of a batch, shape ``(B,)``."""
-        return self.ranker(batch.dense_BN, batch.sparse)
+        """Logits of a batch, shape ``(B,)``; ``intercept``, zero while training, is added to all of them."""
+        return self.ranker(batch.dense_BN, batch.sparse) + self.intercept
 
     def training_step(self, batch: RankerBatch, batch_idx: int) -> Tensor:
         loss, weight = self._weighted_loss(batch)
@@ -146,24 +189,41 @@ class PointwiseModule(L.LightningModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        self._val_loss, self._val_weight = 0.0, 0.0
+        self._validated = []
 
     def validation_step(self, batch: RankerBatch, batch_idx: int) -> None:
-        loss, weight = self._weighted_loss(batch)
-        self._val_loss += float(loss)
-        self._val_weight += float(weight)
+        self._validated.append((self(batch).double().cpu(), batch.label_B.cpu(), batch.weight_B.cpu()))
 
     def on_validation_epoch_end(self) -> None:
-        self.log("val_loss", self._val_loss / self._val_weight, prog_bar=True)
+        """Logs ``val_loss``: the loss once the level is set, since that is how the ranker is used."""
+        logit_N, label_N, weight_N = (torch.cat(parts) for parts in zip(*self._validated, strict=True))
+        logit_N = logit_N + level_shift(logit_N, label_N, weight_N)
+        loss = binary_cross_entropy_with_logits(logit_N, label_N.double(), weight_N.double(), reduction="sum")
+        self.log("val_loss", loss / weight_N.sum(), prog_bar=True)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        decayed = [p for p in self.ranker.parameters() if p.ndim > 1]
-        plain = [p for p in self.ranker.parameters() if p.ndim <= 1]
-        groups: list[dict[str, Any]] = [
-            {"params": decayed, "weight_decay": self.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = torch.optim.AdamW(self.parameter_groups())
+        steps = int(self.trainer.estimated_stepping_batches)
+        decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Embedding tables, other matrices, biases; each with its learning rate and weight decay."""
+        tables = {
+            id(parameter)
+            for part in self.ranker.modules()
+            if isinstance(part, EmbeddingBagCollection)
+            for parameter in part.parameters()
+        }
+        groups: dict[str, list[nn.Parameter]] = {"tables": [], "matrices": [], "biases": []}
+        for parameter in self.ranker.parameters():
+            kind = "tables" if id(parameter) in tables else "matrices" if parameter.ndim > 1 else "biases"
+            groups[kind].append(parameter)
+        return [
+            {"params": groups["tables"], "lr": self.embedding_learning_rate, "weight_decay": self.weight_decay},
+            {"params": groups["matrices"], "lr": self.learning_rate, "weight_decay": self.weight_decay},
+            {"params": groups["biases"], "lr": self.learning_rate, "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(groups, lr=self.learning_rate)
 
     def _weighted_loss(self, batch: RankerBatch) -> tuple[Tensor, Tensor]:
         loss = binary_cross_entropy_with_logits(self(batch), batch.label_B, batch.weight_B, reduction="sum")

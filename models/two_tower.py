@@ -273,6 +273,7 @@ class TwoTower(nn.Module):
 
     def __init__(self, encoder: ItemEncoder, shape: TwoTowerShape, cfg: TwoTowerConfig) -> None:
         super().__init__()
+        self.dim = cfg.dim
         self.encoder = encoder
         self.ad_tower = AdTower(cfg)
         self.user_tower = UserTower(shape, cfg)

@@ -21,6 +21,9 @@ from torch import Tensor
 
 from models.prior_lm import TreeBatch, row_nll, target_log_prob
 
+WEIGHT_DEVIATION, EXPONENT_DEVIATION = 1.0, 0.25
+"""Standard deviations of the normal priors around 1 of τ and α: how far they go on the word of few prompts."""
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -71,26 +74,26 @@ def calibrated_nll(
     return torch.cat(nll)
 
 
-def fit_calibration(
-    batches: Sequence[TreeBatch], lm_logits: Sequence[list[Tensor]], *, shrink: float = 1e-3
-) -> Calibration:
+def fit_calibration(batches: Sequence[TreeBatch], lm_logits: Sequence[list[Tensor]]) -> Calibration:
     """τ and α of a trained LM, on prompts it has not learned from.
+
+    Both are drawn to 1, by priors whose weight falls with the number of prompts.
 
     Args:
         batches: prompts of the selection span.
         lm_logits: the head's scores at their decisions.
-        shrink: penalty on the squared distance from (1, 1), for levels with few decisions.
 
     Returns:
         Weights; τ is not below 0.
     """
     n_levels = len(batches[0].levels)
+    n_prompts = sum(batch.n_prompts for batch in batches)
     weight = torch.ones(n_levels, requires_grad=True)
     exponent = torch.ones(n_levels, requires_grad=True)
 
     def loss() -> Tensor:
         nll = calibrated_nll(batches, lm_logits, weight, exponent).mean()
-        return nll + shrink * ((weight - 1).square().sum() + (exponent - 1).square().sum())
+        return nll + _prior(weight, WEIGHT_DEVIATION, n_prompts) + _prior(exponent, EXPONENT_DEVIATION, n_prompts)
 
     _minimise(loss, [weight, exponent])
     if (weight < 0).any():
@@ -98,7 +101,8 @@ def fit_calibration(
         fixed = weight.detach().clamp_min(0.0)
 
         def loss_without() -> Tensor:
-            return calibrated_nll(batches, lm_logits, fixed, exponent).mean() + shrink * (exponent - 1).square().sum()
+            nll = calibrated_nll(batches, lm_logits, fixed, exponent).mean()
+            return nll + _prior(exponent, EXPONENT_DEVIATION, n_prompts)
 
         _minimise(loss_without, [exponent])
         return Calibration(tuple(fixed.tolist()), tuple(exponent.detach().tolist()))
@@ -106,18 +110,17 @@ def fit_calibration(
 
 
 def fit_anchor_levels(
-    train: Sequence[TreeBatch], select: Sequence[TreeBatch], penalties: Sequence[float], *, shrink: float = 1e-3
+    train: Sequence[TreeBatch], select: Sequence[TreeBatch], penalties: Sequence[float]
 ) -> tuple[np.ndarray, list[np.ndarray], list[dict[str, float]]]:
     """α and b of the tuned anchor.
 
     Biases are fitted on the training prompts, their penalty is chosen on the selection span, and there the
-    exponents are fitted too: the anchor is calibrated on the very prompts that the LM is calibrated on.
+    exponents are fitted too, as the trained LM's are.
 
     Args:
         train: the LM's training prompts with their untuned base.
         select: prompts of the selection span.
         penalties: values of the L2 penalty on the biases to choose from.
-        shrink: penalty on the squared distance of the exponents from 1.
 
     Returns:
         Exponents ``(L,)``, biases ``(V_l,)`` a level, and the trials. Where no penalty beats no bias at all on
@@ -145,10 +148,15 @@ def fit_anchor_levels(
 
     def loss_of_exponents() -> Tensor:
         nll = calibrated_nll(select, None, zero, exponent, best).mean()
-        return nll + shrink * (exponent - 1).square().sum()
+        return nll + _prior(exponent, EXPONENT_DEVIATION, sum(batch.n_prompts for batch in select))
 
     _minimise(loss_of_exponents, [exponent])
     return exponent.detach().double().numpy(), [b.double().numpy() for b in best], trials
+
+
+def _prior(values: Tensor, deviation: float, n_prompts: int) -> Tensor:
+    """Negative logarithm of a normal prior around 1, on the scale of a mean over prompts."""
+    return (values - 1).square().sum() / (2 * deviation**2 * n_prompts)
 
 
 def _minimise(loss: Callable[[], Tensor], parameters: list[Tensor], steps: int = 60) -> None:

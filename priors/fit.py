@@ -178,7 +178,8 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
                 expected="conversions to learn from",
                 action=f"widen data.split.{name}, or lower prior.first_period",
             )
-    constants, trials = choose_constants(counts, sample_rows(select, cfg.anchor.select_rows, cfg.seed), cfg.anchor)
+    anchor_rows = sample_rows(select, cfg.anchor.select_rows, cfg.seed)
+    constants, trials = choose_constants(counts, anchor_rows, cfg.anchor)
     base_model = load_base_model(cfg.base)
     compiler = PromptCompiler(log, ids, base_model.tokenizer, cfg.prompt)
     train_set = PromptDataset(train_rows, compiler, max_targets=cfg.max_targets, seed=cfg.seed)
@@ -188,7 +189,7 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
     untuned_collator = TreeCollator(untuned, first_id_token=compiler.first_id_token)
     exponent, bias, level_trials = fit_anchor_levels(
         list(batches(train_set, untuned_collator, 64)),
-        list(batches(select_set, untuned_collator, 64)),
+        list(batches(PromptDataset(anchor_rows, compiler), untuned_collator, 64)),
         cfg.anchor.bias_penalty,
     )
     base = TunedAnchor(untuned.anchor, trie, exponent, bias)

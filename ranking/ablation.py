@@ -4,11 +4,11 @@ An arm is a forecast: ``none``, ``anchor``, ``lm``, and as a control ``shuffled 
 *another* user, which must show no gain. Arms differ in nothing else: rows, features, shapes, initial
 weights and order of the batches are those of the seed.
 
-The figure of an arm is the mean over its seeds of the figure of one ranker, in the data as it is and in
-every bootstrap draw of users alike; the difference of two arms is taken draw by draw. So an interval
-tells how far other users would have moved the figure of these rankers.
+The figure of an arm is the mean over its seeds of the figure of one ranker. A bootstrap draw draws users and,
+where there are several, seeds, the same ones for all arms; the difference of two arms is taken draw by draw. So
+an interval tells how far other users and other training runs would have moved the figure.
 
-Shapes: N rows, D bootstrap draws (draw 0 is the data as it is), U users.
+Shapes: N rows, D bootstrap draws (draw 0 is the data as it is), S seeds, U users.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ranking.metrics import METRICS, Sample, evaluate, interval
 from ranking.ranker import RankerSpans, train_ranker
 
 SHUFFLED = "shuffled prior"
-DIFFERENCES = (("lm", "anchor"), ("lm", "none"), ("anchor", "none"), (SHUFFLED, "none"))
+DIFFERENCES = (("lm", "anchor"), ("lm", "none"), ("anchor", "none"), ("lm", SHUFFLED), (SHUFFLED, "none"))
 """Pairs of arms that are compared where both were trained."""
 SPARSE_SHARE = 1 / 3
 """Users in the lowest third by purchases are the segment of sparse users, as for the forecast."""
@@ -169,4 +169,9 @@ def segments(spans: RankerSpans) -> dict[str, NDArray[np.bool_]]:
 
 
 def _mean_over_seeds(of_seeds: Sequence[Mapping[str, NDArray[np.float64]]]) -> dict[str, NDArray[np.float64]]:
-    return {metric: np.mean([figures[metric] for figures in of_seeds], axis=0) for metric in METRICS}
+    """Draw 0 is the mean over all seeds, every other draw the mean over as many drawn with replacement."""
+    n_seeds, n_draws = len(of_seeds), len(next(iter(of_seeds[0].values())))
+    drawn_DS = np.random.default_rng(0).integers(n_seeds, size=(n_draws, n_seeds))
+    drawn_DS[0] = np.arange(n_seeds)
+    figures_SD = {metric: np.stack([figures[metric] for figures in of_seeds]) for metric in METRICS}
+    return {metric: figures[drawn_DS, np.arange(n_draws)[:, None]].mean(1) for metric, figures in figures_SD.items()}

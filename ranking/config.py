@@ -63,8 +63,9 @@ class RankerConfig:
         features: what it reads.
         trainer: epochs and early stopping, on the log loss of the span ``ranker_stop``.
         batch_size: rows of a step.
-        learning_rate: of AdamW.
-        weight_decay: of AdamW; it holds back the embeddings of rare ids.
+        learning_rate: of AdamW at the first step; it falls linearly to zero over ``trainer.max_epochs``.
+        embedding_learning_rate: the same for embeddings, smaller, since ids of few rows are soon memorised.
+        weight_decay: of AdamW.
         seeds: one ranker is trained for each arm and seed.
         shuffled_control: also train on another user's forecast, which must show no gain.
         draws: bootstrap draws over users.
@@ -72,10 +73,11 @@ class RankerConfig:
 
     model: DLRMConfig = field(default_factory=DLRMConfig)
     features: FeatureConfig = field(default_factory=FeatureConfig)
-    trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(max_epochs=6, patience=1))
-    batch_size: int = 1024
+    trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(max_epochs=5, patience=2))
+    batch_size: int = 512
     learning_rate: float = 2e-3
-    weight_decay: float = 0.05
+    embedding_learning_rate: float = 2e-4
+    weight_decay: float = 0.01
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     shuffled_control: bool = True
     draws: int = 300
@@ -100,12 +102,15 @@ class RankerConfig:
             errors.append(_out_of_range("model.over_layers", [], "at least one width, e.g. [64, 32]"))
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             errors.append(_out_of_range("seeds", self.seeds, "at least one seed, each named once"))
-        if self.learning_rate <= 0:
-            errors.append(_out_of_range("learning_rate", self.learning_rate, "a positive number"))
+        for name, rate in (
+            ("learning_rate", self.learning_rate),
+            ("embedding_learning_rate", self.embedding_learning_rate),
+            ("features.clip", self.features.clip),
+        ):
+            if rate <= 0:
+                errors.append(_out_of_range(name, rate, "a positive number"))
         if self.weight_decay < 0:
             errors.append(_out_of_range("weight_decay", self.weight_decay, "zero or a positive number"))
-        if self.features.clip <= 0:
-            errors.append(_out_of_range("features.clip", self.features.clip, "a positive number"))
         if errors:
             raise UserError.collect(errors)
 

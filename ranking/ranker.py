@@ -26,7 +26,7 @@ from data.errors import LineageError, UserError
 from data.log import Log
 from data.split import Span
 from models.dlrm import DLRM, DLRMConfig
-from models.pointwise import PointwiseModule
+from models.pointwise import PointwiseModule, level_shift
 from models.training import fit
 from priors.forecast import Forecast
 from ranking.config import RankerConfig
@@ -107,7 +107,7 @@ class Ranker:
 
     def write(self, directory: Path) -> None:
         """Weights and spec into an existing directory."""
-        state = {name: tensor.contiguous() for name, tensor in self.module.ranker.state_dict().items()}
+        state = {name: tensor.contiguous() for name, tensor in self.module.state_dict().items()}
         save_file(state, directory / WEIGHTS)
         (directory / SPEC).write_text(self.spec.to_json() + "\n", encoding="utf-8")
 
@@ -134,9 +134,9 @@ class Ranker:
                 action="remove the folder and train the ranker again",
             ) from error
         sizes = DLRMConfig(**manifest.config["model"])
-        module = build_module(spec, sizes, learning_rate=0.0, weight_decay=0.0, base_rate=0.5, seed=0)
+        module = build_module(spec, RankerConfig(model=sizes), base_rate=0.5, seed=0)
         try:
-            module.ranker.load_state_dict(weights)
+            module.load_state_dict(weights)
         except RuntimeError as error:
             raise LineageError(
                 f"{directory / WEIGHTS} with the spec {directory / SPEC}: {str(error).splitlines()[-1].strip()}",
@@ -146,22 +146,28 @@ class Ranker:
         return cls(module.eval(), spec, sizes)
 
 
-def build_module(
-    spec: FeatureSpec, sizes: DLRMConfig, *, learning_rate: float, weight_decay: float, base_rate: float, seed: int
-) -> PointwiseModule:
-    """An untrained ranker whose weights depend on the seed and the shapes alone."""
+def build_module(spec: FeatureSpec, cfg: RankerConfig, *, base_rate: float, seed: int) -> PointwiseModule:
+    """An untrained ranker whose weights depend on the seed, the base rate and the shapes alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        ranker = DLRM(spec.sparse_tables(), n_dense=len(spec.dense), cfg=sizes, base_rate=base_rate)
-    return PointwiseModule(ranker, learning_rate=learning_rate, weight_decay=weight_decay)
+        ranker = DLRM(spec.sparse_tables(), n_dense=len(spec.dense), cfg=cfg.model, base_rate=base_rate)
+    return PointwiseModule(
+        ranker,
+        learning_rate=cfg.learning_rate,
+        embedding_learning_rate=cfg.embedding_learning_rate,
+        weight_decay=cfg.weight_decay,
+    )
 
 
 def predict(module: PointwiseModule, design: Design) -> NDArray[np.float64]:
     """Chance of a conversion of each row of a design, shape ``(N,)``."""
+    return torch.sigmoid(_logits(module, design)).numpy()
+
+
+def _logits(module: PointwiseModule, design: Design) -> torch.Tensor:
     module.eval()
     with torch.inference_mode():
-        logits = [module(batch.to(module.device)).double().cpu() for batch in batches(design)]
-    return torch.sigmoid(torch.cat(logits)).numpy()
+        return torch.cat([module(batch.to(module.device)).double().cpu() for batch in batches(design)])
 
 
 def train_ranker(
@@ -177,7 +183,7 @@ def train_ranker(
         directory: the artifact; made whole or not at all. Checkpoints lie beside it meanwhile.
 
     Returns:
-        The ranker at its best epoch by the log loss of ``ranker_stop``.
+        The ranker at its best epoch by the log loss of ``ranker_stop``, its level set to that span's.
 
     Raises:
         UserError: the training rows are of one class, or the features cannot be used.
@@ -194,14 +200,7 @@ def train_ranker(
         if stale != checkpoints:
             shutil.rmtree(stale)
     rate = float(np.average(data.fit.label_N, weights=data.fit.weight_N))
-    module = build_module(
-        spec,
-        cfg.model,
-        learning_rate=cfg.learning_rate,
-        weight_decay=cfg.weight_decay,
-        base_rate=rate,
-        seed=seed,
-    )
+    module = build_module(spec, cfg, base_rate=rate, seed=seed)
     result = fit(
         module,
         data.train_dataloader(),
@@ -211,7 +210,11 @@ def train_ranker(
         seed=seed,
         monitor="val_loss",
     )
-    ranker = Ranker(module.cpu().eval(), spec, cfg.model)
+    module.cpu()
+    stop = data.stop
+    shift = level_shift(_logits(module, stop), torch.from_numpy(stop.label_N), torch.from_numpy(stop.weight_N))
+    module.intercept.fill_(shift)
+    ranker = Ranker(module.eval(), spec, cfg.model)
     with atomic_directory(directory) as unfinished:
         ranker.write(unfinished)
         Manifest(
@@ -234,5 +237,5 @@ def _key(data: RankerData, spec: FeatureSpec, seed: int, cfg: RankerConfig) -> s
         (design.dense_NF, design.label_N, design.weight_N, [asdict(bags) for bags in design.bags.values()])
         for design in (data.fit, data.stop)
     ]
-    training = (cfg.batch_size, cfg.learning_rate, cfg.weight_decay, trainer)
+    training = (cfg.batch_size, cfg.learning_rate, cfg.embedding_learning_rate, cfg.weight_decay, trainer)
     return fingerprint((asdict(spec), asdict(cfg.model), training, seed, rows))

@@ -31,7 +31,7 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         _check(
-            "encoder",
+            "embedding.encoder",
             [
                 ("name", self.name, bool(self.name), "a package, folder or hub name"),
                 ("max_tokens", self.max_tokens, self.max_tokens >= 3, "at least 3: two are special tokens"),

@@ -70,7 +70,7 @@ def quality(
         entropy = float(-(share * np.log(share)).sum())
         report["dead_codes"].append(int((used == 0).sum()))
         report["perplexity"].append(float(np.exp(entropy)))
-        report["entropy_ratio"].append(entropy / float(np.log(min(size, len(codes_AL)))))
+        report["entropy_ratio"].append(entropy / float(np.log(max(min(size, len(codes_AL)), 2))))
         report["gini"].append(gini(used))
         report["usage"].append(np.sort(used)[::-1].tolist())
     rng = np.random.default_rng(seed)

@@ -12,7 +12,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import models.dlrm
 from models.dlrm import DLRM, DLRMConfig
-from models.pointwise import PointwiseModule, RankerBatch, SparseTable, embedding_bags
+from models.pointwise import PointwiseModule, RankerBatch, SparseTable, embedding_bags, level_shift
 
 TABLES = [SparseTable("ad", 50, ("ad",)), SparseTable("advertiser", 10, ("advertiser", "history"))]
 CFG = DLRMConfig(embedding_dim=8, dense_layers=[16], over_layers=[16, 8])
@@ -95,7 +95,9 @@ def test_weights_undo_the_sampling_of_negatives() -> None:
     """Nine of ten negatives dropped, the tenth weighted by ten: the fitted rate is that of the whole."""
     torch.manual_seed(0)
     rows, rate = 400, 0.5 / (0.5 + 0.5 * 10)
-    module = PointwiseModule(DLRM(TABLES, n_dense=1, cfg=CFG), learning_rate=0.02, weight_decay=0.0)
+    module = PointwiseModule(
+        DLRM(TABLES, n_dense=1, cfg=CFG), learning_rate=0.02, embedding_learning_rate=0.02, weight_decay=0.0
+    )
     label_B = (torch.arange(rows) % 2).float()
     batch = RankerBatch(
         dense_BN=torch.zeros(rows, 1),
@@ -107,7 +109,7 @@ def test_weights_undo_the_sampling_of_negatives() -> None:
         label_B=label_B,
         weight_B=torch.where(label_B > 0, 1.0, 10.0),
     )
-    optimizer = module.configure_optimizers()
+    optimizer = torch.optim.AdamW(module.parameter_groups())
     for _ in range(200):
         loss, weight = module._weighted_loss(batch)
         optimizer.zero_grad()
@@ -126,3 +128,42 @@ def test_torchrec_is_quiet_about_tracing_and_nothing_else(caplog: pytest.LogCapt
         finally:
             logger.propagate = before
     assert [record.getMessage() for record in caplog.records] == ["something else"]
+
+
+def test_every_parameter_is_in_one_group_and_tables_have_a_rate_of_their_own() -> None:
+    ranker = DLRM(TABLES, n_dense=2, cfg=CFG)
+    module = PointwiseModule(ranker, learning_rate=0.1, embedding_learning_rate=0.01, weight_decay=0.5)
+    tables, matrices, biases = module.parameter_groups()
+    assert [tuple(p.shape) for p in tables["params"]] == [(50, 8), (10, 8)]
+    assert (tables["lr"], matrices["lr"], biases["lr"]) == (0.01, 0.1, 0.1)
+    assert biases["weight_decay"] == 0.0
+    assert sum(len(group["params"]) for group in (tables, matrices, biases)) == len(list(ranker.parameters()))
+
+
+def test_ids_without_a_row_of_their_own_start_with_nothing() -> None:
+    ranker = DLRM(TABLES, n_dense=2, cfg=CFG)
+    for bag in ranker.sparse_arch.embedding_bag_collection.embedding_bags.values():
+        assert (bag.weight[0] == 0).all()
+        assert (bag.weight[1:] != 0).all()
+
+
+def test_the_level_is_set_to_the_mean_outcome_and_the_order_kept() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logit_N = torch.randn(500, generator=generator, dtype=torch.float64) + 3
+    label_N = (torch.rand(500, generator=generator) < 0.2).float()
+    weight_N = torch.where(label_N > 0, 1.0, 20.0)
+    shifted_N = torch.sigmoid(logit_N + level_shift(logit_N, label_N, weight_N))
+    expected = (weight_N * label_N).sum() / weight_N.sum()
+    assert ((weight_N * shifted_N).sum() / weight_N.sum()).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert torch.equal(shifted_N.argsort(), logit_N.argsort())
+
+
+@pytest.mark.parametrize("label", [0.0, 1.0])
+def test_rows_of_one_class_do_not_move_the_level(label: float) -> None:
+    assert level_shift(torch.zeros(4).double(), torch.full((4,), label), torch.ones(4)) == 0.0
+
+
+def test_the_level_can_be_set_where_the_model_is_sure_of_everything() -> None:
+    logit_N = torch.tensor([900.0, 900.0, -900.0, -900.0], dtype=torch.float64)
+    shift = level_shift(logit_N, torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.ones(4))
+    assert abs(shift) <= 60

@@ -38,7 +38,8 @@ def rows(spans: RankerSpans, tmp_path_factory: pytest.TempPathFactory) -> list[R
 
 
 def test_every_metric_of_every_arm_and_difference_by_segment(rows: list[Row]) -> None:
-    arms = {"none", "anchor", "lm", SHUFFLED, "lm - anchor", "lm - none", "anchor - none", f"{SHUFFLED} - none"}
+    arms = {"none", "anchor", "lm", SHUFFLED, "lm - anchor", "lm - none", "anchor - none"}
+    arms |= {f"{SHUFFLED} - none", f"lm - {SHUFFLED}"}
     expected = {(m, a, s) for m in METRICS for a in arms for s in ("all", "new", "sparse users")}
     assert {(row.metric, row.arm, row.segment) for row in rows} == expected
     assert len(rows) == len(expected)
@@ -67,6 +68,21 @@ def test_the_figure_of_an_arm_is_the_mean_over_its_seeds(spans: RankerSpans) -> 
     one, other = (find(compare(spans, {"lm": [p]}, CFG), "auc", "lm").value for p in (first, second))
     both = find(compare(spans, {"lm": [first, second]}, CFG), "auc", "lm").value
     assert both == pytest.approx((one + other) / 2)
+
+
+def test_intervals_widen_by_what_the_seeds_differ(spans: RankerSpans) -> None:
+    rng = np.random.default_rng(0)
+    label = spans.evaluation.rows.label
+    good = np.clip(0.3 * label + rng.uniform(0.01, 0.5, len(label)), 0, 1)
+    bad = rng.uniform(0.01, 0.5, len(label))
+
+    def width(predictions: list) -> float:
+        row = find(compare(spans, {"lm": predictions}, replace(CFG, draws=200)), "auc", "lm")
+        assert row.ci_low is not None
+        assert row.ci_high is not None
+        return row.ci_high - row.ci_low
+
+    assert width([good, bad]) > 2 * max(width([good, good]), width([bad, bad]))
 
 
 def test_segments_are_what_they_say(spans: RankerSpans) -> None:

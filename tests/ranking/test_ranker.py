@@ -38,8 +38,8 @@ def trained(spans: RankerSpans, tmp_path_factory: pytest.TempPathFactory) -> tup
 
 
 def test_it_beats_the_base_rate_and_is_calibrated(spans: RankerSpans, tmp_path: Path) -> None:
-    trainer = replace(CFG.trainer, max_epochs=20, patience=3)
-    cfg = replace(CFG, trainer=trainer, learning_rate=1e-2, batch_size=128)
+    trainer = replace(CFG.trainer, max_epochs=8, patience=2)
+    cfg = replace(CFG, trainer=trainer, learning_rate=1e-2, embedding_learning_rate=1e-2, batch_size=128)
     ranker = train_ranker(spans, tastes(spans.log), seed=0, cfg=cfg, directory=tmp_path / "lm-0")
     rows = spans.evaluation.rows
     probability = ranker.probabilities(spans.evaluation.with_prior(tastes(spans.log)))
@@ -48,6 +48,13 @@ def test_it_beats_the_base_rate_and_is_calibrated(spans: RankerSpans, tmp_path: 
     assert figures["normalized_entropy"][0] < 0.95
     predicted = np.average(probability, weights=rows.weight)
     assert predicted == pytest.approx(np.average(rows.label, weights=rows.weight), rel=0.25)
+
+
+def test_its_level_is_that_of_the_stopping_rows(spans: RankerSpans, trained: tuple[Ranker, Path]) -> None:
+    rows = spans.stop.rows
+    probability = trained[0].probabilities(spans.stop.with_prior(tastes(spans.log)))
+    expected = np.average(rows.label, weights=rows.weight)
+    assert np.average(probability, weights=rows.weight) == pytest.approx(expected, rel=1e-4)
 
 
 def test_loaded_it_predicts_exactly_the_same(spans: RankerSpans, trained: tuple[Ranker, Path]) -> None:
@@ -96,17 +103,15 @@ def test_killed_and_started_again_it_equals_an_undisturbed_run(
     assert not directory.exists()
     assert list(tmp_path.glob(".lm-0.fit-*/checkpoints/last.ckpt"))
     resumed = train_ranker(spans, tastes(spans.log), seed=0, cfg=CFG, directory=directory)
-    for name, tensor in trained[0].module.ranker.state_dict().items():
-        torch.testing.assert_close(resumed.module.ranker.state_dict()[name], tensor, rtol=0, atol=0)
+    for name, tensor in trained[0].module.state_dict().items():
+        torch.testing.assert_close(resumed.module.state_dict()[name], tensor, rtol=0, atol=0)
 
 
 def test_seeds_differ_and_arms_of_a_seed_begin_alike(spans: RankerSpans) -> None:
     def state(forecast: object, seed: int) -> torch.Tensor:
         features = spans.fit.with_prior(forecast)  # type: ignore[arg-type]
         spec = ranker_module.FeatureSpec.fit(features, CFG.features, semantic_ids="v")
-        module = ranker_module.build_module(
-            spec, CFG.model, learning_rate=1.0, weight_decay=0.0, base_rate=0.1, seed=seed
-        )
+        module = ranker_module.build_module(spec, CFG, base_rate=0.1, seed=seed)
         return torch.cat([tensor.flatten() for tensor in module.ranker.state_dict().values()])
 
     torch.testing.assert_close(state(None, 0), state(tastes(spans.log), 0), rtol=0, atol=0)

@@ -1,0 +1,177 @@
+"""The real stages, all of them, on the tiny log of `tests.logs`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from data import prepare
+from data.artifacts import Manifest
+from data.errors import LineageError
+from data.log import load_log
+from pipeline import config as configuration
+from pipeline.config import AdsidConfig, compose
+from pipeline.engine import Outcome, Run
+from pipeline.run import report_again
+from pipeline.stages import ROWS, stages
+from priors.fit import PriorModel
+from priors.forecast import TableForecast
+from priors.table import PriorTable
+from semantic_ids.advertiser_ids import AdvertiserIds
+from tests.logs import tiny_config, tiny_tables
+
+TINY = (
+    "experiment=smoke", "data.max_users=null", "data.origin='2024-01-01'", "data.profile_columns=[age]",
+    "data.ad_columns=[category]", "data.impressions_per_visit=8", "prior.first_period=2", "prior.panel=30",
+    "prior.prompts=24", "prior.decode.every=1", "retrieval.budget=20", "retrieval.ks=[5,20]",
+    "retrieval.trainer.max_epochs=1", "trainer.progress_bar=false",
+    *(f"data.split.{name}=[{first},{last}]" for name, (first, last) in vars(tiny_config().split).items()),
+)  # fmt: skip
+NAMES = ["data", "semantic_ids", "prior", "forecasts", "two_tower", "retrieval", "ranker", "report"]
+
+
+def tiny(directory: Path, *overrides: str) -> AdsidConfig:
+    return compose([*TINY, f"run.dir={directory}", *overrides])
+
+
+def execute(config: AdsidConfig, **options: Any) -> list[Outcome]:
+    return Run(configuration.run_directory(config), stages(), config).execute(**options)
+
+
+@pytest.fixture(scope="module")
+def source() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(prepare.SOURCES, "complete_journey", lambda cfg: tiny_tables())
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, source: None) -> Path:
+    directory = tmp_path_factory.mktemp("run")
+    config = tiny(directory)
+    outcomes = execute(config)
+    assert [(outcome.stage, outcome.status) for outcome in outcomes] == [(name, "done") for name in NAMES]
+    configuration.save(config, directory / "config.yaml")
+    return directory
+
+
+def test_a_second_run_does_nothing(finished: Path) -> None:
+    assert {outcome.status for outcome in execute(tiny(finished))} == {"skipped"}
+
+
+def test_another_process_finds_it_up_to_date_too(finished: Path) -> None:
+    command = [sys.executable, "-m", "cli", "run", *TINY, f"run.dir={finished}"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "nothing was done" in told
+    assert "report.html" in told
+
+
+def test_the_report_compares_the_three_arms(finished: Path) -> None:
+    document = json.loads((finished / "report" / "report.json").read_text())
+    found = {(row["section"], row["metric"], row["arm"]) for row in document["rows"]}
+    for arm in ("none", "anchor", "lm", "lm - anchor", "lm - none", "anchor - none"):
+        assert ("retrieval", "recall", arm) in found
+        for metric in ("auc", "gauc", "pr_auc", "normalized_entropy"):
+            assert ("ranking", metric, arm) in found
+    for arm in ("lm", "anchor", "lm, other prompt", "lm, constant hidden", "lm - anchor"):
+        assert ("forecast", "nll", arm) in found
+    assert {stage["name"] for stage in document["run"]["stages"]} == set(NAMES) - {"report"}
+    assert all(stage["peak_memory_mb"] > 0 for stage in document["run"]["stages"])
+    assert document["run"]["config"]["prior"]["prompts"] == 24
+    assert "<html" in (finished / "report" / "report.html").read_text()
+
+
+def test_no_user_id_in_the_report(finished: Path) -> None:
+    example = (finished / "report" / "report.html").read_text()
+    assert "user_id" not in example
+
+
+def test_ids_are_unique_and_forecasts_are_advertisers_that_sum_to_one(finished: Path) -> None:
+    config = tiny(finished)
+    log = load_log(finished / "data", config.data, evaluate="validation")
+    ids = AdvertiserIds.load(finished / "semantic_ids")
+    assert len(np.unique(ids.codes_AL, axis=0)) == len(log.advertiser_ids)
+    table = PriorTable.load(finished / "forecasts", log)
+    assert set(pl.read_parquet(finished / "forecasts" / "*.parquet")["advertiser_id"].explode()) <= set(
+        log.advertiser_ids.tolist()
+    )
+    prior = PriorModel.load(finished / "prior", log, ids, config.prior)
+    for arm in ("anchor", "lm"):
+        log_prob_BA = TableForecast(table, prior.base, arm=arm).log_probs(table.user_R, table.period_R)
+        np.testing.assert_allclose(np.exp(log_prob_BA.astype(np.float64)).sum(1), 1.0, atol=1e-3)
+
+
+def test_only_what_depends_on_a_value_runs_again(finished: Path) -> None:
+    statuses = {outcome.stage: outcome.status for outcome in execute(tiny(finished, "ranker.draws=60"))}
+    assert [name for name, status in statuses.items() if status == "done"] == ["ranker", "report"]
+    assert {outcome.status for outcome in execute(tiny(finished))} == {"done", "skipped"}  # back, for the other tests
+
+
+def test_one_stage_refuses_another_lineage(finished: Path) -> None:
+    config = tiny(finished, "semantic_ids.rqvae.hidden=48")
+    with pytest.raises(LineageError, match="hidden was 32, is 48"):
+        Run(finished, stages(), config).execute_one("ranker")
+
+
+def test_the_report_can_be_written_again(finished: Path) -> None:
+    from rich.console import Console
+
+    page = finished / "report" / "report.html"
+    before = page.read_text()
+    page.unlink()
+    assert report_again(finished, console=Console(quiet=True)) == page
+    assert page.read_text() == before
+
+
+def test_killed_in_training_a_run_ends_with_the_same_figures(finished: Path, tmp_path: Path) -> None:
+    """A child is killed with SIGKILL after the LM's first checkpoint; going on gives the undisturbed run's rows."""
+    code = """
+import os, signal, sys
+from lightning.pytorch.callbacks import ModelCheckpoint
+from data import prepare
+from pipeline.config import compose
+from pipeline.engine import Run
+from pipeline.stages import stages
+from tests.logs import tiny_tables
+
+prepare.SOURCES["complete_journey"] = lambda cfg: tiny_tables()
+save = ModelCheckpoint._save_last_checkpoint
+
+def save_and_die(self, trainer, candidates):
+    save(self, trainer, candidates)
+    if "prior-" in str(self.dirpath):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+ModelCheckpoint._save_last_checkpoint = save_and_die
+Run(sys.argv[1], stages(), compose(sys.argv[2:])).execute()
+"""
+    code = code.replace("Run(sys.argv[1]", "Run(__import__('pathlib').Path(sys.argv[1])")
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", code, str(tmp_path), *TINY, f"run.dir={tmp_path}"]
+    killed = subprocess.run(command, check=False, cwd=root, env={**os.environ, "PYTHONPATH": str(root)})
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.glob(".work/prior-*/checkpoints/last.ckpt"))) == 1
+    assert not (tmp_path / "prior").exists()
+
+    statuses = [outcome.status for outcome in execute(tiny(tmp_path), until="ranker")]
+    assert statuses == ["skipped", "skipped", "done", "done", "done"]
+    assert (
+        Manifest.read(tmp_path / "prior").metrics["select_nll_by_part"]
+        == (Manifest.read(finished / "prior").metrics["select_nll_by_part"])
+    )
+    for name in ("forecasts", "ranker"):
+        assert figures(tmp_path / name) == figures(finished / name)
+
+
+def figures(artifact: Path) -> list[dict[str, Any]]:
+    """The rows of an artifact, without what was measured with a clock."""
+    return [row for row in json.loads((artifact / ROWS).read_text()) if row["section"] != "cost"]

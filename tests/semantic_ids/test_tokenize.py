@@ -1,0 +1,171 @@
+"""From a log to unique IDs: quality, determinism, resume, no leak, and bad input."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from data.errors import UserError
+from data.log import Log, load_log
+from models.rqvae import RQVAEConfig
+from models.training import TrainerConfig
+from semantic_ids import tokenize
+from semantic_ids.advertiser_ids import AdvertiserIds
+from semantic_ids.config import EmbeddingConfig, EncoderConfig, SemanticIdsConfig
+from semantic_ids.tokenize import advertiser_embeddings, build_ids
+from semantic_ids.unique import sizes_that_hold
+from tests.logs import tiny_config, tiny_log, tiny_tables
+
+
+def config(*, sizes: tuple[int, ...] = (6, 6, 6), epochs: int = 4) -> SemanticIdsConfig:
+    return SemanticIdsConfig(
+        embedding=EmbeddingConfig(encoder=EncoderConfig(max_tokens=8), collaborative_dim=8),
+        rqvae=RQVAEConfig(level_sizes=list(sizes), latent=8, hidden=16, batch_size=16),
+        trainer=TrainerConfig(max_epochs=epochs, patience=None, accelerator="cpu", progress_bar=False),
+    )
+
+
+@pytest.fixture(autouse=True)
+def words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the encoder, which has tests of its own: bags of words."""
+
+    def bag(texts: list[str], cfg: EncoderConfig, **_: object) -> np.ndarray:
+        vocabulary = sorted({word for text in texts for word in text.split()})
+        return np.array([[float(word in text.split()) for word in vocabulary] or [0.0] for text in texts])
+
+    monkeypatch.setattr(tokenize, "text_embeddings", bag)
+
+
+def content(ids: AdvertiserIds, directory: Path) -> dict[str, bytes]:
+    directory.mkdir()
+    ids.save(directory)
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_every_advertiser_has_an_id_of_its_own_and_those_alike_share_prefixes(tmp_path: Path) -> None:
+    log = tiny_log(tmp_path, n_advertisers=60)
+    ids, embeddings, report = build_ids(log, config(epochs=10), work_dir=tmp_path / "work")
+    assert ids.advertiser_ids.tolist() == log.advertiser_ids.tolist()
+    assert len(np.unique(ids.codes_AL, axis=0)) == len(log.advertiser_ids) == 60
+    assert ids.level_sizes == (6, 6, 6)
+    assert embeddings.source_names == ("text", "collaborative")
+    assert report["dead_codes"] == [0, 0, 0]
+    assert report["entropy_ratio"][0] >= 0.9
+    assert report["neighbour_preservation"][0] > 0.3
+    assert report["epochs"] == 10
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
+    log = tiny_log(tmp_path)
+    one, two = (build_ids(log, config(), work_dir=tmp_path / name)[0] for name in ("one", "two"))
+    other, *_ = build_ids(log, replace(config(), seed=1), work_dir=tmp_path / "three")
+    assert content(one, tmp_path / "a") == content(two, tmp_path / "b")
+    assert one.version != other.version
+
+
+def test_a_stopped_training_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tiny_log(tmp_path)
+    whole, *_ = build_ids(log, config(), work_dir=tmp_path / "whole")
+
+    def stop(module: tokenize.RQVAEModule) -> None:
+        if module.current_epoch == 2:
+            raise ConnectionAbortedError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tokenize.RQVAEModule, "on_train_epoch_start", stop)
+        with pytest.raises(ConnectionAbortedError):
+            build_ids(log, config(), work_dir=tmp_path / "cut")
+    resumed, *_ = build_ids(log, config(), work_dir=tmp_path / "cut")
+    assert content(whole, tmp_path / "a") == content(resumed, tmp_path / "b")
+
+
+def test_nothing_after_the_fit_span_changes_a_byte(tmp_path: Path) -> None:
+    tables = tiny_tables()
+    (tmp_path / "all").mkdir()
+    tables.write(tmp_path / "all")
+    log = load_log(tmp_path / "all", tiny_config(), evaluate="validation")
+    end = log.calendar.start(log.split.prior_fit[1] + 1)
+    late = pl.col("timestamp") >= end
+    reversed_late = tables.events.with_columns(
+        advertiser_id=pl.when(late).then(229 - pl.col("advertiser_id")).otherwise(pl.col("advertiser_id")),
+    ).filter(~late | (pl.col("event_id") % 3 > 0))
+    (tmp_path / "changed").mkdir()
+    replace(tables, events=reversed_late).write(tmp_path / "changed")
+    changed = load_log(tmp_path / "changed", tiny_config(), evaluate="validation")
+    assert len(changed.events) < len(log.events)
+    before, *_ = build_ids(log, config(), work_dir=tmp_path / "w1")
+    after, *_ = build_ids(changed, config(), work_dir=tmp_path / "w2")
+    assert content(before, tmp_path / "a") == content(after, tmp_path / "b")
+
+
+def test_an_advertiser_without_an_event_still_has_an_id_from_its_text(tmp_path: Path) -> None:
+    tables = tiny_tables()
+    quiet = tables.events.filter((pl.col("advertiser_id") != 107) | (pl.col("timestamp") > pl.datetime(2024, 2, 20)))
+    (tmp_path / "tables").mkdir()
+    replace(tables, events=quiet).write(tmp_path / "tables")
+    log = load_log(tmp_path / "tables", tiny_config(), evaluate="validation")
+    embeddings = advertiser_embeddings(log, config().embedding)
+    text_dim = embeddings.source_dims[0]
+    assert not embeddings.vectors_AD[7, text_dim:].any()
+    assert embeddings.vectors_AD[7, :text_dim].any()
+    ids, *_ = build_ids(log, config(), work_dir=tmp_path / "work")
+    assert len(ids.tokens(7)) == 3
+
+
+def with_texts(tmp_path: Path, texts: list[str], **sizes: int) -> Log:
+    tables = tiny_tables(**sizes)
+    advertisers = tables.advertisers.with_columns(
+        text=pl.Series((texts * len(tables.advertisers))[: len(tables.advertisers)])
+    )
+    (tmp_path / "tables").mkdir()
+    replace(tables, advertisers=advertisers).write(tmp_path / "tables")
+    return load_log(tmp_path / "tables", tiny_config(), evaluate="validation")
+
+
+@pytest.mark.parametrize(
+    ("texts", "collaborative_weight"),
+    [
+        pytest.param(["coffee"], 0.0, id="identical embeddings"),
+        pytest.param([""], 0.0, id="zero vectors for all"),
+        pytest.param(["", "coffee", "organic bread"], 1.0, id="some texts empty"),
+    ],
+)
+def test_advertisers_that_nothing_tells_apart_still_get_unique_ids(
+    texts: list[str], collaborative_weight: float, tmp_path: Path
+) -> None:
+    log = with_texts(tmp_path, texts, n_advertisers=50)
+    cfg = config(sizes=(4, 4, 8))
+    cfg = replace(cfg, embedding=replace(cfg.embedding, collaborative_weight=collaborative_weight))
+    ids, _, report = build_ids(log, cfg, work_dir=tmp_path / "work")
+    assert len(np.unique(ids.codes_AL, axis=0)) == 50
+    assert np.isfinite(report["reconstruction_error"])
+
+
+def test_fewer_advertisers_than_codes_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log = tiny_log(tmp_path, n_advertisers=10)
+    with caplog.at_level(logging.WARNING, logger="semantic_ids.tokenize"):
+        ids, _, report = build_ids(log, config(sizes=(16, 16)), work_dir=tmp_path / "work")
+    assert "10 advertisers cannot use all of [16, 16] codes" in caplog.text
+    assert len(ids) == 10
+    assert report["dead_codes"][0] >= 6
+
+
+def test_more_advertisers_than_ids_are_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tiny_log(tmp_path)
+    monkeypatch.setattr(tokenize, "text_embeddings", lambda *_, **__: pytest.fail("texts were encoded"))
+    with pytest.raises(UserError) as refused:
+        build_ids(log, config(sizes=(3, 3, 3)), work_dir=tmp_path / "work")
+    assert "30 advertisers for semantic_ids.rqvae.level_sizes=[3, 3, 3]" in refused.value.given
+    assert str(sizes_that_hold(30, 3)) in refused.value.action
+
+
+def test_embeddings_that_are_no_numbers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tiny_log(tmp_path)
+    monkeypatch.setattr(tokenize, "text_embeddings", lambda texts, *_, **__: np.full((len(texts), 4), np.nan))
+    with pytest.raises(UserError, match="30 text embeddings with NaN"):
+        build_ids(log, config(), work_dir=tmp_path / "work")
