@@ -26,7 +26,6 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-
 _LARGEST_LOGIT = 30.0
 """Log-odds beyond this are as good as certain; the level is not set by how far beyond they are."""
 
