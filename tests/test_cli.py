@@ -1,0 +1,125 @@
+"""The `adsid` command and `train.py`: exit codes, messages, and any folder."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import cli
+import train
+from data.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder, so that nothing is found by accident and nothing is written elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def adsid(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.app, arguments)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["report", "--help"], ["doctor", "--help"]])
+def test_help_has_examples(arguments: list[str]) -> None:
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 0
+    assert "Example" in result.output
+    assert "adsid " in result.output
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, cli; cli.app(['--help'], standalone_mode=False);"
+        "print(sorted({'torch', 'polars', 'hydra'} & {*sys.modules}))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert result.stdout.strip().endswith("[]")
+
+
+def test_version() -> None:
+    result = CliRunner().invoke(cli.app, ["--version"])
+    assert result.exit_code == 0
+    assert result.output.startswith("adsid ")
+
+
+def test_a_users_mistake_from_another_folder(folder: Path) -> None:
+    """The installed command finds its configs from any folder; one message, exit code 2, nothing written."""
+    command = [str(Path(sys.executable).parent / "adsid"), "run", "experiment=smok", "prior.promts=3"]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert result.returncode == cli.USER_MISTAKE
+    assert "did you mean smoke" in result.stderr
+    assert "did you mean prior.prompts" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(folder.iterdir()) == []
+
+
+def test_a_run_writes_below_the_current_folder(folder: Path) -> None:
+    """The data stage refuses the path given, after the default run directory was made here."""
+    result = adsid("run", "experiment=smoke", "data.path=missing", "run.until=data")
+    assert result.exit_code == cli.USER_MISTAKE
+    assert "missing" in result.stderr
+    assert (folder / "runs" / "smoke").is_dir()
+    assert not (folder / "runs" / "smoke" / "data").exists()
+
+
+def test_a_place_that_is_a_file(folder: Path) -> None:
+    (folder / "file").write_text("")
+    result = adsid("run", "run.dir=file/run")
+    assert result.exit_code == cli.USER_MISTAKE
+    assert "a file is in the way" in result.stderr
+
+
+def test_report_of_no_run() -> None:
+    result = adsid("report", "nowhere")
+    assert result.exit_code == cli.USER_MISTAKE
+    assert "a run directory, with a config.yaml" in result.stderr
+
+
+def test_one_stage_without_the_ones_before(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        train.main(["stage=prior", "experiment=smoke"])
+    assert caught.value.code == cli.USER_MISTAKE
+    assert "run.until=semantic_ids" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["experiment=smoke"], ["stage=report"], ["stage=prior", "stage=ranker"]])
+def test_train_names_the_stages(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        train.main(arguments)
+    assert caught.value.code == cli.USER_MISTAKE
+    assert "stage=semantic_ids, stage=prior, stage=two_tower, stage=ranker" in capsys.readouterr().err
+
+
+def fail(error: BaseException) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (UserError("x=1", expected="x=2", action="set x"), cli.USER_MISTAKE, "what to do: set x"),
+        (RuntimeError("odd\nmore"), cli.OUR_MISTAKE, "adsid failed: RuntimeError: odd; --debug shows where"),
+        (KeyboardInterrupt(), cli.INTERRUPTED, "the same command goes on"),
+    ],
+)
+def test_exit_codes(error: BaseException, code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.guarded(lambda: fail(error), debug=False)
+    assert caught.value.code == code
+    told = capsys.readouterr().err
+    assert message in told
+    assert "Traceback" not in told
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.guarded(lambda: fail(RuntimeError("odd")), debug=True)
+    assert "Traceback" in capsys.readouterr().err
