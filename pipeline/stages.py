@@ -45,6 +45,7 @@ from semantic_ids.tokenize import build_ids
 Work = Context[AdsidConfig]
 T = TypeVar("T")
 
+TINY_CAVEAT = "The language model of this run has random weights (packaged:tiny): its forecasts are no result."
 ROWS = "rows.json"
 FACTS = "facts.json"
 TEXT = "text_embeddings.safetensors"
@@ -218,6 +219,7 @@ def make_report(context: Work) -> dict[str, Any]:
         "dataset": cfg.data.source,
         "evaluate": cfg.evaluate,
         "command": f"adsid run experiment={cfg.experiment}",
+        "caveats": [TINY_CAVEAT] if cfg.prior.base.name == "packaged:tiny" else [],
     }
     forecasts = _forecasts(context)
     example = user_example(

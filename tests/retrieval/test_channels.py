@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.special import log_softmax
 
 from data.log import Log
 from retrieval.blend import blend
@@ -23,8 +24,8 @@ from retrieval.channels import (
 from retrieval.evaluate import Retriever, evaluate_retrieval
 from retrieval.index import AdIndex, IndexConfig
 from retrieval.two_tower import TrainedTwoTower
-from tests.forecasts import DenseForecast
 from tests.logs import tiny_log
+from tests.ranking.common import KnownForecast
 from tests.retrieval.common import tiny_retrieval, train_tiny
 
 ANGLES = np.deg2rad(np.arange(12) * 10.0)
@@ -148,16 +149,17 @@ def towers(log: Log, tmp_path_factory: pytest.TempPathFactory) -> TrainedTwoTowe
     return train_tiny(log, tiny_retrieval(), tmp_path_factory.mktemp("towers"))[0]
 
 
-def oracle(log: Log) -> DenseForecast:
+def oracle(log: Log) -> KnownForecast:
     """Knows what each user converts with in the evaluated span."""
     targets = log.advertiser_targets(log.evaluate)
     log_prob = np.full((len(log.user_ids), len(log.advertiser_ids)), -8.0)
     log_prob[targets.user[targets.row], targets.item] = 0.0
-    return DenseForecast(log_prob)
+    return KnownForecast(log_softmax(log_prob, axis=1).astype(np.float32))
 
 
-def uniform(log: Log) -> DenseForecast:
-    return DenseForecast(np.zeros((len(log.user_ids), len(log.advertiser_ids))))
+def uniform(log: Log) -> KnownForecast:
+    n = len(log.advertiser_ids)
+    return KnownForecast(np.full((len(log.user_ids), n), -np.log(n), dtype=np.float32))
 
 
 def test_equal_budget_in_every_arm_and_only_active_ads(log: Log, towers: TrainedTwoTower) -> None:
