@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -26,6 +26,15 @@ from models.rqvae import (
 from models.training import EpochSampler, TrainerConfig, fit
 
 TINY = RQVAEConfig(level_sizes=[8, 8], latent=6, hidden=16, batch_size=64)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Matrices this small gain nothing from threads, which wait for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def clusters(n: int = 240, dim: int = 12, centres: int = 12, seed: int = 0) -> Tensor:

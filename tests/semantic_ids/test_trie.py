@@ -1,3 +1,5 @@
+"""The trie against its codes: paths there and back, ranges of leaves, mass below every prefix."""
+
 from __future__ import annotations
 
 import numpy as np
