@@ -21,7 +21,7 @@ from torch import Tensor
 
 from models.prior_lm import TreeBatch, row_nll, target_log_prob
 
-WEIGHT_DEVIATION, EXPONENT_DEVIATION = 1.0, 0.25
+WEIGHT_DEVIATION, EXPONENT_DEVIATION = 1.0, 0.05
 """Standard deviations of the normal priors around 1 of τ and α: how far they go on the word of few prompts."""
 
 
