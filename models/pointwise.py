@@ -125,8 +125,8 @@ def level_shift(logit_N: Tensor, label_N: Tensor, weight_N: Tensor) -> float:
     """What to add to all logits so that the mean prediction is the mean outcome.
 
     The level of the probabilities is settled last and by few rows of large weight, so that two rankers may
-    differ by it more than by what they know. It is therefore set on held-out rows, epoch by epoch and for
-    good after training. The order of the rows stays as it is.
+    differ by it more than by what they know. It is therefore set on held-out rows. The order of the rows
+    stays as it is.
 
     Args:
         logit_N: log-odds, float64.
@@ -148,7 +148,7 @@ def level_shift(logit_N: Tensor, label_N: Tensor, weight_N: Tensor) -> float:
 
 
 class PointwiseModule(L.LightningModule):
-    """Fits a ranker by weighted binary cross-entropy and watches the same loss on held-out rows.
+    """Fits a ranker by weighted binary cross-entropy and watches the loss of held-out rows.
 
     Negatives are a sample of the impressions; weighting each row by the impressions it stands for
     makes the loss an unbiased estimate of the loss over all impressions, so the fitted probabilities
@@ -175,7 +175,7 @@ class PointwiseModule(L.LightningModule):
         self.register_buffer("intercept", torch.zeros(()))
         self.learning_rate, self.embedding_learning_rate = learning_rate, embedding_learning_rate
         self.weight_decay = weight_decay
-        self._validated: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._validated: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, batch: RankerBatch) -> Tensor:
         """Logits of a batch, shape ``(B,)``; ``intercept``, zero while training, is added to all of them."""
@@ -191,14 +191,17 @@ class PointwiseModule(L.LightningModule):
         self._validated = []
 
     def validation_step(self, batch: RankerBatch, batch_idx: int) -> None:
-        self._validated.append((self(batch).double().cpu(), batch.label_B.cpu(), batch.weight_B.cpu()))
+        self._validated.append((self(batch).double().cpu(), batch.label_B.cpu()))
 
     def on_validation_epoch_end(self) -> None:
-        """Logs ``val_loss``: the loss once the level is set, since that is how the ranker is used."""
-        logit_N, label_N, weight_N = (torch.cat(parts) for parts in zip(*self._validated, strict=True))
-        logit_N = logit_N + level_shift(logit_N, label_N, weight_N)
-        loss = binary_cross_entropy_with_logits(logit_N, label_N.double(), weight_N.double(), reduction="sum")
-        self.log("val_loss", loss / weight_N.sum(), prog_bar=True)
+        """Logs ``val_loss``, the loss of the held-out rows, each counted once, with its level set on them.
+
+        Up to that level it is the likelihood of the outcomes given which rows were sampled. Weighted, it would
+        be the loss of the few sampled negatives that look like conversions, and say little of the rest.
+        """
+        logit_N, label_N = (torch.cat(parts) for parts in zip(*self._validated, strict=True))
+        logit_N = logit_N + level_shift(logit_N, label_N, torch.ones_like(label_N))
+        self.log("val_loss", binary_cross_entropy_with_logits(logit_N, label_N.double()), prog_bar=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.AdamW(self.parameter_groups())

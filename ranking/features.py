@@ -129,9 +129,10 @@ class FeatureBuilder:
         """Visits (user, market, period) by user and by user and market."""
         events = self.log.events
         seen = np.flatnonzero((events.market >= 0) & (events.period >= 0))
-        visit = np.unique(np.stack([events.user[seen], events.market[seen], events.period[seen]]), axis=1)
-        at_market = pair(visit[0], visit[1], len(self.log.market_ids))
-        return History(visit[0], visit[2]), History(at_market, visit[2])
+        n_markets, n_periods = len(self.log.market_ids), int(events.period.max(initial=0)) + 1
+        at_market = pair(events.user[seen], events.market[seen], n_markets)
+        visit_at_market, period = np.divmod(np.unique(at_market * n_periods + events.period[seen]), n_periods)
+        return History(visit_at_market // n_markets, period), History(visit_at_market, period)
 
     @cached_property
     def unit_price(self) -> tuple[History, Floats, Floats]:

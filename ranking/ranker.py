@@ -183,7 +183,7 @@ def train_ranker(
         directory: the artifact; made whole or not at all. Checkpoints lie beside it meanwhile.
 
     Returns:
-        The ranker at its best epoch by the log loss of ``ranker_stop``, its level set to that span's.
+        The ranker at its best epoch by the loss on ``ranker_stop``, its level set to that span's.
 
     Raises:
         UserError: the training rows are of one class, or the features cannot be used.

@@ -167,3 +167,25 @@ def test_the_level_can_be_set_where_the_model_is_sure_of_everything() -> None:
     logit_N = torch.tensor([900.0, 900.0, -900.0, -900.0], dtype=torch.float64)
     shift = level_shift(logit_N, torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.ones(4))
     assert abs(shift) <= 60
+
+
+def test_the_stopping_loss_counts_each_row_once_and_is_blind_to_the_level() -> None:
+    generator = torch.Generator().manual_seed(0)
+    module = PointwiseModule(
+        DLRM(TABLES, n_dense=2, cfg=CFG), learning_rate=0.1, embedding_learning_rate=0.1, weight_decay=0.0
+    )
+    dense_BN, sparse = torch.randn(40, 2, generator=generator), random_sparse(40, generator)
+    label_B = (torch.arange(40) % 3 == 0).float()
+
+    def val_loss(weight_B: torch.Tensor, level: float) -> float:
+        logged: dict[str, torch.Tensor] = {}
+        module.log = lambda name, value, **_: logged.__setitem__(name, value)  # type: ignore[assignment, misc]
+        module.intercept.fill_(level)
+        module.on_validation_epoch_start()
+        module.validation_step(RankerBatch(dense_BN, sparse, label_B, weight_B), 0)
+        module.on_validation_epoch_end()
+        return float(logged["val_loss"])
+
+    plain = val_loss(torch.ones(40), 0.0)
+    assert val_loss(torch.linspace(1, 200, 40), 0.0) == plain
+    assert val_loss(torch.ones(40), -3.0) == pytest.approx(plain, rel=1e-5)
