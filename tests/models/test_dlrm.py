@@ -179,7 +179,7 @@ def test_the_stopping_loss_counts_each_row_once_and_is_blind_to_the_level() -> N
 
     def val_loss(weight_B: torch.Tensor, level: float) -> float:
         logged: dict[str, torch.Tensor] = {}
-        module.log = lambda name, value, **_: logged.__setitem__(name, value)  # type: ignore[assignment, misc]
+        module.log = lambda name, value, **_: logged.__setitem__(name, value)  # type: ignore[method-assign]
         module.intercept.fill_(level)
         module.on_validation_epoch_start()
         module.validation_step(RankerBatch(dense_BN, sparse, label_B, weight_B), 0)
