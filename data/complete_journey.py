@@ -23,14 +23,14 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
 from data.config import DataConfig
 from data.errors import UserError
-from data.log import hash_ids
+from data.sampling import sample_impressions, trial_users
+from data.split import Calendar
 from data.tables import KINDS, Tables
+from data.writer import TableWriter
 
 FILES = (
     "transactions",
@@ -44,18 +44,23 @@ FILES = (
 )
 PROFILE = ("age", "income", "home_ownership", "marital_status", "household_size", "household_comp", "kids_count")
 _TEXT_PHRASES = 12
+_EVENT_ORDER = (
+    *("timestamp", "user_id", "market_id", "kind", "ad_id", "advertiser_id"),
+    *("category", "value", "quantity", "discount"),
+)
+"""What two events have in common here they have in common altogether, so that the order is one."""
+_ORIGIN = "2016-12-26"
+"""Where the source's week 1 begins."""
 _TIME_ZONE = "America/New_York"
 """The source's weeks begin Monday midnight of this clock; its timestamps are UTC."""
 
 
-def read(cfg: DataConfig) -> Tables:
-    """Read the source into the five tables.
+def read(cfg: DataConfig, out: TableWriter) -> None:
+    """Write the source as the five tables.
 
     Args:
         cfg: ``path`` is a directory with the source's Parquet files, None the installed package.
-
-    Returns:
-        The tables, events and placements in order of time.
+        out: takes the tables.
 
     Raises:
         UserError: the package or files are missing, or the weeks of the source do not fit the calendar.
@@ -82,11 +87,12 @@ def read(cfg: DataConfig) -> Tables:
     events = (
         pl.concat(parts, how="diagonal")
         .with_columns(pl.col("kind").cast(pl.Enum(KINDS)), pl.col("sample_weight").fill_null(1.0))
-        .sort("timestamp", "user_id", "market_id", "kind", "ad_id", "category", "value", "quantity", "discount")
+        .drop("week")
+        .sort(*_EVENT_ORDER)
         .with_row_index("event_id")
         .cast({"event_id": pl.Int64})
     )
-    return Tables(advertisers, ads, users, events.lazy(), placements.lazy())
+    out.write_all(Tables(advertisers, ads, users, events.lazy(), placements.lazy()))
 
 
 def _scan(path: str | None) -> dict[str, pl.LazyFrame]:
@@ -112,9 +118,10 @@ def _scan(path: str | None) -> dict[str, pl.LazyFrame]:
 
 
 def _placements(promotions: pl.LazyFrame, national: pl.DataFrame, cfg: DataConfig) -> pl.DataFrame:
-    calendar = cfg.calendar()
+    calendar = _calendar(cfg)
     week = pl.duration(days=(pl.col("week") - 1) * calendar.days)
     start = (pl.lit(calendar.start(1)) + week).cast(pl.Datetime("us"))
+    places = {name: _enum(promotions, f"{name}_location") for name in ("display", "mailer")}
     return (
         promotions.filter(pl.col("product_id").is_in(national["product_id"].implode()))
         .select(
@@ -122,12 +129,17 @@ def _placements(promotions: pl.LazyFrame, national: pl.DataFrame, cfg: DataConfi
             pl.col("store_id").cast(pl.Int32).alias("market_id"),
             start.alias("start"),
             (start + pl.duration(days=calendar.days)).alias("end"),
-            *(pl.col(f"{name}_location").cast(pl.Categorical).alias(name) for name in ("display", "mailer")),
+            *(pl.col(f"{name}_location").cast(pl.String).cast(place).alias(name) for name, place in places.items()),
         )
         .sort("start", "market_id", "ad_id", "display", "mailer")
         .unique(("start", "market_id", "ad_id"), keep="first", maintain_order=True)
         .collect()
     )
+
+
+def _enum(frame: pl.LazyFrame, column: str) -> pl.Enum:
+    """The type of a column's values, in their order; a plain categorical's codes follow no fixed order."""
+    return pl.Enum(frame.select(pl.col(column).cast(pl.String).drop_nulls().unique().sort()).collect().to_series())
 
 
 def _ads(products: pl.DataFrame) -> pl.DataFrame:
@@ -187,25 +199,33 @@ def _transactions(transactions: pl.LazyFrame, cfg: DataConfig) -> pl.DataFrame:
         .clip(0)
         .alias("discount"),
     ).collect()
-    period = cfg.calendar().period(frame["timestamp"].to_physical().to_numpy())
+    calendar = _calendar(cfg)
+    period = calendar.period(frame["timestamp"].to_physical().to_numpy())
     wrong = int((period != frame["week"].to_numpy()).sum())
     if wrong:
         raise UserError(
-            f"data.origin={cfg.origin}, data.label_window_days={cfg.label_window_days}: "
+            f"data.origin={calendar.origin}, data.label_window_days={cfg.label_window_days}: "
             f"the week of {wrong} transactions differs",
-            expected="periods that are the source's weeks: data.origin=2016-12-26, data.label_window_days=7",
+            expected=f"periods that are the source's weeks: data.origin={_ORIGIN}, data.label_window_days=7",
             action="remove the overrides of data.origin and data.label_window_days",
         )
     return frame
 
 
+def _calendar(cfg: DataConfig) -> Calendar:
+    if cfg.origin is None and cfg.split.origin is None:
+        raise UserError(
+            "data.origin=null with data=complete_journey",
+            expected=f"where the source's week 1 begins: data.origin={_ORIGIN}",
+            action=f"set data.origin={_ORIGIN}",
+        )
+    return cfg.calendar()
+
+
 def _users(demographics: pl.LazyFrame, transactions: pl.DataFrame, cfg: DataConfig) -> pl.DataFrame:
     seen = transactions.select("user_id").unique()
     if cfg.max_users is not None:
-        first, last = cfg.split.prior_fit
-        early = transactions.filter(pl.col("week").is_between(first, last))["user_id"].unique().sort()
-        order = np.argsort(hash_ids(early.to_numpy(), seed=cfg.seed), kind="stable")[: cfg.max_users]
-        seen = pl.DataFrame({"user_id": early[order]})
+        seen = pl.DataFrame({"user_id": trial_users(cfg, transactions.lazy(), transactions.lazy())})
     profile = demographics.select(
         pl.col("household_id").cast(pl.Int32).alias("user_id"), *(pl.col(name).cast(pl.String) for name in PROFILE)
     ).collect()
@@ -271,105 +291,30 @@ def _request(user: str, market: str, week: str) -> pl.Expr:
 
 
 def _impressions(purchases: pl.DataFrame, placements: pl.DataFrame, ads: pl.DataFrame, cfg: DataConfig) -> pl.DataFrame:
-    """Ads that were placed where and when a household shopped and that it did not buy, sampled.
-
-    The draw of a visit depends on (seed, household, store, week) and on that week's placements alone.
-    """
-    visits = (
-        purchases.group_by("user_id", "market_id", "week", "request_id")
-        .agg(pl.col("timestamp").min())
-        .sort("request_id")
-    )
+    """Ads that were placed where and when a household shopped and that it did not buy, sampled."""
     runs = (
         placements.select("market_id", _week_of("start", placements))
         .with_row_index("row")
         .group_by("market_id", "week")
         .agg(pl.col("row").min().cast(pl.Int64).alias("first"), pl.len().cast(pl.Int64).alias("eligible"))
     )
-    visits = visits.join(runs, on=["market_id", "week"], how="inner").sort("request_id")
-    wanted, eligible = cfg.impressions_per_visit, visits["eligible"].to_numpy()
-    first = visits["first"].to_numpy()
-    salt = hash_ids(np.array([cfg.seed]), seed=0)[0]
-    base_V = _mix(visits["request_id"].to_numpy().astype(np.uint64) ^ salt)
-    bought = purchases.filter(pl.col("kind") == "view_conversion").select("request_id", "ad_id").unique()
-    bought_V = visits.join(
-        bought.group_by("request_id").len("bought"), on="request_id", how="left", maintain_order="left"
+    visits = (
+        purchases.group_by("user_id", "market_id", "week", "request_id")
+        .agg(pl.col("timestamp").min())
+        .join(runs, on=["market_id", "week"], how="inner")
+        .sort("request_id")
     )
-    free_V = eligible - bought_V["bought"].fill_null(0).cast(pl.Int64).to_numpy()
-
-    # Where few ads run all are candidates; elsewhere positions are drawn, with some to spare for duplicates.
-    draws = 2 * wanted + 16
-    few = eligible <= 4 * draws
-    candidates = [
-        _candidates(np.flatnonzero(few), eligible[few], None, base_V),
-        _candidates(np.flatnonzero(~few), eligible[~few], draws, base_V),
-    ]
-    visit_C, position_C, rank_C = (np.concatenate(part) for part in zip(*candidates, strict=True))
-    drawn = (
-        pl.DataFrame(
-            {
-                "visit": visit_C,
-                "rank": rank_C,
-                "ad_id": placements["ad_id"].gather(first[visit_C] + position_C),
-                "placement": first[visit_C] + position_C,
-                "request_id": visits["request_id"].gather(visit_C),
-            }
-        )
-        .join(bought, on=["request_id", "ad_id"], how="anti")
-        .sort("visit", "rank")
-        .unique(("visit", "ad_id"), keep="first", maintain_order=True)
-        .group_by("visit", maintain_order=True)
-        .head(wanted)
-    )
-    sampled = drawn.group_by("visit").len("sampled")
-    drawn = drawn.join(sampled, on="visit", how="left", maintain_order="left")
-    visit = drawn["visit"]
-    weight = free_V[visit.to_numpy()] / drawn["sampled"].to_numpy()
+    bought = purchases.filter(pl.col("kind") == "view_conversion").select("request_id", "ad_id")
+    drawn = sample_impressions(visits, placements["ad_id"], bought, per_visit=cfg.impressions_per_visit, seed=cfg.seed)
+    visit, row = drawn["visit"], drawn["row"]
     return pl.DataFrame(
         {
-            "user_id": visits["user_id"].gather(visit),
-            "timestamp": visits["timestamp"].gather(visit),
+            **{name: visits[name].gather(visit) for name in ("user_id", "timestamp", "market_id", "request_id")},
+            **{name: placements[name].gather(row) for name in ("ad_id", "display", "mailer")},
             "kind": pl.repeat("impression", len(drawn), eager=True),
-            "ad_id": drawn["ad_id"],
-            "market_id": visits["market_id"].gather(visit),
-            "sample_weight": weight.astype(np.float32),
-            "request_id": drawn["request_id"],
-            "display": placements["display"].gather(drawn["placement"]),
-            "mailer": placements["mailer"].gather(drawn["placement"]),
+            "sample_weight": drawn["sample_weight"],
         }
     ).join(ads.select("ad_id", "advertiser_id"), on="ad_id", how="left", maintain_order="left")
-
-
-def _candidates(
-    visit_V: NDArray[np.int64], eligible_V: NDArray[np.int64], draws: int | None, base_V: NDArray[np.uint64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint64]]:
-    """Candidate placements of some visits: visit, position among its eligible ones, order of choice.
-
-    Args:
-        visit_V: visits, as rows of ``base_V``.
-        eligible_V: number of placements of each.
-        draws: positions drawn with replacement; None takes all of them, in random order.
-        base_V: hash of each visit.
-    """
-    count_V = eligible_V if draws is None else np.full(len(visit_V), draws)
-    visit_C = np.repeat(visit_V, count_V)
-    number_C = np.arange(count_V.sum()) - np.repeat(np.cumsum(count_V) - count_V, count_V)
-    hash_C = _mix(base_V[visit_C] + number_C.astype(np.uint64))
-    if draws is None:
-        return visit_C, number_C, hash_C
-    return (
-        visit_C,
-        (hash_C % np.repeat(eligible_V, count_V).astype(np.uint64)).astype(np.int64),
-        number_C.astype(np.uint64),
-    )
-
-
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's finaliser (Steele, Lea & Flood 2014)."""
-    with np.errstate(over="ignore"):
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
 
 
 def _coupons(

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ from scipy.sparse import csr_array
 
 from data.config import DataConfig
 from data.errors import UserError
+from data.sampling import hash_ids
 from data.split import EVALUATE, Calendar, Span, TimeSplit
 from data.tables import KINDS, Tables
 
@@ -158,29 +158,34 @@ class ActiveAds(NamedTuple):
 
 @dataclass(frozen=True)
 class Placements:
-    """Running ads: cell ``(period - first) * n_markets + market`` has the rows ``ptr[cell]:ptr[cell + 1]``.
+    """Running ads, by stretches of time in which a market's ads do not change.
+
+    A placement that runs for years takes one row, however many periods it spans.
 
     Args:
-        first: the first period of the cells.
-        n_markets: markets of the log.
-        ptr: shape ``(cells + 1,)``.
-        ad: rising within a cell, shape ``(P,)``.
+        market_ptr: stretches of market ``m`` are ``market_ptr[m]:market_ptr[m + 1]``, shape ``(M + 1,)``.
+        first: first period of each stretch, rising within a market, shape ``(S,)``; it lasts until the next one.
+        ptr: rows of stretch ``s`` are ``ptr[s]:ptr[s + 1]``, shape ``(S + 1,)``.
+        ad: rising within a stretch, shape ``(P,)``.
         display, mailer: context codes, shape ``(P,)``.
     """
 
-    first: int
-    n_markets: int
+    market_ptr: I64
+    first: I32
     ptr: I64
     ad: I32
     display: I8
     mailer: I8
 
     def rows(self, market: int, period: int) -> slice:
-        """Rows of one cell, empty outside the cells."""
-        cell = (period - self.first) * self.n_markets + market
-        if market < 0 or not 0 <= cell < len(self.ptr) - 1:
+        """Rows of a market in a period, empty where nothing is known to run."""
+        if not 0 <= market < len(self.market_ptr) - 1:
             return slice(0, 0)
-        return slice(int(self.ptr[cell]), int(self.ptr[cell + 1]))
+        begin, end = self.market_ptr[market], self.market_ptr[market + 1]
+        stretch = int(begin + np.searchsorted(self.first[begin:end], period, side="right")) - 1
+        if stretch < begin:
+            return slice(0, 0)
+        return slice(int(self.ptr[stretch]), int(self.ptr[stretch + 1]))
 
 
 @dataclass(frozen=True)
@@ -422,13 +427,6 @@ class Before:
         return np.power(decay, self.period - self.log.events.period[rows].astype(np.float64))
 
 
-def hash_ids(ids: NDArray[Any], *, seed: int) -> NDArray[np.uint64]:
-    """Hashes of ids that depend on nothing but the id and the seed, the same on every machine."""
-    key = seed.to_bytes(8, "little", signed=True)
-    digests = (blake2b(str(value).encode(), digest_size=8, key=key).digest() for value in ids.tolist())
-    return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
-
-
 def load_log(tables_dir: Path, cfg: DataConfig, *, evaluate: str) -> Log:
     """Reads a directory of tables into arrays.
 
@@ -445,8 +443,9 @@ def load_log(tables_dir: Path, cfg: DataConfig, *, evaluate: str) -> Log:
     """
     if evaluate not in EVALUATE:
         raise UserError(f"evaluate={evaluate}", expected=f"one of {', '.join(EVALUATE)}", action="set evaluate")
-    tables, calendar, split = Tables.open(tables_dir), cfg.calendar(), cfg.split
-    _check_columns(tables, cfg)
+    tables = Tables.open(tables_dir)
+    cfg.check_columns(tables)
+    calendar, split = cfg.timeline(tables.labels(cfg.label_kinds))
     tables = replace(
         tables,
         advertisers=tables.advertisers.sort("advertiser_id"),
@@ -490,34 +489,6 @@ def load_log(tables_dir: Path, cfg: DataConfig, *, evaluate: str) -> Log:
         label_kinds=tuple(KINDS.index(kind) for kind in cfg.label_kinds),
         placements=_load_placements(tables, calendar, market_ids, ad_ids, display=display, mailer=mailer, last=last),
     )
-
-
-def _check_columns(tables: Tables, cfg: DataConfig) -> None:
-    errors = [
-        UserError(
-            f"{schema.name} without the column {column.name}",
-            expected="every required column of data.tables",
-            action="run `adsid data prepare` again",
-        )
-        for schema, frame in tables
-        for column in schema.columns
-        if column.required and column.name not in frame.collect_schema()
-    ]
-    for key, names, frame in (
-        ("ad_columns", cfg.ad_columns, tables.ads),
-        ("profile_columns", cfg.profile_columns, tables.users),
-    ):
-        unknown = [name for name in names if name not in frame.columns]
-        if unknown:
-            errors.append(
-                UserError(
-                    f"data.{key} names {', '.join(unknown)}",
-                    expected=f"some of {', '.join(frame.columns[1:]) or 'no columns: the table has none'}",
-                    action=f"correct data.{key}",
-                )
-            )
-    if errors:
-        raise UserError.collect(errors)
 
 
 def _index(column: str, ids: pl.Series) -> pl.Expr:
@@ -571,11 +542,6 @@ def _dangling(table: str, columns: Sequence[str]) -> UserError:
     )
 
 
-def _period(micros: pl.Expr, calendar: Calendar) -> pl.Expr:
-    """``Calendar.period`` as an expression."""
-    return ((micros - calendar.origin_us) // calendar.length_us + 1).cast(pl.Int32)
-
-
 def _micros(column: str) -> pl.Expr:
     return pl.col(column).dt.cast_time_unit("us").to_physical()
 
@@ -606,7 +572,7 @@ def _load_events(
         _index("advertiser_id", tables.advertisers["advertiser_id"]),
         pl.col("kind").cast(pl.String).replace_strict(list(KINDS), kinds, return_dtype=pl.Int8),
         _micros("timestamp"),
-        _period(_micros("timestamp"), calendar).alias("period"),
+        calendar.period_expr(_micros("timestamp")).alias("period"),
         _index("market_id", market_ids),
         number("value"),
         number("quantity"),
@@ -643,8 +609,8 @@ def _load_placements(
 ) -> Placements:
     schema = tables.placements.collect_schema()
     frame = tables.placements.select(
-        _period(_micros("start"), calendar).alias("first"),
-        _period(_micros("end") - 1, calendar).alias("last"),
+        calendar.period_expr(_micros("start")).alias("first"),
+        calendar.period_expr(_micros("end") - 1).alias("last"),
         _index("market_id", market_ids),
         _index("ad_id", ad_ids),
         _code("display", display, pl.Int8, schema),
@@ -652,23 +618,34 @@ def _load_placements(
     ).collect()
     if frame["ad_id"].null_count():
         raise _dangling("placements", ["ad_id"])
-    period, until, market, ad, display_P, mailer_P = (series.to_numpy() for series in frame)
-    if (until > period).any():  # one row for each period an ad runs in
-        until = np.minimum(until, last)
-        runs = np.maximum(until - period + 1, 0)
-        offset = np.arange(runs.sum()) - np.repeat(np.cumsum(runs) - runs, runs)
-        market, ad, display_P, mailer_P = (np.repeat(values, runs) for values in (market, ad, display_P, mailer_P))
-        period = (np.repeat(period, runs) + offset).astype(np.int32)
-    first = int(period.min(initial=1))
-    n_markets, n_ads = len(market_ids), len(ad_ids)
-    cell = (period - first).astype(np.int64) * n_markets + market
-    key = cell * n_ads + ad
+    first, until, market, ad, display_P, mailer_P = (series.to_numpy() for series in frame)
+    # Rows come in order of time; sorted by market too, the searches below run along memory.
+    kept = np.flatnonzero(first <= last)
+    narrow = market[kept].astype(np.uint16) if len(market_ids) < 1 << 16 else market[kept]  # 16 bits: a radix sort
+    kept = kept[np.argsort(narrow, kind="stable")]
+    first, market, ad, display_P, mailer_P = (values[kept] for values in (first, market, ad, display_P, mailer_P))
+    end = np.minimum(until[kept], last) + 1
+
+    # A market's stretches begin where an ad begins or has ended; what runs between is the same throughout.
+    earliest = int(first.min(initial=0))
+    begins, ends = (market.astype(np.int64) << 32 | (period - earliest) for period in (first, end))
+    stretches = np.unique(np.concatenate([values[np.diff(values, prepend=-1) != 0] for values in (begins, ends)]))
+    start = np.searchsorted(stretches, begins)
+    runs = np.searchsorted(stretches, ends) - start
+    row = np.repeat(np.arange(len(ad)), runs)
+    at = start[row] + np.arange(len(row)) - np.repeat(np.cumsum(runs) - runs, runs)
+    key = at * len(ad_ids) + ad[row]
     if (np.diff(key) <= 0).any():
-        key, rows = np.unique(key, return_index=True)
-        cell, ad, display_P, mailer_P = cell[rows], ad[rows], display_P[rows], mailer_P[rows]
-    n_cells = (int(period.max(initial=first)) - first + 1) * n_markets
-    ptr = np.concatenate(([0], np.cumsum(np.bincount(cell, minlength=n_cells))))
-    return Placements(first, n_markets, ptr, ad, display_P, mailer_P)
+        key, chosen = np.unique(key, return_index=True)
+        row, at = row[chosen], at[chosen]
+    return Placements(
+        market_ptr=np.searchsorted(stretches >> 32, np.arange(len(market_ids) + 1)),
+        first=((stretches & 0xFFFFFFFF) + earliest).astype(np.int32),
+        ptr=np.concatenate(([0], np.cumsum(np.bincount(at, minlength=len(stretches))))),
+        ad=ad[row],
+        display=display_P[row],
+        mailer=mailer_P[row],
+    )
 
 
 def _targets(events: Events, item: I32, *, by_market: bool) -> Targets:

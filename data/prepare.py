@@ -6,32 +6,34 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import polars as pl
-
 from data import complete_journey, parquet
 from data.config import DataConfig
 from data.errors import UserError
-from data.tables import Tables, validate
+from data.tables import Tables
+from data.validation import validate_directory
+from data.writer import TableWriter, Tracker, untracked
 
-SOURCES: dict[str, Callable[[DataConfig], Tables]] = {
+SOURCES: dict[str, Callable[[DataConfig, TableWriter], None]] = {
     "complete_journey": complete_journey.read,
     "parquet": parquet.read,
 }
-"""Adapters by name; each turns a :class:`~data.config.DataConfig` into tables."""
+"""Adapters by name; each reads what a :class:`~data.config.DataConfig` names and writes tables."""
 
 
-def prepare(cfg: DataConfig, out_dir: Path) -> dict[str, Any]:
-    """Read a source, validate its tables and write them.
+def prepare(cfg: DataConfig, out_dir: Path, *, track: Tracker = untracked) -> dict[str, Any]:
+    """Read a source, write its tables and check them.
 
     Args:
         cfg: names the source.
-        out_dir: an existing directory, for ``<table>.parquet`` of all five tables.
+        out_dir: an existing directory, for ``<table>.parquet`` of all five tables. An error leaves none of them.
+        track: makes progress bars.
 
     Returns:
-        Number of rows of each table.
+        Number of rows of each table, the first day of period 1 and the spans of the split.
 
     Raises:
-        UserError: unknown source, or tables that break a rule of :mod:`data.tables`; all problems at once.
+        UserError: unknown source, tables that break a rule of :mod:`data.tables`, or a config whose split or columns
+            do not fit them; all problems of the tables at once.
     """
     if cfg.source not in SOURCES:
         raise UserError(
@@ -39,7 +41,16 @@ def prepare(cfg: DataConfig, out_dir: Path) -> dict[str, Any]:
             expected=f"one of {', '.join(sorted(SOURCES))}",
             action="set data to a config of configs/data, e.g. data=complete_journey",
         )
-    tables = SOURCES[cfg.source](cfg)
-    validate(tables)
-    tables.write(out_dir)
-    return {schema.name: int(frame.select(pl.len()).collect().item()) for schema, frame in tables}
+    out = TableWriter(out_dir, track=track)
+    try:
+        with out:
+            SOURCES[cfg.source](cfg, out)
+        with track("checking the tables", None):
+            validate_directory(out_dir)
+            tables = Tables.open(out_dir)
+            cfg.check_columns(tables)
+            calendar, split = cfg.timeline(tables.labels(cfg.label_kinds))
+    except BaseException:
+        out.discard()
+        raise
+    return {**tables.rows(), "origin": calendar.origin, "split": split.spans()}

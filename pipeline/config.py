@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
@@ -145,6 +145,41 @@ def compose(overrides: Sequence[str] = ()) -> AdsidConfig:
         UserError: an override names an unknown group, choice or key, has a value of another type or out of range,
             or cannot be parsed; all such problems at once.
     """
+    picked, values, schema = _checked(overrides)
+    with initialize_config_module(CONFIGS, version_base="1.3"):
+        try:
+            composed = hydra_compose("config", overrides=[f"{one.key_or_group}={one.value()}" for one in picked])
+        except HydraException as error:
+            raise UserError(
+                f"overrides {' '.join(overrides)}",
+                expected=f"choices of {CONFIGS}/ that fit together",
+                action=f"correct the config files named here: {error}",
+            ) from error
+    return _overridden(_merge(schema, composed), values)
+
+
+def recompose(plain: Mapping[str, Any], overrides: Sequence[str] = ()) -> AdsidConfig:
+    """A configuration from plain data, e.g. of a manifest, with overrides of single keys.
+
+    Args:
+        plain: nested keys of `AdsidConfig`, as many as are known.
+        overrides: ``path.to.key=value``.
+
+    Raises:
+        UserError: as of `compose`; or a choice of a group, which would mean another configuration than the one given.
+    """
+    picked, values, schema = _checked(overrides)
+    if picked:
+        raise UserError(
+            " ".join(f"{one.key_or_group}={one.value()}" for one in picked),
+            expected="overrides of single keys, for the choices were made when it was written",
+            action="leave it out",
+        )
+    return _overridden(_merge(schema, OmegaConf.create(dict(plain))), values)
+
+
+def _checked(overrides: Sequence[str]) -> tuple[list[Override], list[Override], DictConfig]:
+    """Overrides that choose of a group, those that set a value, and the schema they were checked against."""
     parsed, errors = _parse(overrides)
     choices = groups()
     picked = [one for one in parsed if one.key_or_group in choices and isinstance(one.value(), str)]
@@ -155,16 +190,10 @@ def compose(overrides: Sequence[str] = ()) -> AdsidConfig:
     errors += [error for one in values for error in _check_value(one, schema, choices)]
     if errors:
         raise UserError.collect(errors)
-    with initialize_config_module(CONFIGS, version_base="1.3"):
-        try:
-            composed = hydra_compose("config", overrides=[f"{one.key_or_group}={one.value()}" for one in picked])
-        except HydraException as error:
-            raise UserError(
-                f"overrides {' '.join(overrides)}",
-                expected=f"choices of {CONFIGS}/ that fit together",
-                action=f"correct the config files named here: {error}",
-            ) from error
-    merged = _merge(schema, composed)
+    return picked, values, schema
+
+
+def _overridden(merged: DictConfig, values: Sequence[Override]) -> AdsidConfig:
     for one in values:
         OmegaConf.update(merged, one.key_or_group, one.value(), merge=True)
     return _instantiate(merged)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from data.writer import Advance, Tracker
 from pipeline.engine import Observer, Outcome, Stage
 
 
@@ -22,16 +26,36 @@ class ConsoleObserver(Observer):
 
     def _end(self, outcome: Outcome, stage: Stage[Any]) -> None:
         manifest = outcome.manifest
-        told = "  ".join(
-            f"{name} {escape(_short(manifest.metrics[name]))}"
-            for name in stage.headline
-            if manifest.metrics.get(name) is not None
-        )
+        metrics = manifest.metrics
+        told = figures_line({name: metrics[name] for name in stage.headline if metrics.get(name) is not None})
         if outcome.status == "skipped":
             self.console.print(f"[bold]{outcome.stage:<13}[/] [dim]up to date, skipped  {told}[/]", highlight=False)
         else:
             cost = f"{manifest.seconds:.0f} s, {manifest.peak_memory_mb / 1024:.1f} GiB"
             self.console.print(f"[bold]{outcome.stage:<13}[/] [green]done[/] in {cost}  {told}", highlight=False)
+
+
+def figures_line(figures: Mapping[str, Any]) -> str:
+    """Figures by name on one line, as the console shows them."""
+    return "  ".join(f"{name} {escape(_short(value))}" for name, value in figures.items())
+
+
+def progress_bars(console: Console) -> Tracker:
+    """Progress bars of long work: how much is done, and for how long it has been going on."""
+
+    @contextmanager
+    def track(what: str, total: int | None) -> Iterator[Advance]:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:,.0f}"),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=console, transient=True) as bars:
+            task = bars.add_task(what, total=total)
+            yield lambda steps: bars.advance(task, steps)
+
+    return track
 
 
 def _short(value: Any) -> str:

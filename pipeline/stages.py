@@ -17,13 +17,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 from data.artifacts import Manifest, fingerprint, to_plain
 from data.log import Log, load_log
 from data.prepare import prepare
 from data.statistics import Row
+from data.writer import untracked
 from pipeline.config import AdsidConfig
+from pipeline.console import progress_bars
 from pipeline.engine import Context, Stage
 from pipeline.example import user_example
 from pipeline.report import Curves, RunInfo, write_report
@@ -56,7 +59,7 @@ RANKERS = "rankers"
 def stages() -> list[Stage[AdsidConfig]]:
     """The stage graph, each after its inputs."""
     return [
-        Stage("data", (), lambda cfg: cfg.data, make_data, ("events", "ads", "advertisers")),
+        Stage("data", (), lambda cfg: cfg.data, make_data, ("events", "ads", "advertisers"), version=2),
         Stage(
             "semantic_ids",
             ("data",),
@@ -121,7 +124,8 @@ def stages() -> list[Stage[AdsidConfig]]:
 
 def make_data(context: Work) -> dict[str, Any]:
     """The five tables of the log."""
-    return prepare(context.config.data, context.output)
+    bars = context.config.trainer.progress_bar
+    return prepare(context.config.data, context.output, track=progress_bars(Console()) if bars else untracked)
 
 
 def make_semantic_ids(context: Work) -> dict[str, Any]:

@@ -24,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.errors import LineageError, UserError
-from data.log import Log, hash_ids
+from data.log import Log
+from data.sampling import hash_ids
 from ranking.config import FeatureConfig
 from ranking.history import History, pair
 from ranking.rows import Bags, Features, Floats, Ints, Rows, SparseFeature

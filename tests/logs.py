@@ -9,10 +9,11 @@ import polars as pl
 
 from data.config import DataConfig
 from data.log import Log, load_log
-from data.split import TimeSplit
+from data.split import SplitConfig
 from data.tables import KINDS, Tables
+from data.writer import write_tables
 
-TINY_SPLIT = TimeSplit(
+TINY_SPLIT = SplitConfig(
     prior_fit=(1, 5),
     prior_select=(6, 6),
     ranker_fit=(7, 8),
@@ -167,7 +168,7 @@ def tiny_log(tmp_path: Path, *, evaluate: str = "validation", seed: int = 0, **s
     """
     directory = tmp_path / "tables"
     directory.mkdir(exist_ok=True)
-    tiny_tables(seed=seed, **sizes).write(directory)
+    write_tables(tiny_tables(seed=seed, **sizes), directory)
     return load_log(directory, tiny_config(), evaluate=evaluate)
 
 

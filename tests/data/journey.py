@@ -9,10 +9,10 @@ import numpy as np
 import polars as pl
 
 from data.config import DataConfig
-from data.split import TimeSplit
+from data.split import SplitConfig
 
 WEEKS = 12
-SPLIT = TimeSplit(
+SPLIT = SplitConfig(
     prior_fit=(1, 5), prior_select=(6, 6), ranker_fit=(7, 8), ranker_stop=(9, 9), validation=(10, 11), test=(12, 12)
 )
 
@@ -123,3 +123,19 @@ def write_journey(directory: Path, frames: dict[str, pl.DataFrame]) -> Path:
     for name, frame in frames.items():
         frame.write_parquet(directory / f"{name}.parquet")
     return directory
+
+
+def changed_journey(week: int) -> dict[str, pl.DataFrame]:
+    """The source with all that happened from a week on rewritten: other products, prices, households, or nothing."""
+    frames = journey_frames()
+    late = pl.col("week") >= week
+    transactions = frames["transactions"]
+    rewritten = transactions.filter(late).with_columns(
+        product_id=1000 + (pl.col("product_id") * 7 + 13) % 60,
+        sales_value=pl.col("sales_value") * 3 + 1,
+        quantity=pl.lit(4, pl.Int64),
+        store_id=300 + (pl.col("store_id") + 1) % 3,
+    )
+    kept = rewritten.filter(pl.col("household_id") % 4 != 0)  # some stay at home
+    frames["transactions"] = pl.concat([transactions.filter(~late), kept])
+    return frames

@@ -10,6 +10,8 @@ import pytest
 from data.errors import UserError
 from data.log import load_log
 from data.prepare import SOURCES, prepare
+from data.split import SplitConfig
+from data.writer import write_tables
 from tests.logs import tiny_config, tiny_tables
 
 
@@ -17,7 +19,7 @@ from tests.logs import tiny_config, tiny_tables
 def source(tmp_path: Path) -> Path:
     directory = tmp_path / "source"
     directory.mkdir()
-    tiny_tables().write(directory)
+    write_tables(tiny_tables(), directory)
     return directory
 
 
@@ -89,6 +91,43 @@ def test_truncated_files_and_missing_paths_are_told(source: Path, tmp_path: Path
         prepare(config(None), tmp_path)
     with pytest.raises(UserError, match=r"without advertisers\.parquet"):
         prepare(config(tmp_path / "nowhere"), tmp_path)
+
+
+def test_users_are_limited_and_the_catalogue_stays(source: Path, tmp_path: Path) -> None:
+    few, fewer = tmp_path / "few", tmp_path / "fewer"
+    for out, n in ((few, 9), (fewer, 4)):
+        out.mkdir()
+        cfg = config(source)
+        cfg.max_users = n
+        counts = prepare(cfg, out)
+        assert counts["users"] == n
+        assert counts["ads"] == 200
+        users = set(pl.read_parquet(out / "users.parquet")["user_id"])
+        assert set(pl.read_parquet(out / "events.parquet")["user_id"]) == users
+    chosen = [set(pl.read_parquet(out / "users.parquet")["user_id"]) for out in (fewer, few)]
+    assert chosen[0] < chosen[1]
+
+
+def test_a_split_and_columns_that_do_not_fit_are_told_and_leave_nothing(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for changes, message in (
+        ({"split": SplitConfig()}, "no conversion in prior_select"),
+        ({"ad_columns": ["colour"]}, "data.ad_columns names colour"),
+        ({"label_kinds": ["click"]}, "no conversion in prior_fit"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prepare(tiny_config(source="parquet", path=str(source), **changes), out)
+        assert list(out.iterdir()) == []
+
+
+def test_without_an_origin_period_1_begins_at_the_first_conversions_midnight(source: Path, tmp_path: Path) -> None:
+    facts = prepare(
+        tiny_config(source="parquet", path=str(source), origin=None, split=SplitConfig(by="quantiles")), tmp_path
+    )
+    labels = pl.read_parquet(source / "events.parquet").filter(pl.col("kind") == "view_conversion")
+    assert facts["origin"] == f"{labels['timestamp'].min():%Y-%m-%d}"
+    assert facts["split"]["test"][1] == 12
 
 
 def test_every_source_has_a_config() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.errors import UserError
-from data.split import Calendar, Span, TimeSplit
+from data.split import Calendar, Span, SplitConfig, TimeSplit
 
 MINUTE_US = 60_000_000
 EPOCH = datetime(1970, 1, 1)
@@ -90,3 +90,65 @@ def test_only_evaluate_test_opens_the_test_span(pair: list[int], evaluate: str) 
 def test_an_unknown_span_lists_the_known_ones() -> None:
     with pytest.raises(UserError, match="prior_fit, prior_select, ranker_fit, ranker_stop, validation, test"):
         TimeSplit().span("valid", evaluate="validation")
+
+
+WEEKS = Calendar("2024-01-01", 7)
+
+
+def spans(split: TimeSplit) -> list[Span]:
+    return list(split.spans().values())
+
+
+def test_dates_become_periods() -> None:
+    dates = ["2024-01-01", "2024-02-05", "2024-02-12", "2024-02-26", "2024-03-04", "2024-03-11", "2024-03-25"]
+    cfg = SplitConfig(by="dates", dates=dates)
+    assert cfg.origin == "2024-01-01"
+    split = cfg.resolve(WEEKS, np.ones(12, np.int64))
+    assert spans(split) == [(1, 5), (6, 6), (7, 8), (9, 9), (10, 10), (11, 12)]
+
+
+@given(
+    labels=st.lists(st.integers(1, 50), min_size=6, max_size=60),
+    shares=st.lists(st.floats(0.01, 0.99), min_size=5, max_size=5, unique=True).map(sorted),
+)
+def test_quantiles_give_six_spans_that_cover_all_periods(labels: list[int], shares: list[float]) -> None:
+    split = SplitConfig(by="quantiles", quantiles=shares).resolve(WEEKS, np.array(labels))
+    parts = spans(split)
+    assert parts[0][0] == 1
+    assert parts[-1][1] == len(labels)
+    assert all(before[1] + 1 == after[0] for before, after in pairwise(parts))
+    for (_, end), share, left in zip(parts, shares, range(5, 0, -1), strict=False):
+        held_back = end == len(labels) - left  # the spans after it have a period each left
+        assert sum(labels[:end]) >= share * sum(labels) * (1 - 1e-9) or held_back
+
+
+def test_leave_one_out_counts_from_the_end() -> None:
+    split = SplitConfig(by="leave_one_out").resolve(Calendar("2000-01-01", 1), np.ones(20, np.int64))
+    assert spans(split) == [(1, 15), (16, 16), (17, 17), (18, 18), (19, 19), (20, 20)]
+
+
+EVERY_WEEK, NOT_THE_LAST = np.ones(53, np.int64), np.r_[np.ones(46, np.int64), np.zeros(7, np.int64)]
+WRONG_SPLITS = [
+    ({"by": "weeks"}, EVERY_WEEK, ["data.split.by=weeks", "periods, dates, quantiles, leave_one_out"]),
+    ({"by": "dates", "dates": ["2024-01-01"]}, EVERY_WEEK, ["7 rising ISO dates", "prior_select, ranker_fit"]),
+    ({"by": "dates", "dates": ["2024-01-01"] * 7}, EVERY_WEEK, ["7 rising ISO dates"]),
+    (
+        {"by": "dates", "dates": [f"2024-0{month}-01" for month in range(1, 8)]},
+        EVERY_WEEK,
+        ["data.split.dates: 2024-02-01, 2024-03-01", "7-day periods from 2024-01-01"],
+    ),
+    ({"by": "quantiles", "quantiles": [0.5, 0.4, 0.6, 0.7, 0.8]}, EVERY_WEEK, ["5 rising shares"]),
+    ({"by": "quantiles", "quantiles": [0.5, 0.6]}, EVERY_WEEK, ["5 rising shares"]),
+    ({"by": "quantiles"}, np.ones(5, np.int64), ["5 periods", "at least 6 periods"]),
+    ({"by": "leave_one_out"}, np.ones(3, np.int64), ["3 periods", "at least 6 periods"]),
+    ({"prior_fit": (30, 1)}, EVERY_WEEK, ["data.split.prior_fit=[30, 1]"]),
+    ({}, NOT_THE_LAST, ["no conversion in test=[47, 53]", "they lie in periods 1-46"]),
+    ({}, np.zeros(53, np.int64), ["prior_fit=[1, 30], prior_select", "they lie in periods none"]),
+]
+
+
+@pytest.mark.parametrize(("keys", "labels_P", "messages"), WRONG_SPLITS)
+def test_a_split_that_does_not_fit_is_told(keys: dict[str, object], labels_P: np.ndarray, messages: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        SplitConfig(**keys).resolve(WEEKS, labels_P)  # type: ignore[arg-type]
+    assert all(message in str(caught.value) for message in messages)

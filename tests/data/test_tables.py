@@ -11,8 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data import validation
 from data.errors import UserError
-from data.tables import KINDS, SCHEMAS, Tables, find_problems, validate
+from data.tables import KINDS, SCHEMAS, Tables
+from data.validation import Problem, validate, validate_directory
+from data.validation import find_problems as find_problems_in
+from data.writer import write_tables
 from tests.logs import tiny_tables
 
 SOUND = tiny_tables(n_users=8, n_advertisers=10, n_ads=40, n_markets=2)
@@ -27,6 +31,10 @@ def tables_of(parts: Frames) -> Tables:
     return Tables(
         parts["advertisers"], parts["ads"], parts["users"], parts["events"].lazy(), parts["placements"].lazy()
     )
+
+
+def find_problems(tables: Tables) -> list[Problem]:
+    return find_problems_in({schema.name: frame for schema, frame in tables})
 
 
 def changed(table: str, change: Callable[[pl.DataFrame], pl.DataFrame]) -> Tables:
@@ -57,9 +65,19 @@ def test_sound_tables_have_no_problem() -> None:
 
 
 def test_written_and_opened_they_are_the_same(tmp_path: Path) -> None:
-    SOUND.write(tmp_path)
+    write_tables(SOUND, tmp_path)
     for (_, frame), (_, opened) in zip(SOUND, Tables.open(tmp_path), strict=True):
         assert frame.collect().equals(opened.collect())
+
+
+def test_how_rows_lie_in_memory_does_not_change_the_bytes(tmp_path: Path) -> None:
+    parts = frames()
+    chunked = {name: pl.concat([frame[:7], frame[7:9], frame[9:]], rechunk=False) for name, frame in parts.items()}
+    for name, tables in (("whole", SOUND), ("chunked", tables_of(chunked))):
+        (tmp_path / name).mkdir()
+        write_tables(tables, tmp_path / name)
+    for file in (tmp_path / "whole").iterdir():
+        assert file.read_bytes() == (tmp_path / "chunked" / file.name).read_bytes()
 
 
 BROKEN: list[tuple[str, Callable[[pl.DataFrame], pl.DataFrame], str, str, int]] = [
@@ -100,6 +118,16 @@ BROKEN: list[tuple[str, Callable[[pl.DataFrame], pl.DataFrame], str, str, int]] 
         "advertiser_id",
         "must be a key of advertisers, whose dtype is Int32",
         len(SOUND.events.collect()),
+    ),
+    ("ads", cast("ad_id", pl.UInt64), "ad_id", "dtype must be whole number or string", 0),
+    ("events", lambda frame: frame[:0], "", "the table must have rows", 0),
+    ("events", put("sample_weight", -1.0, [2, 9]), "sample_weight", "must not be below 0", 2),
+    (
+        "placements",
+        cast("market_id", pl.String),
+        "market_id",
+        "dtype must go with that of events.market_id, Int32",
+        0,
     ),
     ("placements", put("end", datetime(1999, 1, 1), [0, 7]), "start, end", "end must be after start", 2),
     (
@@ -224,3 +252,48 @@ def test_everything_wrong_is_told_in_one_error_without_anybodys_name() -> None:
     assert "placements.start, end" in told
     assert "somebody" not in told
     assert "u001" not in told
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.sampled_from(range(len(BROKEN))), st.integers(1, 40))
+def test_what_is_wrong_does_not_depend_on_where_batches_end(case: int, size: int) -> None:
+    table, change, *_ = BROKEN[case]
+    tables = changed(table, change)
+    whole = find_problems(tables)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(validation, "BATCH", size * 17)
+        assert find_problems(tables) == whole
+
+
+def corrupt_pages(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[200:1200] = b"\xff" * 1000
+    path.write_bytes(bytes(raw))
+
+
+def invalid_utf8(path: Path) -> None:
+    frame = pl.read_parquet(path)
+    sound = frame["text"][0].encode()
+    pl.read_parquet(path).write_parquet(path, compression="uncompressed", use_pyarrow=False)
+    path.write_bytes(path.read_bytes().replace(sound, b"\xff\xfe" + sound[2:]))
+
+
+@pytest.mark.parametrize(
+    ("table", "spoil", "messages"),
+    [
+        ("events", corrupt_pages, ["events.parquet", "readable Parquet"]),
+        ("advertisers", invalid_utf8, ["advertisers.parquet", "readable Parquet"]),
+        ("ads", lambda path: path.write_bytes(path.read_bytes()[:500]), ["ads.parquet", "readable Parquet"]),
+        ("ads", lambda path: path.write_bytes(b""), ["ads.parquet", "readable Parquet"]),
+        ("placements", lambda path: path.unlink(), ["without placements.parquet"]),
+    ],
+)
+def test_a_spoilt_file_is_told_beside_what_is_wrong_with_the_others(
+    table: str, spoil: Callable[[Path], None], messages: list[str], tmp_path: Path
+) -> None:
+    write_tables(changed("users", put("user_id", "u001", [3])), tmp_path)
+    spoil(tmp_path / f"{table}.parquet")
+    with pytest.raises(UserError) as caught:
+        validate_directory(tmp_path)
+    told = str(caught.value)
+    assert all(message in told for message in [*messages, "users.user_id: 2 offending rows"])

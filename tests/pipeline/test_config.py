@@ -28,11 +28,10 @@ def test_every_config_file_composes(group: str, choice: str) -> None:
 def test_a_config_file_opens_with_a_command_that_is_valid(path: Path) -> None:
     text = path.read_text().replace("\\\n#", " ")  # a command may go on in the next line
     comments = [line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#")]
-    commands = [line for line in comments if line.startswith(("adsid run ", "python train.py "))]
+    commands = [line for line in comments if line.startswith(("adsid ", "python train.py "))]
     assert commands, f"{path} shows no command"
     for command in commands:
-        overrides = [word for word in command.split()[2:] if not word.startswith("stage=")]
-        compose(overrides)
+        compose([word for word in command.split()[2:] if "=" in word and not word.startswith("stage=")])
 
 
 def test_values_and_choices() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from data.errors import UserError
 from data.log import Log, load_log
+from data.writer import write_tables
 from models.rqvae import RQVAEConfig
 from models.training import TrainerConfig
 from semantic_ids import tokenize
@@ -87,7 +88,7 @@ def test_a_stopped_training_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatc
 def test_nothing_after_the_fit_span_changes_a_byte(tmp_path: Path) -> None:
     tables = tiny_tables()
     (tmp_path / "all").mkdir()
-    tables.write(tmp_path / "all")
+    write_tables(tables, tmp_path / "all")
     log = load_log(tmp_path / "all", tiny_config(), evaluate="validation")
     end = log.calendar.start(log.split.prior_fit[1] + 1)
     late = pl.col("timestamp") >= end
@@ -95,7 +96,7 @@ def test_nothing_after_the_fit_span_changes_a_byte(tmp_path: Path) -> None:
         advertiser_id=pl.when(late).then(229 - pl.col("advertiser_id")).otherwise(pl.col("advertiser_id")),
     ).filter(~late | (pl.col("event_id") % 3 > 0))
     (tmp_path / "changed").mkdir()
-    replace(tables, events=reversed_late).write(tmp_path / "changed")
+    write_tables(replace(tables, events=reversed_late), tmp_path / "changed")
     changed = load_log(tmp_path / "changed", tiny_config(), evaluate="validation")
     assert len(changed.events) < len(log.events)
     before, *_ = build_ids(log, config(), work_dir=tmp_path / "w1")
@@ -107,7 +108,7 @@ def test_an_advertiser_without_an_event_still_has_an_id_from_its_text(tmp_path: 
     tables = tiny_tables()
     quiet = tables.events.filter((pl.col("advertiser_id") != 107) | (pl.col("timestamp") > pl.datetime(2024, 2, 20)))
     (tmp_path / "tables").mkdir()
-    replace(tables, events=quiet).write(tmp_path / "tables")
+    write_tables(replace(tables, events=quiet), tmp_path / "tables")
     log = load_log(tmp_path / "tables", tiny_config(), evaluate="validation")
     embeddings = advertiser_embeddings(log, config().embedding)
     text_dim = embeddings.source_dims[0]
@@ -123,7 +124,7 @@ def with_texts(tmp_path: Path, texts: list[str], **sizes: int) -> Log:
         text=pl.Series((texts * len(tables.advertisers))[: len(tables.advertisers)])
     )
     (tmp_path / "tables").mkdir()
-    replace(tables, advertisers=advertisers).write(tmp_path / "tables")
+    write_tables(replace(tables, advertisers=advertisers), tmp_path / "tables")
     return load_log(tmp_path / "tables", tiny_config(), evaluate="validation")
 
 

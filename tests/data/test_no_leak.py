@@ -1,0 +1,149 @@
+"""No byte of what happened before a cut depends on what happens after it: on every source.
+
+Each source is written twice, the second time with everything from the cut on rewritten. The events before the cut,
+their numbers included, and all that the log says of earlier periods must be the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from data.config import DataConfig
+from data.log import Log, load_log
+from data.prepare import SOURCES, prepare
+from data.writer import write_tables
+from tests.data.journey import changed_journey, journey_config, journey_frames, write_journey
+from tests.logs import tiny_config, tiny_tables
+
+
+@dataclass(frozen=True)
+class Case:
+    """How a source is written, and what of it changes.
+
+    Args:
+        config: of a source in a directory, which it writes; with or without the rewritten future.
+        cut: first moment that is rewritten.
+    """
+
+    config: Callable[[Path, bool], DataConfig]
+    cut: datetime
+
+
+JOURNEY_CUT = 9
+
+
+def journey(directory: Path, changed: bool) -> DataConfig:
+    frames = changed_journey(JOURNEY_CUT) if changed else journey_frames()
+    return journey_config(write_journey(directory, frames))
+
+
+PARQUET_CUT = datetime(2024, 1, 1) + timedelta(days=7 * 8)
+
+
+def parquet(directory: Path, changed: bool) -> DataConfig:
+    tables = tiny_tables()
+    write_tables(tables, directory)
+    if changed:
+        late, value = pl.col("timestamp") >= PARQUET_CUT, pl.col("value")
+        events = tables.events.collect().with_columns(
+            kind=pl.when(late, pl.col("kind") == "organic").then(pl.lit("view_conversion")).otherwise("kind"),
+            value=pl.when(late).then(value * 3).otherwise(value),
+            ad_id=pl.when(late).then(1000 + (pl.col("ad_id") * 7 + 1) % 200).otherwise("ad_id").cast(pl.Int32),
+        )
+        events.filter(~late | (pl.col("event_id") % 5 != 0)).write_parquet(directory / "events.parquet")
+    return tiny_config(source="parquet", path=str(directory))
+
+
+CASES = {
+    "complete_journey": Case(journey, datetime(2016, 12, 26) + timedelta(days=7 * (JOURNEY_CUT - 1))),
+    "parquet": Case(parquet, PARQUET_CUT),
+}
+
+
+def both(name: str, directory: Path) -> tuple[Path, Path, DataConfig]:
+    """The tables of a source, those with another future, and the config."""
+    made = []
+    for changed in (False, True):
+        source, tables = directory / f"source-{changed}", directory / f"tables-{changed}"
+        source.mkdir()
+        tables.mkdir()
+        cfg = CASES[name].config(source, changed)
+        prepare(cfg, tables)
+        made.append(tables)
+    return made[0], made[1], cfg
+
+
+def test_every_source_is_tested() -> None:
+    assert set(CASES) == set(SOURCES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_event_before_the_cut_depends_on_a_later_one(name: str, tmp_path: Path) -> None:
+    ours, theirs, cfg = both(name, tmp_path)
+    frames = [pl.read_parquet(directory / "events.parquet") for directory in (ours, theirs)]
+    early, other = (frame.filter(pl.col("timestamp") < CASES[name].cut) for frame in frames)
+    assert len(early) > 100
+    assert early.equals(other)
+    assert not frames[0].equals(frames[1])
+    for table in ("advertisers", "ads"):  # the catalogue is known at all times
+        assert (ours / f"{table}.parquet").read_bytes() == (theirs / f"{table}.parquet").read_bytes()
+    seen = early["user_id"].unique().implode()
+    users, others = (
+        pl.read_parquet(directory / "users.parquet").filter(pl.col("user_id").is_in(seen))
+        for directory in (ours, theirs)
+    )
+    assert users.equals(others)
+    check_logs(*(load_log(directory, cfg, evaluate="test") for directory in (ours, theirs)), cut=CASES[name].cut)
+
+
+def check_logs(log: Log, other: Log, *, cut: datetime) -> None:
+    """What the logs say of periods before the cut is the same."""
+    micros = np.array([cut]).astype("datetime64[us]").astype(np.int64)
+    last = int(log.calendar.period(micros)[0]) - 1
+    assert log.calendar.start(last + 1) == cut
+    span = (1, last)
+    for mine, theirs in (
+        (log.advertiser_targets(span), other.advertiser_targets(span)),
+        (log.ad_targets(span), other.ad_targets(span)),
+        (log.impressions(span), other.impressions(span)),
+    ):
+        assert len(mine) > 0
+        np.testing.assert_array_equal(log.user_ids[mine.user], other.user_ids[theirs.user])
+        fields = ("period", "market", "item", "weight", "value") if hasattr(mine, "item") else ("ad", "kind", "weight")
+        for field in fields:
+            np.testing.assert_array_equal(getattr(mine, field), getattr(theirs, field))
+    ads = np.arange(len(log.ad_ids))
+    for ours, theirs in zip(
+        log.last_prices(ads, np.full(len(ads), last + 1)),
+        other.last_prices(ads, np.full(len(ads), last + 1)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+    purchases = [one.before(last + 1).advertiser_counts(one.purchase_kinds) for one in (log, other)]
+    np.testing.assert_array_equal(*purchases)
+
+
+def test_no_price_of_a_week_is_known_in_that_week(tmp_path: Path) -> None:
+    """On The Complete Journey: without any transaction of week 9, all prices as of week 9 are as they were."""
+    frames, week = journey_frames(), JOURNEY_CUT
+    without = frames | {"transactions": frames["transactions"].filter(pl.col("week") != week)}
+    logs = []
+    for name, source in (("all", frames), ("without", without)):
+        (tmp_path / name).mkdir()
+        cfg = journey_config(write_journey(tmp_path / f"source-{name}", source))
+        cfg.split = replace(cfg.split, ranker_fit=(7, 7), ranker_stop=(8, 8))  # week 9 may be empty
+        prepare(cfg, tmp_path / name)
+        logs.append(load_log(tmp_path / name, cfg, evaluate="validation"))
+    shown = logs[0].impressions((week, week))
+    assert len(shown) > 50
+    for ours, theirs in zip(*(log.last_prices(shown.ad, shown.period) for log in logs), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    later = np.full(len(shown), week + 1)
+    assert not np.array_equal(*(log.last_prices(shown.ad, later).age for log in logs))
