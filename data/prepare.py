@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data import complete_journey, parquet
+from data import amazon, complete_journey, parquet, sequences, simulator, taobao_ad
 from data.config import DataConfig
 from data.errors import UserError
 from data.tables import Tables
@@ -15,6 +15,10 @@ from data.writer import TableWriter, Tracker, untracked
 
 SOURCES: dict[str, Callable[[DataConfig, TableWriter], None]] = {
     "complete_journey": complete_journey.read,
+    "amazon": amazon.read,
+    "sequences": sequences.read,
+    "taobao_ad": taobao_ad.read,
+    "simulator": simulator.read,
     "parquet": parquet.read,
 }
 """Adapters by name; each reads what a :class:`~data.config.DataConfig` names and writes tables."""

@@ -225,7 +225,7 @@ def scan(directory: Path) -> tuple[dict[str, pl.LazyFrame], list[UserError]]:
     for name in SCHEMAS:
         path = directory / f"{name}.parquet"
         try:
-            frame = pl.scan_parquet(path)
+            frame = pl.scan_parquet(path, glob=False)
             frame.collect_schema()
         except FileNotFoundError:
             errors.append(

@@ -18,7 +18,9 @@ import pytest
 from data.config import DataConfig
 from data.log import Log, load_log
 from data.prepare import SOURCES, prepare
+from data.truth import SimulatorConfig
 from data.writer import write_tables
+from tests.data import reviews_source, taobao_source
 from tests.data.journey import changed_journey, journey_config, journey_frames, write_journey
 from tests.logs import tiny_config, tiny_tables
 
@@ -61,7 +63,53 @@ def parquet(directory: Path, changed: bool) -> DataConfig:
     return tiny_config(source="parquet", path=str(directory))
 
 
+LAST_PERIOD = max(map(len, reviews_source.sequences().values())) + 2
+
+
+def sequences(directory: Path, changed: bool) -> DataConfig:
+    """Everybody's last item is another one."""
+    reviews_source.write_sequences(directory)
+    if changed:
+        reviews_source.change_future_sequences(directory)
+    return reviews_source.sequences_config(directory)
+
+
+AMAZON_CUT = reviews_source.START + timedelta(days=reviews_source.DAYS * 9)
+
+
+def amazon(directory: Path, changed: bool) -> DataConfig:
+    reviews_source.write_amazon(directory)
+    if changed:
+        reviews_source.change_future_amazon(directory, AMAZON_CUT)
+    return reviews_source.amazon_config(directory)
+
+
+TAOBAO_CUT = datetime(2017, 4, 22) + timedelta(days=21)
+
+
+def taobao_ad(directory: Path, changed: bool) -> DataConfig:
+    taobao_source.write_taobao(directory)
+    if changed:
+        taobao_source.change_future(directory, TAOBAO_CUT)
+    return taobao_source.taobao_config(directory)
+
+
+SIMULATOR_CUT = datetime(2024, 1, 1) + timedelta(days=7 * 8)
+
+
+def simulator(directory: Path, changed: bool) -> DataConfig:
+    """Tastes drift at the cut, or never."""
+    world = SimulatorConfig(
+        users=60, advertisers=30, days=84, markets=2, drift_day=10_000 if changed else 56, drift_share=1.0
+    )
+    return tiny_config(source="simulator", simulator=world)
+
+
 CASES = {
+    "sequences": Case(sequences, datetime(2000, 1, 1) + timedelta(days=LAST_PERIOD - 1)),
+    "amazon": Case(amazon, AMAZON_CUT),
+    "taobao_ad": Case(taobao_ad, TAOBAO_CUT),
+    "simulator": Case(simulator, SIMULATOR_CUT),
     "complete_journey": Case(journey, datetime(2016, 12, 26) + timedelta(days=7 * (JOURNEY_CUT - 1))),
     "parquet": Case(parquet, PARQUET_CUT),
 }
@@ -109,25 +157,22 @@ def check_logs(log: Log, other: Log, *, cut: datetime) -> None:
     last = int(log.calendar.period(micros)[0]) - 1
     assert log.calendar.start(last + 1) == cut
     span = (1, last)
-    for mine, theirs in (
-        (log.advertiser_targets(span), other.advertiser_targets(span)),
-        (log.ad_targets(span), other.ad_targets(span)),
-        (log.impressions(span), other.impressions(span)),
+    assert min(len(log.advertiser_targets(span)), len(log.ad_targets(span)), len(log.impressions(span))) > 0
+    for name, fields in (
+        ("advertiser_targets", ("period", "market", "item", "weight", "value")),
+        ("ad_targets", ("period", "market", "item", "weight", "value")),
+        ("impressions", ("ad", "kind", "weight")),
     ):
-        assert len(mine) > 0
-        np.testing.assert_array_equal(log.user_ids[mine.user], other.user_ids[theirs.user])
-        fields = ("period", "market", "item", "weight", "value") if hasattr(mine, "item") else ("ad", "kind", "weight")
+        ours, theirs = (getattr(one, name)(span) for one in (log, other))
+        np.testing.assert_array_equal(log.user_ids[ours.user], other.user_ids[theirs.user])
         for field in fields:
-            np.testing.assert_array_equal(getattr(mine, field), getattr(theirs, field))
+            np.testing.assert_array_equal(getattr(ours, field), getattr(theirs, field))
     ads = np.arange(len(log.ad_ids))
-    for ours, theirs in zip(
-        log.last_prices(ads, np.full(len(ads), last + 1)),
-        other.last_prices(ads, np.full(len(ads), last + 1)),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(ours, theirs)
-    purchases = [one.before(last + 1).advertiser_counts(one.purchase_kinds) for one in (log, other)]
-    np.testing.assert_array_equal(*purchases)
+    prices, other_prices = (one.last_prices(ads, np.full(len(ads), last + 1)) for one in (log, other))
+    for mine, others in zip(prices, other_prices, strict=True):
+        np.testing.assert_array_equal(mine, others)
+    counts, other_counts = (one.before(last + 1).advertiser_counts(one.purchase_kinds) for one in (log, other))
+    np.testing.assert_array_equal(counts, other_counts)
 
 
 def test_no_price_of_a_week_is_known_in_that_week(tmp_path: Path) -> None:
@@ -146,4 +191,5 @@ def test_no_price_of_a_week_is_known_in_that_week(tmp_path: Path) -> None:
     for ours, theirs in zip(*(log.last_prices(shown.ad, shown.period) for log in logs), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     later = np.full(len(shown), week + 1)
-    assert not np.array_equal(*(log.last_prices(shown.ad, later).age for log in logs))
+    age, other_age = (log.last_prices(shown.ad, later).age for log in logs)
+    assert not np.array_equal(age, other_age)

@@ -126,7 +126,8 @@ def test_without_an_origin_period_1_begins_at_the_first_conversions_midnight(sou
         tiny_config(source="parquet", path=str(source), origin=None, split=SplitConfig(by="quantiles")), tmp_path
     )
     labels = pl.read_parquet(source / "events.parquet").filter(pl.col("kind") == "view_conversion")
-    assert facts["origin"] == f"{labels['timestamp'].min():%Y-%m-%d}"
+    first = labels.select(pl.col("timestamp").min().dt.strftime("%Y-%m-%d")).item()
+    assert facts["origin"] == first
     assert facts["split"]["test"][1] == 12
 
 
