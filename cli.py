@@ -219,17 +219,15 @@ def data_describe(
     def work() -> None:
         import json as encoder
 
-        from pipeline.description import to_console, write_description
         from rich.console import Console
 
         from data.artifacts import to_plain
         from data.describe import describe
-        from data.tables import Tables
-        from pipeline.dataset import config_of
+        from pipeline.dataset import open_directory
+        from pipeline.description import to_console, write_description
 
         folder = directory.expanduser()
-        cfg = config_of(folder, overrides or [])
-        description = describe(Tables.open(folder), cfg)
+        description = describe(*open_directory(folder, overrides or []))
         if json:
             typer.echo(encoder.dumps(to_plain(description), indent=1, allow_nan=False))
             return

@@ -78,6 +78,19 @@ def check_directory(directory: Path, overrides: Sequence[str] = ()) -> dict[str,
     return {**tables.rows(), "origin": calendar.origin, "split": split.spans()}
 
 
+def open_directory(directory: Path, overrides: Sequence[str] = ()) -> tuple[Tables, DataConfig]:
+    """The tables of a directory and their config; tables that no manifest vouches for are checked first.
+
+    Raises:
+        UserError: as of `check_directory`.
+    """
+    if not _is_data(directory) or Manifest.read(directory).content_hash != hash_directory(directory):
+        check_directory(directory, overrides)
+    cfg, tables = config_of(directory, overrides), Tables.open(directory)
+    cfg.check_columns(tables)
+    return tables, cfg
+
+
 def config_of(directory: Path, overrides: Sequence[str] = ()) -> DataConfig:
     """The config of a directory of tables: its manifest's, else that of ``data=parquet``; overrides go before both.
 

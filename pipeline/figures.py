@@ -112,6 +112,12 @@ class Panel:
         drawn = " ".join(f"{self.px(x):.1f},{self.py(y):.1f}" for x, y in outline)
         self.parts.append(f'<polygon points="{drawn}" class="band {style}"/>')
 
+    def bar(self, x: float, width: float, value: float, style: str = "bar") -> None:
+        """A bar from the horizontal axis to a data value; its place and width are in pixels."""
+        y = self.py(value)
+        height = self.top + self.height - y
+        self.parts.append(f'<rect x="{x:.2f}" y="{y:.1f}" width="{width:.2f}" height="{height:.1f}" class="{style}"/>')
+
     def dot(self, x: float, y: float, style: str, radius: float = 3.2) -> None:
         """A mark at a data point."""
         self.parts.append(f'<circle cx="{self.px(x):.1f}" cy="{self.py(y):.1f}" r="{radius}" class="dot {style}"/>')
@@ -212,14 +218,14 @@ def quota_sweep(points: Sequence[SweepPoint]) -> Markup | None:
     ]
     with_gini = [point for point in known if is_known(point.get("gini"))]
     quotas = (min(point["quota"] for point in known), max(point["quota"] for point in known))
-    x_span, x_ticks = _axis(quotas)
-    y_span, y_ticks = _axis((min(ends), max(ends)))
+    x_span, x_ticks = round_axis(quotas)
+    y_span, y_ticks = round_axis((min(ends), max(ends)))
     recall = Panel(56, 30, 500, 190, x_span, y_span)
     recall.axes("" if with_gini else "quota of the forecast channel", "recall at the same budget", x_ticks, y_ticks)
     panels = [recall]
     if with_gini:
         ginis = [point.get("gini") or 0.0 for point in with_gini]
-        g_span, g_ticks = _axis((min(ginis), max(ginis)), count=3)
+        g_span, g_ticks = round_axis((min(ginis), max(ginis)), count=3)
         gini = Panel(56, 276, 500, 80, x_span, g_span)
         gini.axes("quota of the forecast channel", "Gini of the candidates' advertisers", x_ticks, g_ticks)
         panels.append(gini)
@@ -262,9 +268,9 @@ def learning_curve(points: Sequence[LearningPoint]) -> Markup | None:
         return None
     levels = [point[arm] for point in known for arm in ("lm", "anchor")]
     differences = [point["lm"] - point["anchor"] for point in known]
-    x_span, x_ticks = _axis((known[0]["step"], known[-1]["step"]))
-    y_span, y_ticks = _axis((min(levels), max(levels)))
-    d_span, d_ticks = _axis((min(0.0, *differences), max(0.0, *differences)), count=3)
+    x_span, x_ticks = round_axis((known[0]["step"], known[-1]["step"]))
+    y_span, y_ticks = round_axis((min(levels), max(levels)))
+    d_span, d_ticks = round_axis((min(0.0, *differences), max(0.0, *differences)), count=3)
     level = Panel(56, 30, 500, 150, x_span, y_span)
     level.axes("", "NLL, nat", x_ticks, y_ticks)
     labels = []
@@ -321,18 +327,13 @@ def code_usage(levels: Sequence[Sequence[int]]) -> Markup | None:
     for index, counts in enumerate(levels):
         ordered = sorted(counts, reverse=True)
         total, size = sum(ordered), len(ordered)
-        span, ticks = _axis((0.0, max(ordered, default=1) or 1), count=3)
+        span, ticks = round_axis((0.0, max(ordered, default=1) or 1), count=3)
         span = (0.0, span[1])
         panel = Panel(left + index * (width + gap), 46, width, 120, (0, max(size, 1)), span)
         panel.axes("", "", [], [tick for tick in ticks if tick >= 0])
         for place, count in enumerate(ordered):
             if count:
-                x, step = panel.px(place), panel.width / size
-                thick = max(step - 0.8, 0.4)
-                panel.parts.append(
-                    f'<rect x="{x:.2f}" y="{panel.py(count):.1f}" width="{thick:.2f}"'
-                    f' height="{panel.top + panel.height - panel.py(count):.1f}" class="bar"/>'
-                )
+                panel.bar(panel.px(place), max(panel.width / size - 0.8, 0.4), count)
         panel.line(
             panel.left,
             panel.py(total / max(size, 1)),
@@ -396,8 +397,13 @@ def _nice_ceiling(value: float) -> float:
     return next(step * unit for step in (1.0, 1.5, 2.0, 3.0, 5.0, 10.0) if step * unit >= value * (1 - 1e-9))
 
 
-def _axis(span: tuple[float, float], count: int = 4) -> tuple[tuple[float, float], list[float]]:
-    """A range that ends on round numbers, and these numbers."""
+def round_axis(span: tuple[float, float], count: int = 4) -> tuple[tuple[float, float], list[float]]:
+    """A range that ends on round numbers, and these numbers.
+
+    Args:
+        span: smallest and largest value.
+        count: about how many steps to make.
+    """
     low, high = span
     if high - low < 1e-12 * max(1.0, abs(high)):
         pad = abs(high) * 0.1 or 1.0

@@ -15,12 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-import jinja2
 from markupsafe import Markup
 
 from data.artifacts import atomic_write_text, to_plain
 from data.statistics import LEVEL, Row
 from pipeline import figures, verdict
+from pipeline.pages import template
 from pipeline.verdict import DIFFERENCE, HEADLINES, METRICS, number
 
 
@@ -217,19 +217,11 @@ def render_html(rows: Sequence[Row], *, run: RunInfo, example: UserExample | Non
     Args and Raises are those of `write_report`.
     """
     _refuse_duplicates(rows)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("pipeline"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["number"] = number
     found, controls = verdict.findings(rows), verdict.control_findings(rows)
     calibration = [row for row in rows if row.section == "forecast" and row.metric in CALIBRATION]
     by_section = {name: [row for row in rows if row.section == name] for name in SECTIONS}
     by_section["forecast"] = [row for row in by_section["forecast"] if row not in calibration]
-    return environment.get_template("report.html.j2").render(
+    return template("report.html.j2", number=number).render(
         level=f"{LEVEL:.0%}",
         summary=verdict.summary(found),
         verdict=[(SECTIONS[name], _by_measure(found, name)) for name in ("forecast", "retrieval", "ranking")],
