@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from data.errors import UserError
+from data.split import Span
 from models.prior_lm import HeadConfig, LoraSettings
 from models.training import TrainerConfig
 
@@ -96,7 +98,8 @@ class PriorConfig:
     Attributes:
         panel: number of users that get forecasts, chosen by a hash of their id; None for all.
         prompts: training prompts, each seen once.
-        first_period: first period of the fit span that prompts are made for: before it histories are short.
+        first_period: first period of the fit span that prompts are made for, since before it histories are short;
+            null: a quarter of the span is left out.
         max_targets: targets of a training prompt; of more, so many are drawn.
         select_prompts: prompts of the selection span, for stopping and calibrating.
         evaluation_prompts: prompts of the evaluated span whose exact likelihood is computed, with controls.
@@ -115,7 +118,7 @@ class PriorConfig:
     trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(max_epochs=4, patience=None))
     panel: int | None = 250
     prompts: int = 8000
-    first_period: int = 9
+    first_period: int | None = None
     max_targets: int = 8
     select_prompts: int = 256
     evaluation_prompts: int = 512
@@ -174,3 +177,14 @@ class PriorConfig:
                 )
         if errors:
             raise UserError.collect(errors)
+
+    def prompt_span(self, prior_fit: Span) -> Span:
+        """First and last period of the training prompts.
+
+        Args:
+            prior_fit: the fit span.
+        """
+        first, last = prior_fit
+        if self.first_period is not None:
+            return max(first, self.first_period), last
+        return min(first + math.ceil((last - first + 1) / 4), last), last

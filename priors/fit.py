@@ -38,7 +38,7 @@ from models.training import EpochSampler, FitResult, fit
 from priors.anchor import Anchor, Counts, TunedAnchor, choose_constants
 from priors.base_model import BaseModel, load_base_model
 from priors.calibration import Calibration, calibrated_nll, fit_anchor_levels, fit_calibration
-from priors.config import BaseModelConfig, PriorConfig, PromptConfig
+from priors.config import AnchorConfig, BaseModelConfig, PriorConfig, PromptConfig
 from priors.dataset import PromptDataset, TreeCollator
 from priors.prompt import PromptCompiler
 from semantic_ids.advertiser_ids import AdvertiserIds
@@ -167,8 +167,7 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
         UserError: the fit or the selection span has no conversion.
     """
     trie, counts = Trie.from_codes(ids.codes_AL, ids.level_sizes), Counts.of(log)
-    start, stop = log.split.span("prior_fit", evaluate=log.evaluate)
-    train_rows = sample_rows(log.advertiser_targets((max(start, cfg.first_period), stop)), cfg.prompts, cfg.seed)
+    train_rows = sample_rows(log.advertiser_targets(cfg.prompt_span(log.split.prior_fit)), cfg.prompts, cfg.seed)
     select = log.advertiser_targets("prior_select")
     select_rows = sample_rows(select, cfg.select_prompts, cfg.seed)
     for name, rows in (("prior_fit", train_rows), ("prior_select", select_rows)):
@@ -179,20 +178,11 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
                 action=f"widen data.split.{name}, or lower prior.first_period",
             )
     anchor_rows = sample_rows(select, cfg.anchor.select_rows, cfg.seed)
-    constants, trials = choose_constants(counts, anchor_rows, cfg.anchor)
     base_model = load_base_model(cfg.base)
     compiler = PromptCompiler(log, ids, base_model.tokenizer, cfg.prompt)
     train_set = PromptDataset(train_rows, compiler, max_targets=cfg.max_targets, seed=cfg.seed)
     select_set = PromptDataset(select_rows, compiler)
-
-    untuned = TunedAnchor.untuned(Anchor(counts, constants), trie)
-    untuned_collator = TreeCollator(untuned, first_id_token=compiler.first_id_token)
-    exponent, bias, level_trials = fit_anchor_levels(
-        list(batches(train_set, untuned_collator, 64)),
-        list(batches(PromptDataset(anchor_rows, compiler), untuned_collator, 64)),
-        cfg.anchor.bias_penalty,
-    )
-    base = TunedAnchor(untuned.anchor, trie, exponent, bias)
+    base, anchor_metrics = fit_anchor(counts, trie, train_set, PromptDataset(anchor_rows, compiler), cfg.anchor)
     collator = TreeCollator(base, first_id_token=compiler.first_id_token)
 
     model = build_model(base_model, ids, log, compiler, cfg)
@@ -206,9 +196,7 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
         module.model.eval(), base, calibration, compiler, constant_LH, cfg, base_model.reference, ids.version
     )
     metrics = {
-        "anchor_constants": vars(constants),
-        "anchor_trials": trials,
-        "anchor_level_trials": level_trials,
+        **anchor_metrics,
         "prompts": len(train_rows),
         "prompt_tokens_mean": float(
             np.mean([len(train_set[row].token_ids) for row in range(min(100, len(train_set)))])
@@ -221,6 +209,30 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
     return fitted, metrics
+
+
+def fit_anchor(
+    counts: Counts, trie: Trie, train: PromptDataset, select: PromptDataset, cfg: AnchorConfig
+) -> tuple[TunedAnchor, dict[str, Any]]:
+    """The tuned anchor: constants chosen on the selection rows, exponents and biases fitted on the training rows.
+
+    Args:
+        counts: of the log.
+        trie: of the advertisers' IDs.
+        train, select: whose targets are fitted and chosen by; their prompts are not read.
+        cfg: the constants to choose from.
+
+    Returns:
+        The anchor and its metrics: constants, their trials, and those of the biases' penalty.
+    """
+    constants, trials = choose_constants(counts, select.targets, cfg)
+    untuned = TunedAnchor.untuned(Anchor(counts, constants), trie)
+    collator = TreeCollator(untuned, first_id_token=0)
+    exponent, bias, level_trials = fit_anchor_levels(
+        list(batches(train, collator, 64)), list(batches(select, collator, 64)), cfg.bias_penalty
+    )
+    metrics = {"anchor_constants": vars(constants), "anchor_trials": trials, "anchor_level_trials": level_trials}
+    return TunedAnchor(untuned.anchor, trie, exponent, bias), metrics
 
 
 def build_model(

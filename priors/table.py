@@ -140,7 +140,7 @@ def write_shard(
         anchor_log_prob: the anchor's log-probability of the same advertisers.
     """
     ids = log.advertiser_ids
-    dtype = pl.List(pl.Series(ids[:0]).dtype)
+    dtype = pl.List(log.tables.advertisers.schema["advertiser_id"])
     columns = {
         "advertiser_id": [ids[one.advertiser_K].tolist() for one in decoded],
         "log_prob": [one.log_prob_K.tolist() for one in decoded],
