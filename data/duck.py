@@ -47,7 +47,8 @@ class Field:
         valid: SQL predicate over ``{c}``, the value as text; it is not asked of a missing value.
         nullable: the value may be missing: empty or ``NULL``.
         private: values identify a person and stay out of messages.
-        tolerated: share of the lines that may break the rule and are then left out.
+        tolerated: share of the lines that may break the rule, but not ``shape``, and are then left out.
+        shape: SQL predicate like ``valid``, of what a value must be in any case.
     """
 
     name: str
@@ -57,20 +58,30 @@ class Field:
     nullable: bool = False
     private: bool = False
     tolerated: float = 0.0
+    shape: str = ""
 
     @property
     def sound(self) -> str:
-        """SQL predicate, never null."""
+        """SQL predicate, never null: a line obeys the rule."""
+        return self._asked(self.valid)
+
+    @property
+    def shaped(self) -> str:
+        """SQL predicate, never null: a line is sound or may be tolerated."""
+        return self._asked(self.shape) if self.tolerated else self.sound
+
+    def _asked(self, predicate: str) -> str:
         column = quoted(self.name)
-        valid = f"coalesce({self.valid.format(c=column)}, false)"
-        return f"({column} is null or {valid})" if self.nullable else f"({column} is not null and {valid})"
+        holds = f"coalesce({predicate.format(c=column)}, false)"
+        return f"({column} is null or {holds})" if self.nullable else f"({column} is not null and {holds})"
 
 
 def whole(name: str, least: int = 0, most: int = MAX_ID, *, rule: str = "", **options: Any) -> Field:
     """A column of whole numbers from ``least`` to ``most``, at most `MAX_ID`, in plain digits."""
     value = "try_cast({c} as INTEGER)"  # as it is loaded, so that DuckDB casts once
-    valid = f"{value}::varchar = {{c}} and {value} between {least} and {most}"
-    return Field(name, "INTEGER", rule or f"a whole number from {least} to {most}", valid, **options)
+    shape = f"{value}::varchar = {{c}}"
+    valid = f"{shape} and {value} between {least} and {most}"
+    return Field(name, "INTEGER", rule or f"a whole number from {least} to {most}", valid, shape=shape, **options)
 
 
 def number(name: str, **options: Any) -> Field:
@@ -155,16 +166,16 @@ def load(connection: duckdb.DuckDBPyConnection, file: CsvFile, path: Path) -> Lo
     damage = _find_damage(path) or _find_wrong_header(path, file)
     if damage is not None:
         return Loaded([damage])
-    strict = [field for field in file.fields if not field.tolerated]
-    lenient = [field for field in file.fields if field.tolerated]
+    sound = " and ".join(field.sound for field in file.fields)
+    shaped = " and ".join(field.shaped for field in file.fields)
     columns = ", ".join(
         f"try_cast({quoted(field.name)} as {field.dtype}) as {quoted(field.name)}" for field in file.fields
     )
     try:
         connection.execute("set preserve_insertion_order=false")
         connection.execute(
-            f"create table {quoted(file.name)} as select {columns}, case when not ({_all(strict)}) then {_BROKEN} "
-            f"when not ({_all(lenient)}) then {_STRAY} else {_SOUND} end::utinyint as {STATE} "
+            f"create table {quoted(file.name)} as select {columns}, case when {sound} then {_SOUND} "
+            f"when {shaped} then {_STRAY} else {_BROKEN} end::utinyint as {STATE} "
             f"from {_scan(file, rejects=f'rejects_{file.name}')}",
             [str(path)],
         )
@@ -176,9 +187,9 @@ def load(connection: duckdb.DuckDBPyConnection, file: CsvFile, path: Path) -> Lo
     counts = f"count(*), count(*) filter ({STATE} = {_BROKEN}), count(*) filter ({STATE} = {_STRAY})"
     total, broken, left_out = _row(connection, f"select {counts} from {quoted(file.name)}")
     errors = _rejects(connection, file, path)
-    too_many = left_out > max((field.tolerated for field in lenient), default=0) * total
+    too_many = left_out > max(field.tolerated for field in file.fields) * total
     if broken or too_many:
-        errors += _broken_rules(connection, file, path, strict + lenient * too_many)
+        errors += _broken_rules(connection, file, path, tolerant=not too_many)
     if not total and not errors:
         errors.append(_mend(path, f"{path.name}: no line after the header", "at least one line"))
     if file.key is not None and not errors:
@@ -233,10 +244,6 @@ def _scan(file: CsvFile, *, rejects: str) -> str:
 
 def _literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
-
-
-def _all(fields: Sequence[Field]) -> str:
-    return " and ".join(field.sound for field in fields) or "true"
 
 
 def _row(connection: duckdb.DuckDBPyConnection, query: str, parameters: Sequence[object] = ()) -> tuple[Any, ...]:
@@ -297,25 +304,26 @@ def _rejects(connection: duckdb.DuckDBPyConnection, file: CsvFile, path: Path) -
 
 
 def _broken_rules(
-    connection: duckdb.DuckDBPyConnection, file: CsvFile, path: Path, fields: Sequence[Field]
+    connection: duckdb.DuckDBPyConnection, file: CsvFile, path: Path, *, tolerant: bool
 ) -> list[UserError]:
     """The rules that lines break; the file is read once more, with the lines' numbers."""
     parts = []
-    for field in fields:
-        broken = f"filter (not {field.sound})"
-        parts.append(f"count(*) {broken}, min(row) {broken}, arg_min({quoted(field.name)}, row) {broken}")
+    for field in file.fields:
+        broken = f"filter (not {field.shaped if tolerant else field.sound})"
+        parts.append(f"count(*) {broken}, min(row) {broken}, arg_min_null({quoted(field.name)}, row) {broken}")
     connection.execute("set preserve_insertion_order=true")  # without it, rows are numbered as they come
-    scan = _scan(file, rejects=f"again_{file.name}")
-    numbers = f"select row_number() over () as row, * from {scan}"
-    found = _row(connection, f"select {', '.join(parts)} from ({numbers})", [str(path)])
-    lines = connection.execute(f"select distinct line from {quoted(f'rejects_{file.name}')} order by line").fetchall()
+    rows = f"select row_number() over () as row, * from {_scan(file, rejects=f'again_{file.name}')}"
+    found = _row(connection, f"select {', '.join(parts)} from ({rows})", [str(path)])
+    rejected = connection.execute(
+        f"select distinct line from {quoted(f'rejects_{file.name}')} order by line"
+    ).fetchall()
     errors = []
-    for number, field in enumerate(fields):
-        rows, row, value = found[3 * number : 3 * number + 3]
-        if rows:
-            place = f"line {_line(row, [line for (line,) in lines])}"
+    for place, field in enumerate(file.fields):
+        count, row, value = found[3 * place : 3 * place + 3]
+        if count:
+            example = f"line {_line(row, [line for (line,) in rejected])}{_shown(value, field, file)}"
             rule = field.rule + (f" in all but {field.tolerated:.1%} of the lines" if field.tolerated else "")
-            errors.append(offence(path, field.name, rule, rows, place + _shown(value, field, file)))
+            errors.append(offence(path, field.name, rule, count, example))
     return errors
 
 

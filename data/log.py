@@ -67,9 +67,9 @@ class Events:
     discount: F32
     weight: F32
     request: I64
-    display: I8
-    mailer: I8
-    category: I16
+    display: I16
+    mailer: I16
+    category: I32
 
     def __len__(self) -> int:
         return len(self.user)
@@ -152,8 +152,8 @@ class ActiveAds(NamedTuple):
     """Ads that run in one market in one period, in order of index; shapes ``(n,)``."""
 
     ad: I32
-    display: I8
-    mailer: I8
+    display: I16
+    mailer: I16
 
 
 @dataclass(frozen=True)
@@ -174,8 +174,8 @@ class Placements:
     first: I32
     ptr: I64
     ad: I32
-    display: I8
-    mailer: I8
+    display: I16
+    mailer: I16
 
     def rows(self, market: int, period: int) -> slice:
         """Rows of a market in a period, empty where nothing is known to run."""
@@ -579,9 +579,9 @@ def _load_events(
         number("discount"),
         pl.col("sample_weight").cast(pl.Float32),
         request.cast(pl.Int64).fill_null(-1),
-        _code("display", display, pl.Int8, schema),
-        _code("mailer", mailer, pl.Int8, schema),
-        _code("category", category, pl.Int16, schema),
+        _code("display", display, pl.Int16, schema),
+        _code("mailer", mailer, pl.Int16, schema),
+        _code("category", category, pl.Int32, schema),
         pl.col("event_id"),
     ).collect()
     unknown = [name for name in ("user_id", "ad_id", "advertiser_id") if frame[name].null_count()]
@@ -613,8 +613,8 @@ def _load_placements(
         calendar.period_expr(_micros("end") - 1).alias("last"),
         _index("market_id", market_ids),
         _index("ad_id", ad_ids),
-        _code("display", display, pl.Int8, schema),
-        _code("mailer", mailer, pl.Int8, schema),
+        _code("display", display, pl.Int16, schema),
+        _code("mailer", mailer, pl.Int16, schema),
     ).collect()
     if frame["ad_id"].null_count():
         raise _dangling("placements", ["ad_id"])

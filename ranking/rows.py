@@ -37,8 +37,8 @@ class Rows:
     advertiser: NDArray[np.int32]
     market: NDArray[np.int32]
     period: NDArray[np.int32]
-    display: NDArray[np.int8]
-    mailer: NDArray[np.int8]
+    display: NDArray[np.int16]
+    mailer: NDArray[np.int16]
     label: Floats
     weight: Floats
 
@@ -96,8 +96,8 @@ class Rows:
             advertiser=log.ad_advertiser[ad],
             market=np.full(len(ad), market, np.int32),
             period=np.full(len(ad), period, np.int32),
-            display=np.where(runs, np.append(active.display, 0)[slot], 0).astype(np.int8),
-            mailer=np.where(runs, np.append(active.mailer, 0)[slot], 0).astype(np.int8),
+            display=np.where(runs, np.append(active.display, 0)[slot], 0).astype(np.int16),
+            mailer=np.where(runs, np.append(active.mailer, 0)[slot], 0).astype(np.int16),
             label=np.full(len(ad), np.nan, np.float32),
             weight=np.ones(len(ad), np.float32),
         )

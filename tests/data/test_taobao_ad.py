@@ -265,6 +265,18 @@ def test_few_strays_are_left_out_and_told(tmp_path: Path, caplog: pytest.LogCapt
     assert str(FIRST_USER)[:4] not in caplog.text
 
 
+@pytest.mark.parametrize("value", ["yesterday", "", "1493740800.5"])
+def test_what_is_no_time_is_never_tolerated(value: str, tmp_path: Path) -> None:
+    source = write_taobao(tmp_path / "source", behaviours=2_000)
+    path = source / "behavior_log.csv"
+    head, row, rest = path.read_text().split("\n", 2)
+    cells = row.split(",")
+    cells[1] = value
+    path.write_text("\n".join((head, ",".join(cells), rest)))
+    with pytest.raises(UserError, match=r"column time_stamp: 1 offending row, e\.g\. line 2"):
+        prepared(source, tmp_path / "out")
+
+
 Change = Callable[[Path], object]
 
 
@@ -376,6 +388,10 @@ BAD: dict[str, tuple[Change, list[str]]] = {
             r"adgroup_id: 2 offending rows, e\.g\. line 4\n",
             "2147483647",
         ],
+    ),
+    "a missing value before a bad one": (
+        lines("ad_feature", (7, cell(3, b"")), (9, cell(3, b"x"))),
+        [r"column customer: 2 offending rows, e\.g\. line 7: it is missing"],
     ),
     "a missing id": (
         lines("raw_sample", (7, cell(0, b""))),
