@@ -51,7 +51,7 @@ def progress_bars(console: Console) -> Tracker:
             TextColumn("{task.completed:,.0f}"),
             TimeElapsedColumn(),
         )
-        with Progress(*columns, console=console, transient=True) as bars:
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
             task = bars.add_task(what, total=total)
             yield lambda steps: bars.advance(task, steps)
 
@@ -63,6 +63,6 @@ def _short(value: Any) -> str:
         return f"{value:.4g}"
     if isinstance(value, dict):
         return " ".join(f"{key}={_short(item)}" for key, item in value.items())
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return "/".join(_short(item) for item in value)
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -153,7 +153,7 @@ def _time(d: Description) -> Section:
         for name, span in zip(names, d.spans, strict=True)
     ]
     what = [(name, *_span_counts(span)) for name, span in zip(names, d.spans, strict=True)]
-    day = "day" if d.period_days == 1 else f"{d.period_days} days"
+    day = "one day" if d.period_days == 1 else f"{d.period_days} days"
     notes = [
         f"Period 1 begins {d.origin}, a period lasts {day}; the split has {number(d.spans[-1].last, 0)} periods, and "
         f"{number(sum(period.events > 0 for period in d.periods), 0)} of the periods {_reach(d.periods)} have events.",
