@@ -131,7 +131,7 @@ def doctor(
 
 DataDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the five tables.")]
 DataOverrides = Annotated[
-    list[str] | None, typer.Argument(help="data.key=value, beside what the folder's manifest says.")
+    list[str] | None, typer.Argument(help="data.key=value, or evaluate=test, beside what the folder's manifest says.")
 ]
 
 
@@ -201,6 +201,7 @@ def data_validate(
     epilog="Examples:\n\n"
     "  adsid data describe runs/data/complete_journey\n\n"
     "  adsid data describe runs/quickstart/data --page log.html\n\n"
+    "  adsid data describe runs/data/complete_journey evaluate=test    the test span too, which is closed else\n\n"
     "  adsid data describe /data/my_tables --json",
 )
 def data_describe(
@@ -227,7 +228,8 @@ def data_describe(
         from pipeline.description import to_console, write_description
 
         folder = directory.expanduser()
-        description = describe(*open_directory(folder, overrides or []))
+        tables, config = open_directory(folder, overrides or [])
+        description = describe(tables, config.data, evaluate=config.evaluate)
         if json:
             typer.echo(encoder.dumps(to_plain(description), indent=1, allow_nan=False))
             return

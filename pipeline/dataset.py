@@ -14,7 +14,7 @@ from data.prepare import prepare
 from data.tables import SCHEMAS, Tables
 from data.validation import validate_directory
 from data.writer import Tracker, untracked
-from pipeline.config import compose, recompose
+from pipeline.config import AdsidConfig, compose, recompose
 from pipeline.engine import PeakMemory
 
 KIND = "data"
@@ -70,7 +70,7 @@ def check_directory(directory: Path, overrides: Sequence[str] = ()) -> dict[str,
     Raises:
         UserError: everything that is wrong with the tables; or, where they are sound, with the config.
     """
-    cfg = config_of(directory, overrides)
+    cfg = config_of(directory, overrides).data
     validate_directory(directory)
     tables = Tables.open(directory)
     cfg.check_columns(tables)
@@ -78,20 +78,24 @@ def check_directory(directory: Path, overrides: Sequence[str] = ()) -> dict[str,
     return {**tables.rows(), "origin": calendar.origin, "split": split.spans()}
 
 
-def open_directory(directory: Path, overrides: Sequence[str] = ()) -> tuple[Tables, DataConfig]:
+def open_directory(directory: Path, overrides: Sequence[str] = ()) -> tuple[Tables, AdsidConfig]:
     """The tables of a directory and their config; tables that no manifest vouches for are checked first.
+
+    Args:
+        directory: holds the five tables.
+        overrides: of ``data``, and ``evaluate``.
 
     Raises:
         UserError: as of `check_directory`.
     """
     if not _is_data(directory) or Manifest.read(directory).content_hash != hash_directory(directory):
         check_directory(directory, overrides)
-    cfg, tables = config_of(directory, overrides), Tables.open(directory)
-    cfg.check_columns(tables)
-    return tables, cfg
+    config, tables = config_of(directory, overrides), Tables.open(directory)
+    config.data.check_columns(tables)
+    return tables, config
 
 
-def config_of(directory: Path, overrides: Sequence[str] = ()) -> DataConfig:
+def config_of(directory: Path, overrides: Sequence[str] = ()) -> AdsidConfig:
     """The config of a directory of tables: its manifest's, else that of ``data=parquet``; overrides go before both.
 
     Raises:
@@ -104,8 +108,8 @@ def config_of(directory: Path, overrides: Sequence[str] = ()) -> DataConfig:
             action="give the folder of a data set, e.g. one that `adsid data prepare` wrote, or runs/<name>/data",
         )
     if (directory / MANIFEST).exists():
-        return recompose({"data": Manifest.read(directory).config}, overrides).data
-    return compose(["data=parquet", f'data.path="{directory}"', *overrides]).data
+        return recompose({"data": Manifest.read(directory).config}, overrides)
+    return compose(["data=parquet", f'data.path="{directory}"', *overrides])
 
 
 def _is_data(directory: Path) -> bool:

@@ -122,6 +122,15 @@ def test_description_as_a_table_a_page_and_json(source: Path, tmp_path: Path) ->
     assert not [user for user in users if user in told]
 
 
+def test_the_test_span_is_described_only_on_demand(source: Path) -> None:
+    prepare(source)
+    closed, opened = (
+        json.loads(adsid("describe", "runs/data/parquet", "--json", *asked).output) for asked in ([], ["evaluate=test"])
+    )
+    assert [span["conversions"] for span in closed["spans"]][-1] is None
+    assert [span["conversions"] for span in opened["spans"]][-1] > 0
+
+
 def test_tables_that_nobody_checked_are_checked_before_they_are_described(source: Path) -> None:
     (source / "ads.parquet").unlink()
     result = adsid("describe", str(source))
