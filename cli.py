@@ -36,7 +36,16 @@ data_app = typer.Typer(
     "  adsid data validate runs/data/complete_journey\n\n"
     "  adsid data describe runs/data/complete_journey",
 )
+ids_app = typer.Typer(
+    name="ids",
+    help="Semantic IDs of advertisers: how good they are.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Example:\n\n  adsid ids report runs/quickstart/semantic_ids",
+)
 app.add_typer(data_app)
+app.add_typer(ids_app)
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and every message of the libraries.")]
 
@@ -237,6 +246,53 @@ def data_describe(
         write_description(description, target)
         console = Console()
         console.print(to_console(description))
+        console.print(f"page: {target}", highlight=False, soft_wrap=True)
+
+    guarded(work, debug=debug or bool(context.obj))
+
+
+@ids_app.callback()
+def _ids() -> None:
+    """Keeps the commands' names where there is one command alone."""
+
+
+@ids_app.command(
+    "report",
+    epilog="Examples:\n\n"
+    "  adsid ids report runs/quickstart/semantic_ids\n\n"
+    "  adsid ids report runs/quickstart/semantic_ids --page ids.html\n\n"
+    "  adsid ids report runs/quickstart/semantic_ids --json",
+)
+def ids_report(
+    context: typer.Context,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the stage semantic_ids.")],
+    page: Annotated[
+        Path | None,
+        typer.Option(help="HTML page with plots to write; <DIR>.html where none is given.", show_default=False),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON, and write no page.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Collisions, use of the codes, neighbours, and what shares a prefix in words: a table and plots."""
+
+    def work() -> None:
+        import json as encoder
+
+        from rich.console import Console
+
+        from data.artifacts import to_plain
+        from pipeline.ids_quality import quality_of
+        from pipeline.ids_report import to_console, write_ids_report
+
+        folder = directory.expanduser()
+        found = quality_of(folder)
+        if json:
+            typer.echo(encoder.dumps(to_plain(found), indent=1, allow_nan=False))
+            return
+        target = page or folder.absolute().with_suffix(".html")
+        write_ids_report(found, target)
+        console = Console()
+        console.print(to_console(found))
         console.print(f"page: {target}", highlight=False, soft_wrap=True)
 
     guarded(work, debug=debug or bool(context.obj))

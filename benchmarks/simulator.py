@@ -68,7 +68,7 @@ def _describe(log: Log) -> None:
 def _anchor(log: Log, config: AdsidConfig, work_dir: Path) -> TunedAnchor:
     """The tuned anchor as `priors.fit.fit_prior` has it."""
     prior: PriorConfig = config.prior
-    ids, _, _ = build_ids(log, config.semantic_ids, work_dir=work_dir / "ids")
+    ids = build_ids(log, config.semantic_ids, work_dir=work_dir / "ids").ids
     trie, counts = Trie.from_codes(ids.codes_AL, ids.level_sizes), Counts.of(log)
     train = sample_rows(log.advertiser_targets(prior.prompt_span(log.split.prior_fit)), prior.prompts, prior.seed)
     select = sample_rows(log.advertiser_targets("prior_select"), prior.anchor.select_rows, prior.seed)

@@ -14,9 +14,10 @@ every legal code, the log-probabilities of a counting model (the anchor), and le
 
 All target advertisers of a prompt hang below it as one tree, so the prompt is computed once. The
 head is tied to the RQ-VAE's codebook, ``logit_c = (P_l · ĥ) · z_c`` (plus a free row a code by
-config), and starts at zero: the untrained forecast *is* the base. ``ĥ`` is the hidden state
-standardised by constants of the training prompts: hidden states of an LM point almost all one way
-(Ethayarajh 2019, arXiv 1909.00512), and without the common part what a prompt says is learned first.
+config; free rows alone where a codebook is zero), and starts at zero: the untrained forecast *is* the
+base. ``ĥ`` is the hidden state standardised by constants of the training prompts: hidden states of an
+LM point almost all one way (Ethayarajh 2019, arXiv 1909.00512), and without the common part what a
+prompt says is learned first.
 
 Shapes: B prompts, T tokens of a row (prompt, padding, tree), N decisions of one level, V codes of
 that level, H hidden size, D codebook dimension, K query tokens, Y target advertisers.
@@ -119,6 +120,9 @@ class LoraSettings:
 class IdHead(nn.Module):
     """Scores of the codes of one level from hidden states; zero before training.
 
+    A level whose vectors are all zero (the extra one that tells apart colliding IDs) has free rows whatever the
+    kind: tied ones would be zero for good.
+
     Args:
         codebooks: vectors of each level's codes, ``(V_l, D)`` each.
         hidden_size: H.
@@ -141,8 +145,12 @@ class IdHead(nn.Module):
         self.projections = nn.ParameterList(
             nn.Parameter(torch.zeros(codes.shape[1], hidden_size)) for codes in codebooks if self.tied
         )
-        self.rows = nn.ParameterList(
-            nn.Parameter(torch.zeros(codes.shape[0], hidden_size)) for codes in codebooks if self.free
+        self.rows = nn.ParameterDict(
+            {
+                str(level): nn.Parameter(torch.zeros(codes.shape[0], hidden_size))
+                for level, codes in enumerate(codebooks)
+                if self.free or not codes.any()
+            }
         )
         self.register_buffer("mean_LH", torch.zeros(self.n_levels, hidden_size))
         self.register_buffer("scale_L", torch.ones(self.n_levels))
@@ -176,8 +184,8 @@ class IdHead(nn.Module):
         scores_NV = torch.zeros(len(unit_NH), len(codes_VD), device=unit_NH.device)
         if self.tied:
             scores_NV = scores_NV + unit_NH @ self.projections[level].T @ codes_VD.T
-        if self.free:
-            scores_NV = scores_NV + unit_NH @ self.rows[level].T
+        if str(level) in self.rows:
+            scores_NV = scores_NV + unit_NH @ self.rows[str(level)].T
         return scores_NV
 
 

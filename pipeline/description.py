@@ -17,36 +17,17 @@ from rich.text import Text
 from data.artifacts import atomic_write_text
 from data.describe import Description, Distribution, Period, SpanCounts, Texts
 from pipeline.figures import Panel, round_axis, svg
+from pipeline.grids import CLOSED, NONE, Grid, Plot, Section, console_parts, count, percent
 from pipeline.pages import template
 from pipeline.report import DATASET_NOTES
 from pipeline.verdict import number
 
-NONE, CLOSED = "none", "closed"
-"""What stands for a figure that the log cannot have, and for one of the closed test span."""
 MAX_BARS = 200
 """Periods that are drawn as bars; more are drawn as an area."""
 _WIDTH, _LEFT, _PLOT_WIDTH = 680.0, 60.0, 606.0
 _LETTER = 6.2
 """Width of a letter of a tick, about, in the units of a figure."""
 _SPARKS, _SPARK_WIDTH = "▁▂▃▄▅▆▇█", 80
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Figures as text, by line and column; the first cell of a line is its name."""
-
-    columns: tuple[str, ...]
-    lines: tuple[tuple[str, ...], ...]
-
-
-@dataclass(frozen=True)
-class Section:
-    """Grids that belong together."""
-
-    id: str
-    title: str
-    notes: tuple[str, ...]
-    grids: tuple[Grid, ...]
 
 
 def write_description(description: Description, path: Path) -> None:
@@ -77,14 +58,7 @@ def to_console(description: Description) -> Group:
     """The figures for the terminal."""
     parts: list[Text | Table] = [Text(scope(description))]
     for section in sections(description):
-        parts += [Text(), Text(section.title, style="bold"), *(Text(note, style="dim") for note in section.notes)]
-        for grid in section.grids:
-            table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(grid.columns))
-            for place, column in enumerate(grid.columns):
-                table.add_column(Text(column, style="dim"), justify="right" if place else "left")
-            for line in grid.lines:
-                table.add_row(*(Text(cell, style="dim" if cell in (NONE, CLOSED) else "") for cell in line))
-            parts.append(table)
+        parts += console_parts(section)
         if section.id == "targets":
             parts.append(_sparks(description.periods))
     return Group(*parts)
@@ -132,9 +106,9 @@ def _who(d: Description) -> Section:
         ("ads", number(ads.total, 0), ""),
         _line("of a known advertiser", ads.with_advertiser, ads.total),
         _line("running", ads.running, ads.total),
-        ("markets", _count(d.markets or None), ""),
+        ("markets", count(d.markets or None), ""),
     )
-    profile = tuple((name, _percent(share)) for name, share in users.profile.items())
+    profile = tuple((name, percent(share)) for name, share in users.profile.items())
     return Section(
         "who",
         "Users, advertisers, ads",
@@ -170,11 +144,11 @@ def _span_counts(span: SpanCounts) -> tuple[str, ...]:
     if span.targets is None:
         return (CLOSED,) * 6
     return (
-        _count(span.conversions),
-        _count(span.user_periods),
-        _count(span.targets),
+        count(span.conversions),
+        count(span.user_periods),
+        count(span.targets),
         _share(span.new_targets, span.targets),
-        _count(span.advertisers),
+        count(span.advertisers),
         _share(span.cold_advertisers, span.advertisers),
     )
 
@@ -188,9 +162,9 @@ def _events(d: Description) -> Section:
     )
     visits, users, advertisers = d.visits, d.users.conversions, d.advertisers.conversions
     lines = (
-        ("visits", _count(visits.total if visits else None), ""),
+        ("visits", count(visits.total if visits else None), ""),
         _line("without an eligible ad", visits.without_ads if visits else None, visits.total if visits else 0),
-        ("baskets", _count(d.baskets or None), ""),
+        ("baskets", count(d.baskets or None), ""),
     )
     spread = (
         _distribution("eligible ads per visit", visits.eligible_ads if visits else None),
@@ -217,7 +191,7 @@ def _targets(d: Description) -> Section:
     validation = next(span for span in d.spans if span.name == "validation")
     lines = (
         ("conversions", number(d.conversions, 0), ""),
-        ("label rate", "", _percent(d.label_rate)),
+        ("label rate", "", percent(d.label_rate)),
         ("user-periods", number(d.user_periods, 0), ""),
         ("targets", number(d.targets, 0), ""),
         _line("new to the user", d.new_targets, d.targets),
@@ -239,11 +213,11 @@ def _spread(d: Description) -> Section:
     head = d.concentration
     lines = (
         ("user-advertiser pairs with a conversion", number(d.pairs, 0)),
-        ("density: pairs over users × advertisers", _percent(d.density)),
-        ("conversions held by the top 1 % of advertisers", _percent(head.top_1_percent if head else None)),
-        ("conversions held by the top 10 %", _percent(head.top_10_percent if head else None)),
+        ("density: pairs over users × advertisers", percent(d.density)),
+        ("conversions held by the top 1 % of advertisers", percent(head.top_1_percent if head else None)),
+        ("conversions held by the top 10 %", percent(head.top_10_percent if head else None)),
         ("Gini of conversions over advertisers", number(head.gini) if head else NONE),
-        ("advertisers with exactly one conversion", _count(d.advertisers.with_one_conversion)),
+        ("advertisers with exactly one conversion", count(d.advertisers.with_one_conversion)),
         (
             "advertisers without a conversion",
             _share(d.advertisers.total - d.advertisers.with_conversion, d.advertisers.total),
@@ -273,23 +247,11 @@ def _texts(texts: dict[str, Texts]) -> Section:
 
 
 def _line(name: str, part: int | None, whole: int | None) -> tuple[str, str, str]:
-    return f"· {name}", _count(part), NONE if part is None else _share(part, whole)
-
-
-def _count(value: int | None) -> str:
-    return NONE if value is None else number(value, 0)
+    return f"· {name}", count(part), NONE if part is None else _share(part, whole)
 
 
 def _share(part: int | None, whole: int | None) -> str:
-    return _percent(part / whole) if whole and part is not None else NONE
-
-
-def _percent(share: float | None) -> str:
-    """A share with one decimal, or two significant digits where it is small."""
-    if share is None:
-        return NONE
-    percent = 100 * share
-    return f"{number(percent, 1)} %" if percent >= 1 or not percent else f"{percent:.2g} %"
+    return percent(part / whole) if whole and part is not None else NONE
 
 
 def _distribution(name: str, values: Distribution | None) -> tuple[str, ...]:
@@ -317,15 +279,6 @@ def _sparks(periods: Sequence[Period]) -> Text:
 
 
 # Plots
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A plot; ``drawing`` is None where the log has nothing to draw."""
-
-    drawing: Markup | None
-    name: str
-    caption: str
 
 
 def _plots(d: Description) -> dict[str, list[Plot]]:
@@ -398,7 +351,7 @@ def cumulative_share(d: Description) -> Markup | None:
     for share, held in ((0.01, d.concentration.top_1_percent), (0.1, d.concentration.top_10_percent)):
         panel.dot(share, held, "s-lm", radius=4)
         panel.text(
-            panel.px(share) + 12, panel.py(held) + 14, f"top {100 * share:.0f} %: {_percent(held)}", "series s-lm"
+            panel.px(share) + 12, panel.py(held) + 14, f"top {100 * share:.0f} %: {percent(held)}", "series s-lm"
         )
     return svg(
         _LEFT + 380, 376, "cumulative share of conversions by share of advertisers", panel.parts, "figure square"

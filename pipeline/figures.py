@@ -351,6 +351,70 @@ def code_usage(levels: Sequence[Sequence[int]]) -> Markup | None:
     return svg(680, 192, "number of advertisers under each code, by level", _all_parts(panels))
 
 
+def neighbours_by_depth(depths: Sequence[tuple[float, float]]) -> Markup | None:
+    """How many of the nearest share the prefix, by its length, beside as many by chance; None without a depth.
+
+    Args:
+        depths: for each prefix length the share of the IDs, and of IDs dealt at random.
+    """
+    if not depths:
+        return None
+    panel = Panel(40, 46, 420, 170, (0, len(depths)), (0, 1))
+    half = min(panel.width / len(depths) / 5, 24)
+    panel.axes("", "", [], [0, 0.2, 0.4, 0.6, 0.8, 1])
+    panel.text(panel.left, 16, "share of the nearest with the same prefix", "name")
+    panel.text(panel.left, 34, "IDs", "series s-lm")
+    panel.text(panel.left + 32, 34, "dealt at random", "series s-none")
+    for place, (ids, chance) in enumerate(depths):
+        middle = panel.px(place + 0.5)
+        for value, side, style in ((ids, -1, "bar"), (chance, 1, "bar random")):
+            center = middle + side * (half + 2)
+            panel.bar(center - half, 2 * half, value, style)
+            panel.text(center, panel.py(value) - 5, number(value), "tick mid")
+        panel.text(
+            middle, panel.top + panel.height + 18, f"levels 1 to {place + 1}" if place else "level 1", "tick mid"
+        )
+    label = "share of the nearest neighbours with the same prefix, by prefix length"
+    return svg(480, 244, label, panel.parts, "figure square")
+
+
+def group_sizes(sizes: Mapping[int, int]) -> Markup | None:
+    """How many have an ID that so many share, before collisions are resolved; None where nobody has one.
+
+    Args:
+        sizes: by size of a group with one ID, the number of such groups.
+    """
+    bins: dict[int, int] = {}
+    for size, n_groups in sizes.items():
+        power = (size - 1).bit_length()  # 1, 2, 3-4, 5-8, ...
+        bins[power] = bins.get(power, 0) + size * n_groups
+    if not bins:
+        return None
+    total, last = sum(bins.values()), max(bins)
+    panel = Panel(40, 30, 616, 150, (0, last + 1), (0, 100))
+    width = min(0.8 * panel.width / (last + 1), 64.0)
+    panel.axes("", "per cent of all", [], [0, 20, 40, 60, 80, 100])
+    for power in range(last + 1):
+        percent, middle = 100 * bins.get(power, 0) / total, panel.px(power + 0.5)
+        low, high = 2 ** (power - 1) + 1 if power > 1 else power + 1, 2**power
+        if percent:
+            panel.bar(middle - width / 2, width, percent, "bar" if power else "bar random")
+            panel.text(middle, panel.py(percent) - 5, number(percent, 1), "tick mid")
+        text = _short(low) if low == high else f"{_short(low)}–{_short(high)}"
+        panel.text(middle, panel.top + panel.height + 18, text, "tick mid")
+    bottom = panel.top + panel.height
+    panel.text(panel.left + panel.width / 2, bottom + 38, "members of the group with the same ID", "name mid")
+    return svg(680, 228, "per cent of all by the size of their group before resolving", panel.parts)
+
+
+def _short(count: int) -> str:
+    """A whole number in few letters."""
+    for unit, sign in ((1_000_000, "M"), (1000, "k")):
+        if count >= 10 * unit or (count >= unit and count % unit == 0):
+            return f"{count // unit}{sign}"
+    return str(count)
+
+
 def dumbbell(lm: float | None, anchor: float | None, largest: float) -> Markup:
     """Two probabilities of one advertiser on a common axis that starts at zero."""
     panel = Panel(6, 0, 168, 20, (0, largest or 1.0), (0, 1))

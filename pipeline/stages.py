@@ -66,6 +66,7 @@ def stages() -> list[Stage[AdsidConfig]]:
             lambda cfg: {"data": cfg.data, "semantic_ids": cfg.semantic_ids},
             make_semantic_ids,
             ("collision_rate", "entropy_ratio"),
+            version=2,
         ),
         Stage(
             "prior",
@@ -73,6 +74,7 @@ def stages() -> list[Stage[AdsidConfig]]:
             lambda cfg: {"data": cfg.data, "prior": _fitting(cfg)},
             make_prior,
             ("prompts", "select_nll_by_part"),
+            version=2,
         ),
         Stage(
             "forecasts",
@@ -131,13 +133,13 @@ def make_data(context: Work) -> dict[str, Any]:
 def make_semantic_ids(context: Work) -> dict[str, Any]:
     """Embeddings, RQ-VAE, unique IDs and their quality."""
     cfg, log = context.config.semantic_ids, _log(context)
-    ids, _, quality = build_ids(log, cfg, work_dir=context.work, cache_dir=context.work)
-    ids.save(context.output)
+    built = build_ids(log, cfg, work_dir=context.work, cache_dir=context.work)
+    built.save(context.output, log, cfg)
     texts = log.tables.advertisers["text"].fill_null("").to_list()
     text_AE = text_embeddings(texts, cfg.embedding.encoder, cache_dir=context.work)
     save_file({"text_AE": text_AE}, context.output / TEXT)
-    _write_rows(context.output, quality_rows(quality))
-    return quality
+    _write_rows(context.output, quality_rows(built.report))
+    return built.report
 
 
 def make_prior(context: Work) -> dict[str, Any]:

@@ -8,6 +8,7 @@
 The artifact is a directory:
 
     prior.json           base model's reference, anchor, calibration, version of the advertiser IDs, config
+    ids/                 the advertiser IDs it was fitted on
     adapter/             LoRA weights as peft loads them
     head.safetensors     head, ID input rows, constants of the standardisation
     tokenizer/           the base tokenizer with the ID tokens
@@ -42,8 +43,10 @@ from priors.config import AnchorConfig, BaseModelConfig, PriorConfig, PromptConf
 from priors.dataset import PromptDataset, TreeCollator
 from priors.prompt import PromptCompiler
 from semantic_ids.advertiser_ids import AdvertiserIds
+from semantic_ids.change import compare
 from semantic_ids.trie import Trie
 
+IDS = "ids"
 _STANDARDISE_BATCHES = 4
 
 
@@ -59,7 +62,7 @@ class PriorModel:
         constant_LH: mean hidden state of the selection prompts at each level, for the control.
         cfg: what it was fitted with.
         base_reference: name of the base model.
-        ids_version: version of the advertiser IDs it was fitted on.
+        fitted_ids: the advertiser IDs it was fitted on; those in use may have grown since.
     """
 
     model: PriorLM
@@ -69,7 +72,7 @@ class PriorModel:
     constant_LH: Tensor
     cfg: PriorConfig
     base_reference: str
-    ids_version: str
+    fitted_ids: AdvertiserIds
 
     @property
     def collator(self) -> TreeCollator:
@@ -83,10 +86,12 @@ class PriorModel:
             "head": to_plain(self.cfg.head),
             "anchor": self.base.to_plain(),
             "calibration": to_plain(self.calibration),
-            "ids_version": self.ids_version,
+            "ids_version": self.fitted_ids.version,
             "first_id_token": self.compiler.first_id_token,
         }
         (directory / "prior.json").write_text(json.dumps(plain, indent=1) + "\n")
+        (directory / IDS).mkdir(exist_ok=True)
+        self.fitted_ids.save(directory / IDS)
         state = {f"head.{name}": value.contiguous() for name, value in self.model.head.state_dict().items()}
         state |= {"id_rows": self.model.id_rows.weight.detach(), "constant_LH": self.constant_LH.contiguous()}
         save_file(state, directory / "head.safetensors")
@@ -101,12 +106,14 @@ class PriorModel:
         Args:
             directory: where :meth:`save` wrote.
             log: the events that prompts and anchor are made of.
-            ids: the advertiser IDs it was fitted on.
+            ids: the advertiser IDs it was fitted on, or the same with new advertisers beside them: codes, vectors
+                and tokens stay, so that a new advertiser is forecast by the codes it shares with its kind.
             cfg: the current configuration; base model, prompt and head are the artifact's own.
 
         Raises:
             UserError: there is no such artifact.
-            LineageError: it was fitted on other advertiser IDs.
+            LineageError: advertisers it was fitted on have other codes now or are gone, or the IDs are not those of
+                the log's advertisers.
         """
         try:
             plain = json.loads((directory / "prior.json").read_text())
@@ -116,12 +123,8 @@ class PriorModel:
                 expected="a directory with prior.json",
                 action="fit it first: train.py stage=prior",
             ) from error
-        if plain["ids_version"] != ids.version:
-            raise LineageError(
-                f"prior LM in {directory}, fitted on IDs {plain['ids_version'][:12]}, with IDs {ids.version[:12]}",
-                expected="the advertiser IDs it was fitted on",
-                action="fit the prior again: train.py stage=prior",
-            )
+        fitted_ids = _same_codes(directory, plain["ids_version"], ids)
+        _same_advertisers(log, ids)
         base_model = load_base_model(BaseModelConfig(**plain["base_model"]))
         compiler = PromptCompiler(log, ids, base_model.tokenizer, PromptConfig(**plain["prompt"]))
         trie = Trie.from_codes(ids.codes_AL, ids.level_sizes)
@@ -147,7 +150,7 @@ class PriorModel:
             constant_LH=constant_LH,
             cfg=cfg,
             base_reference=plain["base_model"]["name"],
-            ids_version=plain["ids_version"],
+            fitted_ids=fitted_ids,
         )
 
 
@@ -192,9 +195,7 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
     calibration = fit_calibration(select_batches, logits)
     zeros, ones = torch.zeros(trie.n_levels), torch.ones(trie.n_levels)
     select_anchor = float(calibrated_nll(select_batches, None, zeros, ones).mean())
-    fitted = PriorModel(
-        module.model.eval(), base, calibration, compiler, constant_LH, cfg, base_model.reference, ids.version
-    )
+    fitted = PriorModel(module.model.eval(), base, calibration, compiler, constant_LH, cfg, base_model.reference, ids)
     metrics = {
         **anchor_metrics,
         "prompts": len(train_rows),
@@ -356,6 +357,56 @@ def _standardise(model: PriorLM, train: PromptDataset, collator: TreeCollator, c
         for level, decisions in enumerate(batch.levels):
             by_level[level].append(hidden[decisions.row_N, decisions.position_N])
     model.head.standardise_by([torch.cat(parts) for parts in by_level])
+
+
+def _same_codes(directory: Path, version: str, ids: AdvertiserIds) -> AdvertiserIds:
+    """The IDs a prior was fitted on, if the given ones are the same or have only grown.
+
+    Raises:
+        LineageError: they are others.
+    """
+    if ids.version == version:
+        return ids
+    what = f"prior LM in {directory}, fitted on IDs {version[:12]}, with IDs {ids.version[:12]}"
+    again = "take the IDs it was fitted on, or fit it again: train.py stage=prior"
+    if not (directory / IDS).is_dir():
+        raise LineageError(
+            f"{what}; it is of an older adsid and keeps no copy of its IDs to compare with",
+            expected="the advertiser IDs it was fitted on",
+            action=again,
+        )
+    fitted = AdvertiserIds.load(directory / IDS)
+    found = compare(fitted, ids)
+    if not found.only_grew:
+        raise LineageError(
+            f"{what}: {found.in_words()}",
+            expected="the advertiser IDs it was fitted on, or the same with new advertisers beside them",
+            action=again,
+        )
+    return fitted
+
+
+def _same_advertisers(log: Log, ids: AdvertiserIds) -> None:
+    """Row ``i`` of the IDs is advertiser ``i`` of the log.
+
+    Raises:
+        LineageError: it is not.
+    """
+    if np.array_equal(ids.advertiser_ids, log.advertiser_ids):
+        return
+    in_log, with_id = log.advertiser_ids.tolist(), ids.advertiser_ids.tolist()
+    without, unknown = sorted({*in_log} - {*with_id}), sorted({*with_id} - {*in_log})
+    told = [
+        f"{len(some)} {which}, e.g. {some[0]}"
+        for some, which in ((without, "of the log without an ID"), (unknown, "with an ID but not in the log"))
+        if some
+    ]
+    what = "; ".join(told) or "in another order"
+    raise LineageError(
+        f"IDs of {len(ids)} advertisers for a log of {len(log.advertiser_ids)}: {what}",
+        expected="one ID for each advertiser of the log, in its order",
+        action="make the IDs of this log (adsid run run.until=semantic_ids), or take the log the IDs belong to",
+    )
 
 
 @torch.no_grad()

@@ -5,14 +5,20 @@ Only conversions of the prior's fit span are read, so an ID never knows what cam
 
 from __future__ import annotations
 
+import json
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from data.artifacts import to_plain
 from data.log import Log
 from models.rqvae import RQVAEModule
 from models.training import EpochSampler, fit
@@ -22,6 +28,7 @@ from semantic_ids.embeddings import Embeddings, collaborative_embeddings, join_s
 from semantic_ids.quality import quality
 from semantic_ids.unique import check_capacity, resolve_collisions
 
+VECTORS, FACTS, ENTITIES = "embeddings.safetensors", "embeddings.json", "entities.parquet"
 logger = logging.getLogger(__name__)
 
 
@@ -52,9 +59,44 @@ def advertiser_embeddings(log: Log, cfg: EmbeddingConfig, *, cache_dir: Path | N
     return join_sources(sources)
 
 
-def build_ids(
-    log: Log, cfg: SemanticIdsConfig, *, work_dir: Path, cache_dir: Path | None = None
-) -> tuple[AdvertiserIds, Embeddings, dict[str, Any]]:
+@dataclass(frozen=True)
+class BuiltIds:
+    """Advertiser IDs, and what they were made of.
+
+    Attributes:
+        ids: the unique IDs.
+        embeddings: what was tokenised.
+        greedy_AL: codes before collisions were resolved.
+        reconstruction_AD: decoded embeddings.
+        report: of `semantic_ids.quality.quality`.
+    """
+
+    ids: AdvertiserIds
+    embeddings: Embeddings
+    greedy_AL: NDArray[np.int64]
+    reconstruction_AD: NDArray[np.float32]
+    report: dict[str, Any]
+
+    def save(self, directory: Path, log: Log, cfg: SemanticIdsConfig) -> None:
+        """Write the IDs and, for reports on them, their embeddings and words, into an existing directory."""
+        self.ids.save(directory)
+        arrays: dict[str, NDArray[Any]] = {
+            "vectors_AD": np.ascontiguousarray(self.embeddings.vectors_AD),
+            "greedy_AL": self.greedy_AL.astype(np.int32),
+            "reconstruction_AD": self.reconstruction_AD.astype(np.float16),
+        }
+        save_file(arrays, directory / VECTORS)
+        facts = {
+            "source_names": list(self.embeddings.source_names),
+            "source_dims": list(self.embeddings.source_dims),
+            "entity": self.ids.entity,
+            "config": to_plain(cfg),
+        }
+        (directory / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        log.tables.advertisers.select("advertiser_id", "name", "text").write_parquet(directory / ENTITIES)
+
+
+def build_ids(log: Log, cfg: SemanticIdsConfig, *, work_dir: Path, cache_dir: Path | None = None) -> BuiltIds:
     """Train the tokenizer and give every advertiser its ID.
 
     Args:
@@ -64,7 +106,7 @@ def build_ids(
         cache_dir: folder of earlier text embeddings.
 
     Returns:
-        IDs, embeddings, and the quality report.
+        The IDs and what they were made of.
 
     Raises:
         UserError: more advertisers than the code space holds, or embeddings that are no numbers.
@@ -97,14 +139,12 @@ def build_ids(
         latent_AE = model.latent(x_AD)
         greedy_AL, quantized_AE, _ = model.quantize(latent_AE)
         reconstruction_AD = model.decode(quantized_AE).numpy()
-    codebooks = [book.weight.detach().numpy().copy() for book in model.books]
-    codes_AL = resolve_collisions(latent_AE.numpy(), greedy_AL.numpy(), codebooks)
-    ids = AdvertiserIds(log.advertiser_ids, codes_AL, codebooks)
-    report = quality(
-        embeddings.vectors_AD, codes_AL, greedy_AL.numpy(), reconstruction_AD, ids.level_sizes, seed=cfg.seed
-    )
+    quantising = [book.weight.detach().numpy().copy() for book in model.books]
+    codes_AL, codebooks = resolve_collisions(latent_AE.numpy(), greedy_AL.numpy(), quantising)
+    ids = AdvertiserIds(log.advertiser_ids, codes_AL, codebooks, extra_level=len(codebooks) > len(quantising))
+    report = quality(embeddings.vectors_AD, codes_AL, greedy_AL.numpy(), reconstruction_AD, sizes, seed=cfg.seed)
     report |= {"epochs": result.epochs, "known": embeddings.known()}
-    return ids, embeddings, report
+    return BuiltIds(ids, embeddings, greedy_AL.numpy(), reconstruction_AD, report)
 
 
 class _Rows(Dataset[Tensor]):

@@ -11,6 +11,9 @@ node are neighbours, and so are all advertisers below it:
 The mass of any distribution below a prefix is then a difference of two entries of its cumulative
 sum over the leaves, and a step of decoding is a gather: nothing is walked in Python.
 
+A million advertisers take about 50 MB at three levels (:attr:`Trie.nbytes`): nodes and leaves are 32-bit numbers.
+Only ``child_code`` and ``leaf_advertiser`` are 64-bit, since decoding gathers by them in torch, which takes no other.
+
 Shapes: A advertisers (= leaves), L levels, N_d nodes of depth d (N_0 = 1, N_L = A).
 """
 
@@ -29,24 +32,22 @@ class Trie:
     Attributes:
         level_sizes: codes of each level's codebook, length L.
         child_ptr: at depth d the children of node n are nodes ``child_ptr[d][n]:child_ptr[d][n + 1]`` of
-            depth d + 1; int64 ``(N_d + 1,)``, one array for each d < L.
+            depth d + 1; int32 ``(N_d + 1,)``, one array for each d < L.
         child_code: code that leads to each node of depth d + 1, int64 ``(N_{d+1},)``.
-        parent: node of depth d above each node of depth d + 1, int64 ``(N_{d+1},)``.
-        leaf_ptr: leaves below node n of depth d are ``leaf_ptr[d][n]:leaf_ptr[d][n + 1]``; one array for each
-            d <= L.
+        parent: node of depth d above each node of depth d + 1, int32 ``(N_{d+1},)``.
+        leaf_ptr: leaves below node n of depth d are ``leaf_ptr[d][n]:leaf_ptr[d][n + 1]``; int32 ``(N_d + 1,)``,
+            one array for each d <= L.
         leaf_advertiser: advertiser index at each leaf, int64 ``(A,)``.
-        advertiser_leaf: leaf of each advertiser, int64 ``(A,)``.
-        path_AL: node of depth l + 1 on the way to each advertiser, int64 ``(A, L)``.
+        path_AL: node of depth l + 1 on the way to each advertiser, int32 ``(A, L)``.
     """
 
     level_sizes: tuple[int, ...]
-    child_ptr: tuple[NDArray[np.int64], ...]
+    child_ptr: tuple[NDArray[np.int32], ...]
     child_code: tuple[NDArray[np.int64], ...]
-    parent: tuple[NDArray[np.int64], ...]
-    leaf_ptr: tuple[NDArray[np.int64], ...]
+    parent: tuple[NDArray[np.int32], ...]
+    leaf_ptr: tuple[NDArray[np.int32], ...]
     leaf_advertiser: NDArray[np.int64]
-    advertiser_leaf: NDArray[np.int64]
-    path_AL: NDArray[np.int64]
+    path_AL: NDArray[np.int32]
 
     @classmethod
     def from_codes(cls, codes_AL: NDArray[np.integer], level_sizes: tuple[int, ...]) -> Trie:
@@ -62,40 +63,51 @@ class Trie:
         Raises:
             ValueError: no advertiser, two with one ID, or a code outside its level.
         """
-        codes = np.asarray(codes_AL, dtype=np.int64)
+        codes = np.asarray(codes_AL)
         if codes.ndim != 2 or not len(codes) or codes.shape[1] != len(level_sizes):
             raise ValueError(f"codes of shape {codes.shape}; expected (advertisers >= 1, {len(level_sizes)} levels)")
         if (codes < 0).any() or (codes >= np.array(level_sizes)).any():
             raise ValueError(f"a code lies outside its level; the sizes are {level_sizes}")
         n, n_levels = codes.shape
         order = np.lexsort(codes.T[::-1])
-        sorted_codes = codes[order]
-        # new_node[i, l]: leaf i is the first below its prefix of l + 1 codes.
-        differs = np.ones((n, n_levels), dtype=bool)
-        differs[1:] = np.logical_or.accumulate(sorted_codes[1:] != sorted_codes[:-1], axis=1)
-        if not differs[:, -1].all():
-            first = order[int(np.argmin(differs[:, -1]))]
-            raise ValueError(f"advertiser {first} shares its ID {codes[first].tolist()} with another one")
-        node_of_leaf = np.cumsum(differs, axis=0) - 1
-        starts = [np.array([0])] + [np.flatnonzero(differs[:, level]) for level in range(n_levels)]
-        leaf_ptr = tuple(np.append(start, n).astype(np.int64) for start in starts)
-        parent = [np.zeros(len(starts[1]), dtype=np.int64)]
-        parent += [node_of_leaf[starts[d + 1], d - 1] for d in range(1, n_levels)]
-        child_ptr = tuple(
-            np.searchsorted(parent[d], np.arange(len(starts[d]) + 1)).astype(np.int64) for d in range(n_levels)
-        )
-        advertiser_leaf = np.empty(n, dtype=np.int64)
-        advertiser_leaf[order] = np.arange(n)
+        child_code, parent, leaf_ptr = [], [], [np.array([0, n], dtype=np.int32)]
+        # One level a row, so that the path of one level is one piece of memory.
+        path_LA = np.empty((n_levels, n), dtype=np.int32)
+        new_node, node = np.arange(n) == 0, np.zeros(n, dtype=np.int32)
+        for level in range(n_levels):
+            sorted_code = codes[order, level]
+            new_node[1:] |= sorted_code[1:] != sorted_code[:-1]  # leaf i is the first below its prefix
+            first = np.flatnonzero(new_node)
+            child_code.append(sorted_code[first].astype(np.int64))
+            parent.append(node[first])
+            leaf_ptr.append(np.append(first, n).astype(np.int32))
+            node = np.cumsum(new_node, dtype=np.int32) - np.int32(1)
+            path_LA[level, order] = node
+        if not new_node.all():
+            one = order[int(np.argmin(new_node))]
+            raise ValueError(f"advertiser {one} shares its ID {codes[one].tolist()} with another one")
+        child_ptr = tuple(np.searchsorted(leaf_ptr[d + 1], leaf_ptr[d]).astype(np.int32) for d in range(n_levels))
         return cls(
             level_sizes=tuple(int(size) for size in level_sizes),
             child_ptr=child_ptr,
-            child_code=tuple(sorted_codes[starts[d + 1], d] for d in range(n_levels)),
+            child_code=tuple(child_code),
             parent=tuple(parent),
-            leaf_ptr=leaf_ptr,
-            leaf_advertiser=order.astype(np.int64),
-            advertiser_leaf=advertiser_leaf,
-            path_AL=node_of_leaf[advertiser_leaf],
+            leaf_ptr=tuple(leaf_ptr),
+            leaf_advertiser=order.astype(np.int64, copy=False),
+            path_AL=path_LA.T,
         )
+
+    @property
+    def advertiser_leaf(self) -> NDArray[np.int32]:
+        """Leaf of each advertiser, ``(A,)``: a view of the end of its path."""
+        return self.path_AL[:, -1]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all arrays together."""
+        by_depth = (self.child_ptr, self.child_code, self.parent, self.leaf_ptr)
+        arrays = [*(array for arrays in by_depth for array in arrays), self.leaf_advertiser, self.path_AL]
+        return sum(array.nbytes for array in arrays)
 
     @property
     def n_levels(self) -> int:

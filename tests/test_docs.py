@@ -56,7 +56,14 @@ def test_a_command_of_the_docs_is_valid(page: str, command: str) -> None:
 
 
 def test_help_is_there_for_every_command() -> None:
-    for names in (["data"], ["data", "prepare"], ["data", "validate"], ["data", "describe"]):
+    for names in (
+        ["data"],
+        ["data", "prepare"],
+        ["data", "validate"],
+        ["data", "describe"],
+        ["ids"],
+        ["ids", "report"],
+    ):
         result = CliRunner().invoke(cli.app, [*names, "--help"])
         assert result.exit_code == 0
         assert "Example" in result.output

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+from typer.testing import CliRunner
 
+import cli
 from data.artifacts import Manifest
 from data.errors import LineageError
 from data.log import load_log
@@ -137,6 +139,18 @@ def test_one_stage_refuses_another_lineage(finished: Path, source: str) -> None:
     config = tiny(finished, source, "semantic_ids.rqvae.hidden=48")
     with pytest.raises(LineageError, match="hidden was 32, is 48"):
         Run(finished, stages(), config).execute_one("ranker")
+
+
+def test_the_ids_are_reported_on_as_a_table_a_page_and_json(finished: Path, tmp_path: Path) -> None:
+    runner, directory, page = CliRunner(), str(finished / "semantic_ids"), tmp_path / "ids.html"
+    shown = runner.invoke(cli.app, ["ids", "report", directory, "--page", str(page)])
+    assert shown.exit_code == 0, shown.output
+    assert "<svg" in page.read_text()
+    figures = json.loads(runner.invoke(cli.app, ["ids", "report", directory, "--json"]).output)
+    assert figures["entities"] == 30
+    refused = runner.invoke(cli.app, ["ids", "report", str(finished)])
+    assert refused.exit_code == cli.USER_MISTAKE
+    assert "semantic_ids" in refused.stderr
 
 
 def test_the_report_can_be_written_again(finished: Path) -> None:

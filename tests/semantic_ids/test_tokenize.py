@@ -50,7 +50,8 @@ def content(ids: AdvertiserIds, directory: Path) -> dict[str, bytes]:
 
 def test_every_advertiser_has_an_id_of_its_own_and_those_alike_share_prefixes(tmp_path: Path) -> None:
     log = tiny_log(tmp_path, n_advertisers=60)
-    ids, embeddings, report = build_ids(log, config(epochs=10), work_dir=tmp_path / "work")
+    built = build_ids(log, config(epochs=10), work_dir=tmp_path / "work")
+    ids, embeddings, report = built.ids, built.embeddings, built.report
     assert ids.advertiser_ids.tolist() == log.advertiser_ids.tolist()
     assert len(np.unique(ids.codes_AL, axis=0)) == len(log.advertiser_ids) == 60
     assert ids.level_sizes == (6, 6, 6)
@@ -63,15 +64,15 @@ def test_every_advertiser_has_an_id_of_its_own_and_those_alike_share_prefixes(tm
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
     log = tiny_log(tmp_path)
-    one, two = (build_ids(log, config(), work_dir=tmp_path / name)[0] for name in ("one", "two"))
-    other, *_ = build_ids(log, replace(config(), seed=1), work_dir=tmp_path / "three")
+    one, two = (build_ids(log, config(), work_dir=tmp_path / name).ids for name in ("one", "two"))
+    other = build_ids(log, replace(config(), seed=1), work_dir=tmp_path / "three").ids
     assert content(one, tmp_path / "a") == content(two, tmp_path / "b")
     assert one.version != other.version
 
 
 def test_a_stopped_training_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = tiny_log(tmp_path)
-    whole, *_ = build_ids(log, config(), work_dir=tmp_path / "whole")
+    whole = build_ids(log, config(), work_dir=tmp_path / "whole").ids
 
     def stop(module: tokenize.RQVAEModule) -> None:
         if module.current_epoch == 2:
@@ -81,7 +82,7 @@ def test_a_stopped_training_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatc
         patched.setattr(tokenize.RQVAEModule, "on_train_epoch_start", stop)
         with pytest.raises(ConnectionAbortedError):
             build_ids(log, config(), work_dir=tmp_path / "cut")
-    resumed, *_ = build_ids(log, config(), work_dir=tmp_path / "cut")
+    resumed = build_ids(log, config(), work_dir=tmp_path / "cut").ids
     assert content(whole, tmp_path / "a") == content(resumed, tmp_path / "b")
 
 
@@ -99,8 +100,8 @@ def test_nothing_after_the_fit_span_changes_a_byte(tmp_path: Path) -> None:
     write_tables(replace(tables, events=reversed_late), tmp_path / "changed")
     changed = load_log(tmp_path / "changed", tiny_config(), evaluate="validation")
     assert len(changed.events) < len(log.events)
-    before, *_ = build_ids(log, config(), work_dir=tmp_path / "w1")
-    after, *_ = build_ids(changed, config(), work_dir=tmp_path / "w2")
+    before = build_ids(log, config(), work_dir=tmp_path / "w1").ids
+    after = build_ids(changed, config(), work_dir=tmp_path / "w2").ids
     assert content(before, tmp_path / "a") == content(after, tmp_path / "b")
 
 
@@ -114,7 +115,7 @@ def test_an_advertiser_without_an_event_still_has_an_id_from_its_text(tmp_path: 
     text_dim = embeddings.source_dims[0]
     assert not embeddings.vectors_AD[7, text_dim:].any()
     assert embeddings.vectors_AD[7, :text_dim].any()
-    ids, *_ = build_ids(log, config(), work_dir=tmp_path / "work")
+    ids = build_ids(log, config(), work_dir=tmp_path / "work").ids
     assert len(ids.tokens(7)) == 3
 
 
@@ -142,7 +143,8 @@ def test_advertisers_that_nothing_tells_apart_still_get_unique_ids(
     log = with_texts(tmp_path, texts, n_advertisers=50)
     cfg = config(sizes=(4, 4, 8))
     cfg = replace(cfg, embedding=replace(cfg.embedding, collaborative_weight=collaborative_weight))
-    ids, _, report = build_ids(log, cfg, work_dir=tmp_path / "work")
+    built = build_ids(log, cfg, work_dir=tmp_path / "work")
+    ids, report = built.ids, built.report
     assert len(np.unique(ids.codes_AL, axis=0)) == 50
     assert np.isfinite(report["reconstruction_error"])
 
@@ -150,7 +152,8 @@ def test_advertisers_that_nothing_tells_apart_still_get_unique_ids(
 def test_fewer_advertisers_than_codes_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     log = tiny_log(tmp_path, n_advertisers=10)
     with caplog.at_level(logging.WARNING, logger="semantic_ids.tokenize"):
-        ids, _, report = build_ids(log, config(sizes=(16, 16)), work_dir=tmp_path / "work")
+        built = build_ids(log, config(sizes=(16, 16)), work_dir=tmp_path / "work")
+        ids, report = built.ids, built.report
     assert "10 advertisers cannot use all of [16, 16] codes" in caplog.text
     assert len(ids) == 10
     assert report["dead_codes"][0] >= 6
