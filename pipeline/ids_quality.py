@@ -40,7 +40,7 @@ EVEN = 0.9
 _EXAMPLES, _MEMBERS, _WORDS = 3, 5, 6
 _MOST_TEXTS, _MOST_LETTERS, _SHOWN_LETTERS = 20_000, 400, 120
 _WORD = re.compile(r"[^\W\d_]{3,}")
-_SEED = 0
+_SEED, _BLOCK = 0, 65_536
 
 
 @dataclass(frozen=True)
@@ -388,15 +388,25 @@ def _resolving(artifact: _Artifact) -> Resolving:
 
 def _displacement(ids: AdvertiserIds, greedy_AL: NDArray[np.int64]) -> float | None:
     """How far resolving moves the vectors that IDs stand for."""
-    before_AE = np.zeros((len(ids), ids.codebooks[0].shape[1]), dtype=np.float32)
-    difference_AE = np.zeros_like(before_AE)
-    for level, book in enumerate(ids.codebooks[: greedy_AL.shape[1]]):
-        greedy_AE = book[greedy_AL[:, level]]
-        before_AE += greedy_AE
-        difference_AE += book[ids.codes_AL[:, level]] - greedy_AE
-    spread = float(np.var(before_AE, axis=0, dtype=np.float64).sum())
-    moved = float(np.mean(np.square(difference_AE, dtype=np.float64), axis=0).sum())
-    return _finite(moved / spread) if spread > 1e-12 else None
+    books = ids.codebooks[: greedy_AL.shape[1]]
+    sum_E, squares, moved = np.zeros(books[0].shape[1]), 0.0, 0.0
+    for start in range(0, len(ids), _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        greedy_BE = _summed(books, greedy_AL[rows])
+        sum_E += greedy_BE.sum(0)
+        squares += float(np.square(greedy_BE).sum())
+        changed_B = (ids.codes_AL[rows, : len(books)] != greedy_AL[rows]).any(1)
+        unique_BE = _summed(books, ids.codes_AL[rows][changed_B])
+        moved += float(np.square(unique_BE - greedy_BE[changed_B]).sum())
+    spread = squares - float(sum_E @ sum_E) / max(len(ids), 1)
+    return _finite(moved / spread) if spread > 1e-9 * max(squares, 1e-12) else None
+
+
+def _summed(books: Sequence[NDArray[np.float32]], codes_BL: NDArray[np.int64]) -> NDArray[np.float64]:
+    total_BE = np.zeros((len(codes_BL), books[0].shape[1]))
+    for level, book in enumerate(books):
+        total_BE += book[codes_BL[:, level]]
+    return total_BE
 
 
 def _sources(artifact: _Artifact) -> tuple[Source, ...]:

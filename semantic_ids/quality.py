@@ -20,6 +20,7 @@ from typing import Any
 
 import faiss
 import numpy as np
+import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from data.statistics import Row
@@ -282,8 +283,9 @@ def _between(
         for part in _blocks(len(rows_B)):
             sum_D += (embeddings_AD[rows_B[part]] - mean_D).sum(0, dtype=np.float64)
         return float(sum_D @ sum_D / counts_G[0])
-    starts_G = np.cumsum(counts_G) - counts_G
-    sums_GD = np.add.reduceat(embeddings_AD[rows_B] - mean_D, starts_G, axis=0)
+    ends_G = np.concatenate([[0], np.cumsum(counts_G)])
+    members_GB = sp.csr_array((np.ones(len(rows_B), np.float32), np.arange(len(rows_B)), ends_G))
+    sums_GD = members_GB @ (embeddings_AD[rows_B] - mean_D)
     return float((np.einsum("gd,gd->g", sums_GD, sums_GD, dtype=np.float64) / counts_G).sum())
 
 
