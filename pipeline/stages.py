@@ -43,7 +43,7 @@ from retrieval.two_tower import TrainedTwoTower, train_two_tower
 from semantic_ids.advertiser_ids import AdvertiserIds
 from semantic_ids.embeddings import text_embeddings
 from semantic_ids.quality import quality_rows
-from semantic_ids.tokenize import build_ids
+from semantic_ids.tokenize import build_ids, precomputed_content
 
 Work = Context[AdsidConfig]
 T = TypeVar("T")
@@ -63,10 +63,14 @@ def stages() -> list[Stage[AdsidConfig]]:
         Stage(
             "semantic_ids",
             ("data",),
-            lambda cfg: {"data": cfg.data, "semantic_ids": cfg.semantic_ids},
+            lambda cfg: {
+                "data": cfg.data,
+                "semantic_ids": cfg.semantic_ids,
+                "precomputed": precomputed_content(cfg.semantic_ids.embedding),
+            },
             make_semantic_ids,
             ("collision_rate", "entropy_ratio"),
-            version=2,
+            version=3,
         ),
         Stage(
             "prior",
@@ -131,7 +135,7 @@ def make_data(context: Work) -> dict[str, Any]:
 
 
 def make_semantic_ids(context: Work) -> dict[str, Any]:
-    """Embeddings, RQ-VAE, unique IDs and their quality."""
+    """Embeddings, tokenizer, unique IDs and their quality."""
     cfg, log = context.config.semantic_ids, _log(context)
     built = build_ids(log, cfg, work_dir=context.work, cache_dir=context.work)
     built.save(context.output, log, cfg)

@@ -1,12 +1,13 @@
-"""Advertiser embeddings: what an advertiser sells in words, joined with who else its customers buy from.
+"""Embeddings of advertisers or items: what is said of them, joined with who else their customers buy from.
 
-    advertisers' texts ──► sentence encoder, mean pooling ──► unit length × weight ───┐
-                                                                                      ├─► [A, D]
-    conversions up to fit's end ──► PPMI of pairs ──► SVD ──► unit length × weight ───┘
+    texts ──► sentence encoder, mean pooling ───────────────────► unit length × weight ───┐
+    vectors of images and the like, from Parquet ───────────────► unit length × weight ───┼─► [A, D]
+    conversions up to fit's end ──► PPMI of pairs ──► SVD ──────► unit length × weight ───┘
 
-Two sources of two natures: the text is there for every advertiser, the co-conversions only for those that had
-customers. What a source does not know is a block of zeros: an empty text, or an advertiser without a
-co-conversion (a cold one). Values that are no numbers are an error, never a zero.
+The text is there for every entity, the co-conversions only for those that had customers. What a source does not know
+is a block of zeros: an empty text, an entity without a co-conversion (a cold one), a precomputed vector of zeros or,
+where the config allows it, none. Values that are no numbers are an error, never a zero. What takes time is cached by
+the hash of all it is made from.
 
 Shapes: N texts, A advertisers, U users, D features, T tokens, H features of the encoder.
 """
@@ -15,11 +16,13 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import polars as pl
 import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
@@ -28,7 +31,7 @@ from scipy.sparse.linalg import svds
 
 from data.artifacts import atomic_directory, fingerprint, hash_directory
 from data.errors import UserError
-from semantic_ids.config import PACKAGED_ENCODER, EncoderConfig
+from semantic_ids.config import PACKAGED_ENCODER, EncoderConfig, PrecomputedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -76,18 +79,14 @@ def text_embeddings(texts: Sequence[str], cfg: EncoderConfig, *, cache_dir: Path
     unique = sorted({text.strip() for text in texts} - {""})
     row = {text: number for number, text in enumerate(unique)}
     location = _locate(cfg.name)
-    cached = None
-    if cache_dir is not None:
-        key = fingerprint([_identity(location), cfg.max_tokens, cfg.batch_size, unique])
-        cached = cache_dir / f"text-{key[:32]}"
-        vectors_NH = _read_cache(cached, len(unique))
-        if vectors_NH is not None:
-            return _spread(vectors_NH, texts, row)
-    vectors_NH = _encode(unique, location, cfg)
-    if cached is not None:
-        with atomic_directory(cached) as directory:
-            save_file({"vectors": vectors_NH}, directory / "vectors.safetensors")
-    return _spread(vectors_NH, texts, row)
+
+    def encode() -> NDArray[np.float32]:
+        return _encode(unique, location, cfg)
+
+    if cache_dir is None:
+        return _spread(encode(), texts, row)
+    key = fingerprint([_identity(location), cfg.max_tokens, cfg.batch_size, unique])
+    return _spread(_cached(cache_dir / f"text-{key[:32]}", len(unique), encode), texts, row)
 
 
 def collaborative_embeddings(
@@ -97,6 +96,7 @@ def collaborative_embeddings(
     n_advertisers: int,
     dim: int,
     context_smoothing: float = 0.75,
+    cache_dir: Path | None = None,
 ) -> NDArray[np.float32]:
     """Advertisers by who else their customers convert with: truncated SVD of a PPMI matrix.
 
@@ -111,13 +111,26 @@ def collaborative_embeddings(
         n_advertisers: advertisers A.
         dim: features.
         context_smoothing: the exponent s.
+        cache_dir: folder of earlier results, by hash of all of these; None keeps none.
 
     Returns:
         float32 ``(A, dim)``, rows of unit length; zero rows for advertisers without a co-conversion, zero
         columns where the matrix has fewer dimensions than asked for.
     """
+    pairs = np.unique(np.stack([user_N, advertiser_N]).astype(np.int64), axis=1)
+
+    def decompose() -> NDArray[np.float32]:
+        return _decompose(pairs, n_advertisers, dim, context_smoothing)
+
+    if cache_dir is None:
+        return decompose()
+    key = fingerprint([pairs, n_advertisers, dim, context_smoothing])
+    return _cached(cache_dir / f"collaborative-{key[:32]}", n_advertisers, decompose)
+
+
+def _decompose(pairs: NDArray[np.int64], n_advertisers: int, dim: int, context_smoothing: float) -> NDArray[np.float32]:
     vectors_AD = np.zeros((n_advertisers, dim), dtype=np.float32)
-    ppmi_AA = _ppmi(user_N, advertiser_N, n_advertisers=n_advertisers, context_smoothing=context_smoothing)
+    ppmi_AA = _ppmi(pairs, n_advertisers=n_advertisers, context_smoothing=context_smoothing)
     known = np.flatnonzero(np.diff(ppmi_AA.indptr))
     if not len(known):
         return vectors_AD
@@ -133,6 +146,98 @@ def collaborative_embeddings(
     left = left * np.sign(left[np.abs(left).argmax(axis=0), np.arange(rank)])
     vectors_AD[known, :rank] = left * np.sqrt(np.maximum(values, 0.0))
     return unit_rows(vectors_AD)
+
+
+def precomputed_embeddings(
+    ids_A: NDArray[Any], cfg: PrecomputedConfig, *, id_column: str, width: int | None = None
+) -> NDArray[np.float32]:
+    """Vectors made elsewhere, in the order of the entities.
+
+    Args:
+        ids_A: ids of the entities.
+        cfg: the file.
+        id_column: column of the ids where the config names none.
+        width: features that the vectors must have; None takes what the file has.
+
+    Returns:
+        float32 ``(A, D)``; zero rows for entities that the file lacks, where ``missing`` is ``zero``.
+
+    Raises:
+        UserError: no such file or column, ids of another type, ids that are missing or there twice, vectors that are
+            null, no lists of numbers or of another width; all that is wrong with the file is told together.
+    """
+    column = cfg.id_column or id_column
+    where, name = f"semantic_ids.embedding.precomputed source {cfg.source} ({cfg.path})", cfg.vector_column
+    try:
+        frame = pl.read_parquet(Path(cfg.path).expanduser())
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise UserError(
+            f"{where}: {str(error).splitlines()[0]}",
+            expected=f"a Parquet file with the columns {column} and {name}",
+            action="correct its path, or leave the source out",
+        ) from error
+    problems = []
+    for one in (column, name):
+        if one not in frame.columns:
+            problems.append((f"no column {one}, only {', '.join(frame.columns)}", f"the columns {column} and {name}"))
+    rows_A, vectors = None, None
+    if column in frame.columns:
+        rows_A, found = _rows_of(ids_A, frame[column], missing=cfg.missing)
+        problems += [(problem, f"each {column} once, and every entity's") for problem in found]
+    if name in frame.columns:
+        vectors, found = _vectors(frame[name], width)
+        problems += [(problem, "vectors of one width, none null") for problem in found]
+    if problems or rows_A is None or vectors is None:
+        raise UserError.collect(
+            [
+                UserError(f"{where}: {problem}", expected=expected, action="mend the file, or leave the source out")
+                for problem, expected in problems
+            ]
+        )
+    padded = np.concatenate([vectors, np.zeros((1, vectors.shape[1]), dtype=np.float32)])
+    return padded[rows_A]
+
+
+def _rows_of(ids_A: NDArray[Any], column: pl.Series, *, missing: str) -> tuple[NDArray[np.int64] | None, list[str]]:
+    """Row of each entity in the file, the number of rows for none; and what is wrong."""
+    ids = pl.Series(ids_A)
+    if ids.dtype.is_integer() != column.dtype.is_integer() or (ids.dtype == pl.String) != (column.dtype == pl.String):
+        return None, [f"ids of type {column.dtype}, where the tables have {ids.dtype}"]
+    problems = []
+    if column.null_count():
+        problems.append(f"{column.null_count()} rows without an id")
+    twice = column.drop_nulls().filter(column.drop_nulls().is_duplicated()).unique(maintain_order=True)
+    if len(twice):
+        problems.append(f"{len(twice)} ids more than once, e.g. {twice[0]}")
+    row_of = {id_: row for row, id_ in enumerate(column.to_list())}
+    rows_A = np.array([row_of.get(id_, len(column)) for id_ in ids.to_list()], dtype=np.int64)
+    absent = np.flatnonzero(rows_A == len(column))
+    if len(absent) and missing == "refuse":
+        problems.append(
+            f"{len(absent)} of {len(ids)} ids missing, e.g. {ids[int(absent[0])]} (missing: zero allows it)"
+        )
+    return rows_A, problems
+
+
+def _vectors(column: pl.Series, width: int | None) -> tuple[NDArray[np.float32] | None, list[str]]:
+    """The column as a matrix; and what is wrong. NaN inside a vector is left for `join_sources` to tell."""
+    if not isinstance(column.dtype, pl.List | pl.Array) or not column.dtype.inner.is_numeric():
+        return None, [f"{column.name} of type {column.dtype}, which is no list of numbers"]
+    if column.null_count() == len(column):
+        return None, [f"{column.name} holds no vector"]
+    lists = column.cast(pl.List(pl.Float32))
+    problems = []
+    holes = int(lists.list.eval(pl.element().is_null().any()).list.first().fill_null(False).sum())
+    if column.null_count() or holes:
+        problems.append(f"{column.null_count()} vectors that are null, {holes} with a null inside")
+    widths = lists.drop_nulls().list.len()
+    expected = width if width is not None else int(widths.mode().sort()[-1])
+    other = widths.filter(widths != expected)
+    if len(other) or not expected:
+        problems.append(f"{len(other)} vectors of another width than {expected}, e.g. {other[0] if len(other) else 0}")
+    if problems:
+        return None, problems
+    return lists.explode().to_numpy().reshape(len(column), expected).astype(np.float32), []
 
 
 def join_sources(sources: dict[str, tuple[NDArray[np.floating], float]]) -> Embeddings:
@@ -184,16 +289,21 @@ def _spread(vectors_NH: NDArray[np.float32], texts: Sequence[str], row: dict[str
     return padded[rows]
 
 
-def _read_cache(directory: Path, n: int) -> NDArray[np.float32] | None:
+def _cached(directory: Path, n: int, make: Callable[[], NDArray[np.float32]]) -> NDArray[np.float32]:
+    """The vectors of an earlier call, or those made now, which are kept."""
     path = directory / "vectors.safetensors"
-    if not path.exists():
-        return None
-    try:
-        vectors = load_file(path)["vectors"]
-    except Exception as error:  # a damaged cache is made anew, whatever the reader calls the damage
-        logger.warning("ignoring the damaged cache %s (%s)", path, error)
-        return None
-    return vectors if len(vectors) == n else None
+    if path.exists():
+        try:
+            vectors = load_file(path)["vectors"]
+        except Exception as error:  # a damaged cache is made anew, whatever the reader calls the damage
+            logger.warning("ignoring the damaged cache %s (%s)", path, error)
+        else:
+            if len(vectors) == n:
+                return vectors
+    made = make()
+    with atomic_directory(directory) as fresh:
+        save_file({"vectors": made}, fresh / "vectors.safetensors")
+    return made
 
 
 def _locate(name: str) -> str:
@@ -261,14 +371,7 @@ def _encode(texts: list[str], location: str, cfg: EncoderConfig) -> NDArray[np.f
     return vectors_NH
 
 
-def _ppmi(
-    user_N: NDArray[np.integer],
-    advertiser_N: NDArray[np.integer],
-    *,
-    n_advertisers: int,
-    context_smoothing: float,
-) -> sp.csr_array:
-    pairs = np.unique(np.stack([user_N, advertiser_N]).astype(np.int64), axis=1)
+def _ppmi(pairs: NDArray[np.int64], *, n_advertisers: int, context_smoothing: float) -> sp.csr_array:
     _, user = np.unique(pairs[0], return_inverse=True)
     n_users = int(user.max()) + 1 if len(user) else 0
     bought_UA = sp.csr_array((np.ones(len(user), dtype=np.float64), (user, pairs[1])), shape=(n_users, n_advertisers))

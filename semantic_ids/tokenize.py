@@ -1,70 +1,161 @@
-"""From a log to unique advertiser IDs: embed, train the RQ-VAE, make the codes unique.
+"""From a log to unique IDs: embed, train the tokenizer, make the codes unique.
+
+    log ──► embeddings of advertisers or items ──► tokenizer ──► greedy codes ──► unique codes ──► an artifact
 
 Only conversions of the prior's fit span are read, so an ID never knows what came after it.
+
+Shapes: A entities, N new ones, L levels, D features of an embedding.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+import polars as pl
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from data.artifacts import to_plain
+from data.artifacts import hash_file, to_plain
+from data.errors import UserError
 from data.log import Log
-from models.rqvae import RQVAEModule
-from models.training import EpochSampler, fit
 from semantic_ids.advertiser_ids import AdvertiserIds
-from semantic_ids.config import EmbeddingConfig, SemanticIdsConfig
-from semantic_ids.embeddings import Embeddings, collaborative_embeddings, join_sources, text_embeddings
+from semantic_ids.config import COLLABORATIVE, TEXT, EmbeddingConfig, SemanticIdsConfig
+from semantic_ids.embeddings import (
+    Embeddings,
+    collaborative_embeddings,
+    join_sources,
+    precomputed_embeddings,
+    text_embeddings,
+)
 from semantic_ids.quality import quality
-from semantic_ids.unique import check_capacity, resolve_collisions
+from semantic_ids.tokenizer import Tokenizer, fit_tokenizer, quantize
+from semantic_ids.unique import resolve_collisions, sizes_that_hold
 
-VECTORS, FACTS, ENTITIES = "embeddings.safetensors", "embeddings.json", "entities.parquet"
+VECTORS, FACTS, ENTITIES, TOKENIZER = "embeddings.safetensors", "embeddings.json", "entities.parquet", "tokenizer"
+_ID_COLUMNS = {"advertiser": "advertiser_id", "item": "ad_id"}
+_NAME_LETTERS = 60
 logger = logging.getLogger(__name__)
 
 
-def advertiser_embeddings(log: Log, cfg: EmbeddingConfig, *, cache_dir: Path | None = None) -> Embeddings:
-    """What each advertiser sells, joined with who else its customers converted with in the fit span.
+def entities(log: Log, entity: str) -> pl.DataFrame:
+    """What has IDs, in the log's order: ``advertiser_id`` (of an item the id of the ad), ``name`` and ``text``."""
+    if entity == "advertiser":
+        return log.tables.advertisers.select("advertiser_id", "name", pl.col("text").fill_null(""))
+    text = pl.col("text").fill_null("")
+    name = text.str.head(_NAME_LETTERS).alias("name")
+    return log.tables.ads.select(pl.col("ad_id").alias("advertiser_id"), name, text)
+
+
+def entity_embeddings(log: Log, cfg: SemanticIdsConfig, *, cache_dir: Path | None = None) -> Embeddings:
+    """What is said of each entity, joined with who else its customers converted with in the fit span.
 
     Args:
-        log: texts of the advertisers, and conversions up to the end of ``prior_fit``, with an ad or without: an ad
-            makes no difference to what an advertiser sells, and more than twice as many advertisers are known so.
-        cfg: encoder and weights.
+        log: texts, and conversions up to the end of ``prior_fit``; those of an advertiser with an ad or without: an
+            ad makes no difference to what an advertiser sells, and more than twice as many are known so.
+        cfg: entity, encoder, weights.
+        cache_dir: folder of earlier results.
+
+    Returns:
+        ``(A, D)`` in the log's order: text, precomputed sources, co-conversions.
+
+    Raises:
+        UserError: a precomputed source or the encoder cannot be read, or values are no numbers.
+    """
+    embedding, frame, sources = cfg.embedding, entities(log, cfg.entity), {}
+    if embedding.text_weight > 0:
+        vectors = text_embeddings(frame["text"].to_list(), embedding.encoder, cache_dir=cache_dir)
+        sources[TEXT] = (vectors, embedding.text_weight)
+    ids_A, items = (log.ad_ids, True) if cfg.entity == "item" else (log.advertiser_ids, False)
+    sources |= _precomputed(ids_A, embedding, _ID_COLUMNS[cfg.entity], {})
+    if embedding.collaborative_weight > 0:
+        entity_N = log.events.ad if items else log.events.advertiser
+        known_N = log.is_purchase & (entity_N >= 0) & (log.events.period <= log.split.prior_fit[1])
+        vectors = collaborative_embeddings(
+            log.events.user[known_N], entity_N[known_N], n_advertisers=len(ids_A), dim=embedding.collaborative_dim,
+            context_smoothing=embedding.context_smoothing, cache_dir=cache_dir,
+        )  # fmt: skip
+        sources[COLLABORATIVE] = (vectors, embedding.collaborative_weight)
+    return join_sources(sources)
+
+
+def embed_new(
+    frame: pl.DataFrame,
+    cfg: SemanticIdsConfig,
+    *,
+    source_names: Sequence[str],
+    source_dims: Sequence[int],
+    cache_dir: Path | None = None,
+) -> Embeddings:
+    """Embeddings of entities that no log knows, beside those of an ID table.
+
+    Args:
+        frame: ``advertiser_id`` (of an item the id of the ad) and ``text``.
+        cfg: of the table.
+        source_names: sources of the table's embeddings, in order.
+        source_dims: features of each.
         cache_dir: folder of earlier text embeddings.
 
     Returns:
-        ``(A, D)`` in the log's order.
+        ``(N, D)``. Known are the text and, as far as their files have the entities, precomputed vectors; the block
+        of a source that knows nothing of an entity is zero.
+
+    Raises:
+        UserError: the encoder gives other features than the table has, or as of `entity_embeddings`.
     """
-    sources = {}
-    if cfg.text_weight > 0:
-        texts = log.tables.advertisers["text"].fill_null("").to_list()
-        sources["text"] = (text_embeddings(texts, cfg.encoder, cache_dir=cache_dir), cfg.text_weight)
-    if cfg.collaborative_weight > 0:
-        _, last = log.split.prior_fit
-        events = log.events.select(log.is_purchase & (log.events.advertiser >= 0) & (log.events.period <= last))
-        vectors = collaborative_embeddings(
-            events.user, events.advertiser, n_advertisers=len(log.advertiser_ids), dim=cfg.collaborative_dim,
-            context_smoothing=cfg.context_smoothing,
-        )  # fmt: skip
-        sources["collaborative"] = (vectors, cfg.collaborative_weight)
+    dims = dict(zip(source_names, source_dims, strict=True))
+    sources = {name: (np.zeros((len(frame), dim), dtype=np.float32), 1.0) for name, dim in dims.items()}
+    if TEXT in dims:
+        texts = frame["text"].fill_null("").to_list()
+        vectors = text_embeddings(texts, cfg.embedding.encoder, cache_dir=cache_dir)
+        if vectors.shape[1] != dims[TEXT]:
+            raise UserError(
+                f"texts encoded in {vectors.shape[1]} features by {cfg.embedding.encoder.name}",
+                expected=f"{dims[TEXT]} features, as the ID table's embeddings have",
+                action="use the encoder the IDs were made with",
+            )
+        sources[TEXT] = (vectors, cfg.embedding.text_weight)
+    allowed = [replace(one, missing="zero") for one in cfg.embedding.precomputed if one.source in dims]
+    embedding = replace(cfg.embedding, precomputed=allowed)
+    sources |= _precomputed(frame["advertiser_id"].to_numpy(), embedding, _ID_COLUMNS[cfg.entity], dims)
     return join_sources(sources)
+
+
+def _precomputed(
+    ids_A: NDArray[Any], cfg: EmbeddingConfig, id_column: str, dims: dict[str, int]
+) -> dict[str, tuple[NDArray[np.float32], float]]:
+    """Matrix and weight of each precomputed source; what is wrong with any of them is told together."""
+    sources, errors = {}, []
+    for one in cfg.precomputed:
+        try:
+            vectors = precomputed_embeddings(ids_A, one, id_column=id_column, width=dims.get(one.source))
+            sources[one.source] = (vectors, one.weight)
+        except UserError as error:
+            errors.append(error)
+    if errors:
+        raise UserError.collect(errors)
+    return sources
+
+
+def precomputed_content(cfg: EmbeddingConfig) -> list[str | None]:
+    """Hash of each precomputed file, None for one that is not there: what a stage's key depends on beside the paths."""
+    paths = [Path(one.path).expanduser() for one in cfg.precomputed]
+    return [hash_file(path) if path.is_file() else None for path in paths]
 
 
 @dataclass(frozen=True)
 class BuiltIds:
-    """Advertiser IDs, and what they were made of.
+    """IDs, and what they were made of.
 
     Attributes:
         ids: the unique IDs.
+        tokenizer: encodes further embeddings.
         embeddings: what was tokenised.
         greedy_AL: codes before collisions were resolved.
         reconstruction_AD: decoded embeddings.
@@ -72,96 +163,99 @@ class BuiltIds:
     """
 
     ids: AdvertiserIds
+    tokenizer: Tokenizer
     embeddings: Embeddings
     greedy_AL: NDArray[np.int64]
     reconstruction_AD: NDArray[np.float32]
     report: dict[str, Any]
 
     def save(self, directory: Path, log: Log, cfg: SemanticIdsConfig) -> None:
-        """Write the IDs and, for reports on them, their embeddings and words, into an existing directory."""
+        """Write the IDs, their tokenizer and, for reports, their embeddings and words, into an existing directory."""
         self.ids.save(directory)
-        arrays: dict[str, NDArray[Any]] = {
-            "vectors_AD": np.ascontiguousarray(self.embeddings.vectors_AD),
-            "greedy_AL": self.greedy_AL.astype(np.int32),
-            "reconstruction_AD": self.reconstruction_AD.astype(np.float16),
-        }
-        save_file(arrays, directory / VECTORS)
-        facts = {
-            "source_names": list(self.embeddings.source_names),
-            "source_dims": list(self.embeddings.source_dims),
-            "entity": self.ids.entity,
-            "config": to_plain(cfg),
-        }
-        (directory / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        log.tables.advertisers.select("advertiser_id", "name", "text").write_parquet(directory / ENTITIES)
+        self.tokenizer.save(directory / TOKENIZER)
+        frame = entities(log, cfg.entity)
+        save_embeddings(directory, self.embeddings, self.greedy_AL, self.reconstruction_AD, cfg=cfg, frame=frame)
+
+
+def save_embeddings(
+    directory: Path,
+    embeddings: Embeddings,
+    greedy_AL: NDArray[np.integer],
+    reconstruction_AD: NDArray[np.floating],
+    *,
+    cfg: SemanticIdsConfig,
+    frame: pl.DataFrame,
+) -> None:
+    """Write what IDs were made of, and in words for whom.
+
+    Args:
+        directory: an existing one.
+        embeddings: what was tokenised.
+        greedy_AL: codes before collisions were resolved.
+        reconstruction_AD: decoded embeddings.
+        cfg: what made them.
+        frame: of `entities`, in the same order.
+    """
+    arrays: dict[str, NDArray[Any]] = {
+        "vectors_AD": np.ascontiguousarray(embeddings.vectors_AD, dtype=np.float32),
+        "greedy_AL": np.ascontiguousarray(greedy_AL, dtype=np.int32),
+        "reconstruction_AD": np.ascontiguousarray(reconstruction_AD, dtype=np.float16),
+    }
+    save_file(arrays, directory / VECTORS)
+    facts = {
+        "source_names": list(embeddings.source_names),
+        "source_dims": list(embeddings.source_dims),
+        "entity": cfg.entity,
+        "config": to_plain(cfg),
+    }
+    (directory / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    frame.select("advertiser_id", "name", "text").write_parquet(directory / ENTITIES)
 
 
 def build_ids(log: Log, cfg: SemanticIdsConfig, *, work_dir: Path, cache_dir: Path | None = None) -> BuiltIds:
-    """Train the tokenizer and give every advertiser its ID.
+    """Train the tokenizer and give every advertiser, or item, its ID.
 
     Args:
-        log: the advertisers and the fit span.
-        cfg: embeddings, RQ-VAE, training.
+        log: the entities and the fit span.
+        cfg: entity, embeddings, tokenizer, training.
         work_dir: checkpoints of the training.
-        cache_dir: folder of earlier text embeddings.
+        cache_dir: folder of earlier embeddings.
 
     Returns:
         The IDs and what they were made of.
 
     Raises:
-        UserError: more advertisers than the code space holds, or embeddings that are no numbers.
+        UserError: none of the entities or more than the code space holds, embeddings that are no numbers, or a
+            source that cannot be read.
 
-    With fewer advertisers than codes a level, the codes left over stay unused (a warning says so, the report
-    counts them as dead). Equal embeddings, those of advertisers nothing is known about among them, get
-    neighbouring IDs.
+    With fewer entities than codes a level, the codes left over stay unused (a warning says so, the report counts them
+    as dead). Equal embeddings, those of entities nothing is known about among them, get neighbouring IDs.
     """
-    sizes = cfg.rqvae.level_sizes
-    check_capacity(len(log.advertiser_ids), sizes)
-    if len(log.advertiser_ids) < max(sizes):
-        fitting = [min(size, len(log.advertiser_ids)) for size in sizes]
-        logger.warning(
-            "%d advertisers cannot use all of %s codes a level; semantic_ids.rqvae.level_sizes=%s would fit",
-            len(log.advertiser_ids), list(sizes), fitting,
-        )  # fmt: skip
-    embeddings = advertiser_embeddings(log, cfg.embedding, cache_dir=cache_dir)
-    x_AD = torch.from_numpy(embeddings.vectors_AD)
-    module = RQVAEModule.of(x_AD, list(embeddings.source_dims), cfg.rqvae, seed=cfg.seed)
-    loader: DataLoader[Tensor] = DataLoader(
-        _Rows(x_AD),
-        batch_size=cfg.rqvae.batch_size,
-        sampler=EpochSampler(len(x_AD), seed=cfg.seed),
-        collate_fn=_as_is,
-    )
-    result = fit(module, loader, None, cfg.trainer, work_dir=work_dir, seed=cfg.seed)
-    model = module.model
-    model.settle(x_AD)
-    with torch.no_grad():
-        latent_AE = model.latent(x_AD)
-        greedy_AL, quantized_AE, _ = model.quantize(latent_AE)
-        reconstruction_AD = model.decode(quantized_AE).numpy()
-    quantising = [book.weight.detach().numpy().copy() for book in model.books]
-    codes_AL, codebooks = resolve_collisions(latent_AE.numpy(), greedy_AL.numpy(), quantising)
-    ids = AdvertiserIds(log.advertiser_ids, codes_AL, codebooks, extra_level=len(codebooks) > len(quantising))
-    report = quality(embeddings.vectors_AD, codes_AL, greedy_AL.numpy(), reconstruction_AD, sizes, seed=cfg.seed)
-    report |= {"epochs": result.epochs, "known": embeddings.known()}
-    return BuiltIds(ids, embeddings, greedy_AL.numpy(), reconstruction_AD, report)
+    ids_A = log.ad_ids if cfg.entity == "item" else log.advertiser_ids
+    _check_sizes(len(ids_A), cfg)
+    embeddings = entity_embeddings(log, cfg, cache_dir=cache_dir)
+    tokenizer = fit_tokenizer(embeddings, cfg, work_dir=work_dir)
+    quantising = tokenizer.codebooks
+    latent_AE = tokenizer.latent(embeddings.vectors_AD)
+    greedy_AL, quantized_AE = quantize(latent_AE, quantising)
+    reconstruction_AD = tokenizer.decode(quantized_AE)
+    codes_AL, codebooks = resolve_collisions(latent_AE, greedy_AL, quantising)
+    ids = AdvertiserIds(ids_A, codes_AL, codebooks, extra_level=len(codebooks) > len(quantising), entity=cfg.entity)
+    sizes = [len(book) for book in quantising]
+    report = quality(embeddings.vectors_AD, codes_AL, greedy_AL, reconstruction_AD, sizes, seed=cfg.seed)
+    report |= {"known": embeddings.known()}
+    return BuiltIds(ids, tokenizer, embeddings, greedy_AL, reconstruction_AD, report)
 
 
-class _Rows(Dataset[Tensor]):
-    """Rows of a matrix, a batch at a time."""
-
-    def __init__(self, x_AD: Tensor) -> None:
-        self.x_AD = x_AD
-
-    def __len__(self) -> int:
-        return len(self.x_AD)
-
-    def __getitem__(self, row: int) -> Tensor:
-        return self.x_AD[row]
-
-    def __getitems__(self, rows: list[int]) -> Tensor:  # the loader's own hook for whole batches
-        return self.x_AD[rows]
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
+def _check_sizes(n: int, cfg: SemanticIdsConfig) -> None:
+    """Refuse a code space that is too small before any work, and warn of codes that cannot be used."""
+    sizes, key = cfg.level_sizes, f"semantic_ids.{cfg.tokenizer}.level_sizes"
+    if n > (capacity := math.prod(sizes)):
+        raise UserError(
+            f"{n} {cfg.entity}s for {key}={sizes}",
+            expected=f"at most {capacity} {cfg.entity}s, as many as these sizes have IDs",
+            action=f"set {key}={sizes_that_hold(n, len(sizes))}",
+        )
+    if n < max(sizes):
+        fitting = [min(size, n) for size in sizes]
+        logger.warning("%d %ss cannot use all of %s codes a level; %s=%s would fit", n, cfg.entity, sizes, key, fitting)

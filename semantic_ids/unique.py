@@ -44,7 +44,7 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 
-def check_capacity(n_entities: int, level_sizes: Sequence[int], *, entity: str = "advertiser") -> None:
+def check_capacity(n_entities: int, level_sizes: Sequence[int]) -> None:
     """Refuse a code space that is too small.
 
     Raises:
@@ -53,9 +53,10 @@ def check_capacity(n_entities: int, level_sizes: Sequence[int], *, entity: str =
     capacity = math.prod(level_sizes)
     if n_entities > capacity:
         raise UserError(
-            f"{n_entities} {entity}s for semantic_ids.rqvae.level_sizes={list(level_sizes)}",
-            expected=f"at most {capacity} {entity}s, as many as these sizes have IDs",
-            action=f"set semantic_ids.rqvae.level_sizes={sizes_that_hold(n_entities, len(level_sizes))}",
+            f"{n_entities} entities for level sizes {list(level_sizes)}",
+            expected=f"at most {capacity} entities, as many as these sizes have IDs",
+            action=f"set level_sizes={sizes_that_hold(n_entities, len(level_sizes))} in the tokenizer's section of "
+            "semantic_ids",
         )
 
 
@@ -138,7 +139,8 @@ def place_new(
         raise UserError(
             f"{len(codes)} new entities for an ID table with {n_free} free IDs (level sizes {sizes})",
             expected=f"at most {n_free} new ones",
-            action=f"make all IDs again with semantic_ids.rqvae.level_sizes={sizes_that_hold(total, n_levels)}",
+            action=f"make all IDs again with level_sizes={sizes_that_hold(total, n_levels)} in the tokenizer's "
+            "section of semantic_ids",
         )
     for level in range(n_levels - 1):
         n_below = min(math.prod(sizes[level + 1 :]), 1 << 40)  # more than there are entities; int64 holds its sums

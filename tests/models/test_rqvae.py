@@ -14,18 +14,26 @@ from torch.utils.data import DataLoader
 from data.errors import UserError
 from models.rqvae import (
     CODEBOOKS,
+    DISTANCES,
     GRADIENTS,
     RQVAE,
     Codebook,
     RQVAEConfig,
     RQVAEModule,
+    contrast,
+    diversity_loss,
+    gumbel_mixture,
     kmeans,
+    nearest_in_batch,
+    neighbour_losses,
     rotation_trick,
     straight_through,
 )
 from models.training import EpochSampler, TrainerConfig, fit
 
 TINY = RQVAEConfig(level_sizes=[8, 8], latent=6, hidden=16, batch_size=64)
+PLAIN = replace(TINY, joint=False, shrinkage=0.0, balance=0.0, refit_rounds=50)
+"""Residual k-means and nothing else at the start."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -63,7 +71,7 @@ def error(model: RQVAE, x: Tensor) -> float:
 
 def test_the_untrained_model_is_residual_kmeans_on_the_principal_axes() -> None:
     x = clusters()
-    model = RQVAE(12, TINY)
+    model = RQVAE(12, PLAIN)
     model.initialise(x, seed=3)
     centred = x - x.mean(0)
     _, _, axes = torch.linalg.svd(centred, full_matrices=False)
@@ -111,15 +119,145 @@ def test_the_rotation_keeps_the_angle_between_gradient_and_code() -> None:
     torch.testing.assert_close(angle_in, angle_out, atol=1e-5, rtol=1e-5)
 
 
+def test_the_gumbel_gradient_is_that_of_the_mixture() -> None:
+    """Against differences of ``softmax((noise - d²/(τ·unit))) @ E``, whose unit is a constant to the gradient."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(3, 4, dtype=torch.float64, generator=generator)
+    weight = torch.randn(5, 4, dtype=torch.float64, generator=generator)
+    noise = torch.randn(3, 5, dtype=torch.float64, generator=generator)
+    outer = torch.randn(3, 4, dtype=torch.float64, generator=generator)
+    unit = torch.cdist(z, weight).square().min(-1).values.mean()
+
+    def mixed(place: int, values: Tensor) -> Tensor:
+        one, vectors = (values, weight) if place == 0 else (z, values)
+        return (((noise - torch.cdist(one, vectors).square() / (0.5 * unit)).softmax(-1) @ vectors) * outer).sum()
+
+    leaves = z.clone().requires_grad_(), weight.clone().requires_grad_()
+    codes, value = gumbel_mixture(*leaves, noise, temperature=0.5)
+    torch.testing.assert_close(value, weight[codes])
+    for place, gradient in enumerate(torch.autograd.grad((value * outer).sum(), leaves)):
+        numeric = torch.zeros_like(gradient)
+        for index in range(gradient.numel()):
+            step = 1e-6 * torch.nn.functional.one_hot(torch.tensor(index), gradient.numel()).view_as(gradient)
+            up, down = mixed(place, (z, weight)[place] + step), mixed(place, (z, weight)[place] - step)
+            numeric.view(-1)[index] = (up - down) / 2e-6
+        torch.testing.assert_close(gradient, numeric, atol=1e-6, rtol=1e-5)
+
+
+def test_without_noise_gumbel_takes_the_nearest_code() -> None:
+    z, weight = torch.randn(20, 4), torch.randn(6, 4)
+    codes, _ = gumbel_mixture(z, weight, torch.zeros(20, 6), temperature=0.3)
+    assert torch.equal(codes, torch.cdist(z, weight).argmin(-1))
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("codebook", CODEBOOKS)
-def test_every_variant_describes_the_data_better_after_training(gradient: str, codebook: str, tmp_path: Path) -> None:
+def test_every_variant_describes_the_data_better_after_training(
+    gradient: str, codebook: str, distance: str, tmp_path: Path
+) -> None:
     x = clusters()
-    cfg = replace(TINY, gradient=gradient, codebook=codebook, latent=3)
+    cfg = replace(PLAIN, gradient=gradient, codebook=codebook, distance=distance, latent=3, refit_rounds=0)
     start = RQVAE(12, cfg)
     start.initialise(x, seed=0)
     model = trained(x, cfg, tmp_path, epochs=15)
     assert error(model, x) < error(start, x)
+
+
+def test_cosine_keeps_the_vectors_of_a_level_at_one_length_and_takes_the_smallest_angle(tmp_path: Path) -> None:
+    x = clusters()
+    for codebook in CODEBOOKS:
+        model = trained(x, replace(TINY, distance="cosine", codebook=codebook), tmp_path / codebook, epochs=2)
+        codes_BL, _, residuals_LBE = model.quantize(model.latent(x))
+        for level, book in enumerate(model.books):
+            lengths_V = book.weight.norm(dim=-1)
+            torch.testing.assert_close(lengths_V, lengths_V.mean().expand(8), atol=1e-4, rtol=1e-4)
+            angle_BV = torch.cosine_similarity(residuals_LBE[level][:, None], book.weight[None], dim=-1)
+            chosen_B = angle_BV.gather(1, codes_BL[:, level, None])[:, 0]
+            torch.testing.assert_close(chosen_B, angle_BV.max(-1).values, atol=1e-4, rtol=1e-4)
+
+
+def test_vectors_are_solved_for_at_once_as_ridge_regression_of_the_latents_on_the_codes() -> None:
+    x = clusters()
+    model = RQVAE(12, replace(TINY, shrinkage=3.0, refit_rounds=0))
+    model.initialise(x, seed=0)
+    latent = model.latent(x).detach()
+    codes = model.codes(latent)
+    model.cfg = replace(model.cfg, refit_rounds=1)
+    model.refit(latent)
+    ones = torch.cat([torch.nn.functional.one_hot(codes[:, level], 8) for level in range(2)], -1).float()
+    ridge = torch.cat([ones, 3.0**0.5 * torch.eye(16)])
+    solved = torch.linalg.lstsq(ridge, torch.cat([latent, torch.zeros(16, 6)])).solution
+    torch.testing.assert_close(torch.cat([book.weight for book in model.books]), solved, atol=1e-4, rtol=1e-3)
+
+
+def test_solving_at_once_describes_the_data_better_than_level_by_level() -> None:
+    x = clusters(centres=40)
+    alone, joint = RQVAE(12, PLAIN), RQVAE(12, replace(PLAIN, joint=True))
+    alone.initialise(x, seed=0)
+    joint.initialise(x, seed=0)
+    assert error(joint, x) < error(alone, x)
+
+
+def test_the_price_of_crowded_codes_evens_out_their_use() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1000, 4, generator=generator) * torch.rand(1000, 1, generator=generator)  # dense in the middle
+
+    def largest(balance: float) -> int:
+        centroids = kmeans(x, 10, iterations=50, generator=torch.Generator().manual_seed(0), balance=balance)
+        return int(torch.bincount(torch.cdist(x, centroids).argmin(-1), minlength=10).max())
+
+    assert largest(1.0) < 0.7 * largest(0.0)
+
+
+def test_the_diversity_loss_is_the_share_of_the_partner_among_all_other_codes() -> None:
+    weight = torch.nn.functional.normalize(torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), dim=-1)
+    codes, partner = torch.tensor([0, 3, 2]), torch.tensor([1, -1, 4])
+    expected = []
+    for code, other in ((0, 1), (2, 4)):
+        scores = (weight @ weight[code] / 0.1).exp()
+        expected.append(-(scores[other] / (scores.sum() - scores[code])).log())
+    torch.testing.assert_close(diversity_loss(codes, weight, partner), torch.stack(expected).mean())
+    assert float(diversity_loss(codes, weight, torch.full((3,), -1))) == 0
+
+
+def test_the_contrast_is_least_where_rows_match() -> None:
+    rows = torch.eye(4)
+    assert contrast(rows, rows, temperature=0.1) < contrast(rows, rows.flip(0), temperature=0.1)
+    torch.testing.assert_close(contrast(torch.ones(4, 4), rows, temperature=0.1), torch.tensor(4.0).log())
+
+
+def test_the_diversity_loss_gathers_the_codes_of_a_cluster(tmp_path: Path) -> None:
+    x = clusters()
+    base = replace(TINY, codebook="learned", refit_rounds=0)
+    without = trained(x, base, tmp_path / "without", epochs=8)
+    diverse = trained(x, replace(base, diversity=1.0, diversity_clusters=3), tmp_path / "diverse", epochs=8)
+
+    def apart(model: RQVAE) -> float:
+        weight = model.books[0].weight.detach()
+        centres = kmeans(weight, 3, iterations=20, generator=torch.Generator().manual_seed(0), balance=1.0)
+        cluster = torch.cdist(weight, centres).argmin(-1)
+        pairs = [(a, b) for a in range(8) for b in range(8) if a != b and cluster[a] == cluster[b]]
+        return float(diversity_loss(torch.tensor(pairs)[:, 0], weight, torch.tensor(pairs)[:, 1]))
+
+    assert apart(diverse) < apart(without)
+
+
+def test_the_collaborative_loss_tells_entities_by_their_co_conversions(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.cat([clusters(240, 6), 0.5 * torch.randn(240, 6, generator=generator)], -1)
+    cfg = replace(TINY, source_dropout=0.0, refit_rounds=0)
+
+    def score(weight: float) -> float:
+        module = RQVAEModule.of(x, [6, 6], replace(cfg, collaborative=weight), seed=0, collaborative=1)
+        trainer = TrainerConfig(max_epochs=10, patience=None, accelerator="cpu", progress_bar=False)
+        fit(module, batches(x, 64), None, trainer, work_dir=tmp_path / str(weight), seed=0)
+        with torch.no_grad():
+            return float(contrast(module.model(x).reconstruction_BD[:, 6:], x[:, 6:], temperature=0.1))
+
+    assert score(1.0) < score(0.0)
+    with pytest.raises(ValueError, match="which source"):
+        RQVAEModule(12, [6, 6], asdict(replace(cfg, collaborative=1.0)))
 
 
 def test_averages_move_a_code_to_the_mean_of_its_members() -> None:
@@ -153,23 +291,72 @@ def test_settling_leaves_no_code_without_a_member_where_there_are_points_enough(
     x = clusters()
     model = RQVAE(12, TINY)
     model.initialise(x, seed=0)
-    model.books[0].weight[3:] = 99.0
+    with torch.no_grad():
+        model.books[0].weight[3:] = 99.0
     model.settle(x)
     assert [len(model.encode(x)[:, level].unique()) for level in range(2)] == [8, 8]
 
 
-def test_an_unknown_source_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = clusters(dim=12)
+def test_the_encoder_leaves_samples_that_know_all_sources_on_the_axes_and_makes_up_for_the_others() -> None:
+    x = clusters()
     x[:40, 6:] = 0
-    module = RQVAEModule.of(x, [6, 6], replace(TINY, source_dropout=0.0), seed=0)
-    seen: dict[str, Tensor] = {}
-    monkeypatch.setattr(module, "log_dict", lambda values, **_: seen.update(values))
-    module.training_step(x[:40], 0)
-    with torch.no_grad():
-        first_half = (module.model(x[:40]).reconstruction_BD - x[:40])[:, :6].square().sum(-1).mean()
-    assert float(seen["train_error"].detach()) == pytest.approx(
-        float(first_half), rel=0.2
-    )  # the averages moved within the step
+    model = RQVAE(12, TINY, [6, 6])
+    model.initialise(x, seed=0)
+    axes = model.latent(x).detach()
+    torch.nn.init.ones_(model.encoder.output.bias)
+    torch.testing.assert_close(model.latent(x)[40:], axes[40:])
+    torch.testing.assert_close(model.latent(x)[:40], axes[:40] + 1)
+    everywhere = RQVAE(12, replace(TINY, encoder="trained"), [6, 6])
+    everywhere.load_state_dict(model.state_dict())
+    torch.testing.assert_close(everywhere.latent(x), axes + 1)
+    assert not model.project.weight.requires_grad
+    assert everywhere.project.weight.requires_grad
+
+
+def test_the_nearest_sample_is_another_one_and_no_copy() -> None:
+    x = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.1, 0.0], [5.0, 0.0]])
+    assert nearest_in_batch(x).tolist() == [2, 2, 0, 2]
+    assert nearest_in_batch(torch.ones(3, 2)).tolist() == [-1, -1, -1]
+    assert nearest_in_batch(torch.zeros(1, 2)).tolist() == [-1]
+
+
+def test_neighbour_losses_are_the_chances_to_share_codes() -> None:
+    """Against the definition, sample by sample."""
+    generator = torch.Generator().manual_seed(0)
+    residuals = torch.randn(3, 6, 2, generator=generator)
+    weights = [torch.randn(4, 2, generator=generator) for _ in range(3)]
+    distance = [torch.cdist(residuals[level], weights[level]).square() for level in range(3)]
+    codes = torch.stack([one.argmin(-1) for one in distance], -1)
+    codes[1, :2] = codes[0, :2]
+    near = torch.tensor([1, 0, 3, 2, 5, -1])
+    choice = [(-one / (5 * one.min(-1).values.mean())).softmax(-1) for one in distance]
+    shared = [one @ one.T for one in choice]
+    first, both = shared[0], shared[0] * shared[1]
+    expected = sum(
+        (both[i].mean() / both[i, near[i]]).log() * 0.3 + (first[i].mean() / first[i, near[i]]).log() for i in range(5)
+    )
+    losses = neighbour_losses(residuals, weights, codes, near, temperature=5.0)
+    torch.testing.assert_close(losses[0], expected / 5, atol=1e-4, rtol=1e-4)
+    alike = [i for i in range(5) if codes[i, :2].equal(codes[near[i], :2])]
+    assert {0, 1} <= set(alike)
+    torch.testing.assert_close(losses[1], torch.stack([shared[2][i, near[i]] for i in alike]).mean())
+
+
+def test_neighbour_losses_bring_near_samples_below_one_prefix_and_apart_at_the_last_code(tmp_path: Path) -> None:
+    x = clusters(centres=60)
+    start = replace(PLAIN, kmeans_iterations=1, refit_rounds=0, batch_size=240)
+    plain = replace(start, neighbours=0.0, spread=0.0, codebook_learning_rate=3e-2)
+
+    def losses(cfg: RQVAEConfig, work_dir: Path) -> tuple[float, float]:
+        model = trained(x, cfg, work_dir, epochs=20)
+        codes_BL, _, residuals_LBE = model.quantize(model.latent(x))
+        weights = [book.weight for book in model.books]
+        near, spread = neighbour_losses(residuals_LBE, weights, codes_BL, nearest_in_batch(x), temperature=0.1)
+        return float(near.detach()), float(spread.detach())
+
+    without = losses(plain, tmp_path / "plain")
+    assert losses(replace(plain, neighbours=30.0), tmp_path / "near")[0] < without[0]
+    assert losses(replace(plain, spread=30.0), tmp_path / "spread")[1] < without[1] - 0.05
 
 
 def test_dropping_a_source_in_training_brings_cold_samples_near_their_kind(tmp_path: Path) -> None:
@@ -181,7 +368,8 @@ def test_dropping_a_source_in_training_brings_cold_samples_near_their_kind(tmp_p
     cold[:, 6:] = 0
 
     def same_first_code(dropout: float, work_dir: Path) -> float:
-        model = trained(x, replace(TINY, source_dropout=dropout), work_dir, epochs=25, sources=[6, 6])
+        cfg = replace(TINY, source_dropout=dropout, learning_rate=1e-2)
+        model = trained(x, cfg, work_dir, epochs=25, sources=[6, 6])
         return float((model.encode(x)[:, 0] == model.encode(cold)[:, 0]).float().mean())
 
     assert same_first_code(0.3, tmp_path / "dropped") > same_first_code(0.0, tmp_path / "never") + 0.2
@@ -236,7 +424,16 @@ def test_too_few_distinct_samples_leave_codes_unused_but_stay_finite(x: Tensor, 
     [
         ({"level_sizes": []}, "at least one level"),
         ({"level_sizes": [64, 1]}, "at least one level"),
-        ({"gradient": "gumbel"}, "straight_through, rotation"),
+        ({"gradient": "reinforce"}, "straight_through, rotation, gumbel"),
+        ({"distance": "manhattan"}, "euclidean, cosine"),
+        ({"diversity": 0.1, "codebook": "ema"}, "unless codebook=learned"),
+        ({"diversity_clusters": 1}, "at least 2"),
+        ({"encoder": "frozen"}, "fixed, trained"),
+        ({"soft_temperature": 0.0}, "above 0"),
+        ({"shrinkage": -1.0}, "at least 0"),
+        ({"balance": float("nan")}, "at least 0"),
+        ({"gumbel_temperature": 0.0}, "above 0"),
+        ({"samples_per_epoch": 0}, "positive whole number"),
         ({"codebook": "hashed"}, "ema, learned"),
         ({"ema_decay": 1.0}, "without 1"),
         ({"source_dropout": -0.1}, "without 1"),

@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from numpy.typing import NDArray
 
 from data.errors import UserError
+from models.rqvae import RQVAEConfig
 from semantic_ids import embeddings
-from semantic_ids.config import PACKAGED_ENCODER, EmbeddingConfig, EncoderConfig
-from semantic_ids.embeddings import collaborative_embeddings, join_sources, text_embeddings, unit_rows
+from semantic_ids.config import (
+    PACKAGED_ENCODER,
+    EmbeddingConfig,
+    EncoderConfig,
+    PrecomputedConfig,
+    RQKMeansConfig,
+    SemanticIdsConfig,
+)
+from semantic_ids.embeddings import (
+    collaborative_embeddings,
+    join_sources,
+    precomputed_embeddings,
+    text_embeddings,
+    unit_rows,
+)
 
 WORDS = ["coffee", "bread", "soap", "organic", "family", "size", "premium", "light", "cheese"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -158,6 +174,117 @@ def test_the_sparse_and_the_dense_decomposition_agree() -> None:
     np.testing.assert_allclose(sparse, unit_rows(dense[:, :8]), atol=1e-3)
 
 
+def test_the_cache_spares_the_decomposition_and_changes_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    user, advertiser = conversions()
+
+    def make(dim: int = 4) -> NDArray[np.float32]:
+        return collaborative_embeddings(user, advertiser, n_advertisers=10, dim=dim, cache_dir=tmp_path)
+
+    plain = collaborative_embeddings(user, advertiser, n_advertisers=10, dim=4)
+    assert (make() == plain).all()
+    monkeypatch.setattr(embeddings, "_decompose", lambda *_: pytest.fail("decomposed again"))
+    assert (make() == plain).all()
+    with pytest.raises(pytest.fail.Exception):
+        make(dim=5)
+
+
+IDS = np.array([7, 9, 12, 40])
+
+
+def images(path: Path, ids: object = (40, 9, 7, 12), vectors: object = None, **columns: object) -> PrecomputedConfig:
+    """A file of vectors whose first number is the id."""
+    if vectors is None:
+        vectors = [[float(id_), 1.0] for id_ in ids]  # type: ignore[attr-defined]
+    pl.DataFrame({"advertiser_id": ids, "vector": vectors, **columns}).write_parquet(path / "images.parquet")
+    return PrecomputedConfig(path=str(path / "images.parquet"))
+
+
+@pytest.mark.parametrize("kind", [pl.List(pl.Float64), pl.List(pl.Int32), pl.Array(pl.Float32, 2)])
+def test_precomputed_vectors_are_in_the_order_of_the_entities(kind: pl.DataType, tmp_path: Path) -> None:
+    vectors = pl.Series([[40, 1], [9, 1], [7, 1], [12, 1], [1, 1]], dtype=kind)
+    cfg = images(tmp_path, [40, 9, 7, 12, 1], vectors)
+    found = precomputed_embeddings(IDS, cfg, id_column="advertiser_id")
+    assert found.dtype == np.float32
+    assert found.tolist() == [[7, 1], [9, 1], [12, 1], [40, 1]]
+    assert cfg.source == "images"
+
+
+def test_ids_may_be_texts_in_a_column_of_another_name(tmp_path: Path) -> None:
+    frame = pl.DataFrame({"sku": ["b", "a"], "image": [[1.0], [2.0]]})
+    frame.write_parquet(tmp_path / "one.parquet")
+    cfg = PrecomputedConfig(path=str(tmp_path / "one.parquet"), id_column="sku", vector_column="image")
+    assert precomputed_embeddings(np.array(["a", "b"]), cfg, id_column="ad_id").tolist() == [[2.0], [1.0]]
+
+
+def test_an_entity_without_a_vector_is_zero_where_the_config_says_so(tmp_path: Path) -> None:
+    cfg = images(tmp_path, [40, 9])
+    with pytest.raises(UserError, match="2 of 4 ids missing"):
+        precomputed_embeddings(IDS, cfg, id_column="advertiser_id")
+    cfg.missing = "zero"
+    assert precomputed_embeddings(IDS, cfg, id_column="advertiser_id").tolist() == [[0, 0], [9, 1], [0, 0], [40, 1]]
+
+
+BAD_FILES: dict[str, tuple[dict[str, object], list[str]]] = {
+    "ids twice": ({"ids": [7, 9, 12, 40, 9, 7]}, ["2 ids more than once, e.g. 7"]),
+    "ids missing": ({"ids": [7, 9]}, ["2 of 4 ids missing, e.g. 12"]),
+    "ids null": ({"ids": [7, 9, 12, 40, None], "vectors": [[1.0]] * 5}, ["1 rows without an id"]),
+    "ids of another type": ({"ids": ["7", "9"], "vectors": [[1.0]] * 2}, ["ids of type String, where the tables"]),
+    "another width": (
+        {"vectors": [[1.0, 2.0], [1.0], [3.0, 1.0], [1.0, 2.0]]},
+        ["1 vectors of another width than 2, e.g. 1"],
+    ),
+    "empty vectors": ({"vectors": pl.Series([[], [], [], []], dtype=pl.List(pl.Float32))}, ["of another width than 0"]),
+    "null vectors": ({"vectors": [[1.0], None, [2.0], [None]]}, ["1 vectors that are null, 1 with a null inside"]),
+    "no vectors": ({"vectors": ["a", "b", "c", "d"]}, ["no list of numbers"]),
+    "all at once": (
+        {"ids": [7, 9, 9, None], "vectors": [[1.0, 2.0], [1.0], [3.0, 1.0], None]},
+        [
+            "1 rows without an id",
+            "1 ids more than once",
+            "2 of 4 ids missing",
+            "1 vectors that are null",
+            "1 vectors of another",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize(("content", "told"), BAD_FILES.values(), ids=BAD_FILES.keys())
+def test_what_is_wrong_with_a_file_is_told_together(content: dict[str, Any], told: list[str], tmp_path: Path) -> None:
+    cfg = images(tmp_path, **content)
+    with pytest.raises(UserError) as refused:
+        precomputed_embeddings(IDS, cfg, id_column="advertiser_id")
+    for problem in told:
+        assert problem in str(refused.value)
+    assert "images.parquet" in str(refused.value)
+
+
+def test_vectors_must_be_as_wide_as_those_of_before(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="4 vectors of another width than 3"):
+        precomputed_embeddings(IDS, images(tmp_path), id_column="advertiser_id", width=3)
+
+
+def test_files_and_columns_that_are_not_there_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.parquet"):
+        precomputed_embeddings(IDS, PrecomputedConfig(path=str(tmp_path / "none.parquet")), id_column="advertiser_id")
+    (tmp_path / "text.parquet").write_text("no Parquet")
+    with pytest.raises(UserError, match=r"text\.parquet"):
+        precomputed_embeddings(IDS, PrecomputedConfig(path=str(tmp_path / "text.parquet")), id_column="advertiser_id")
+    cfg = images(tmp_path)
+    cfg.id_column, cfg.vector_column = "sku", "image"
+    with pytest.raises(UserError) as refused:
+        precomputed_embeddings(IDS, cfg, id_column="advertiser_id")
+    assert "no column sku" in str(refused.value)
+    assert "no column image" in str(refused.value)
+
+
+def test_nan_in_a_precomputed_vector_is_told_when_sources_are_joined(tmp_path: Path) -> None:
+    cfg = images(tmp_path, vectors=[[1.0, 1.0], [float("nan"), 1.0], [1.0, 1.0], [1.0, 1.0]])
+    found = precomputed_embeddings(IDS, cfg, id_column="advertiser_id")
+    with pytest.raises(UserError, match="1 images embeddings with NaN"):
+        join_sources({"images": (found, 1.0)})
+
+
 def test_sources_are_normalised_weighted_and_joined() -> None:
     text, bought = np.array([[3.0, 4.0], [0.0, 0.0]]), np.array([[0.0, 0.0, 2.0], [1.0, 0.0, 0.0]])
     joined = join_sources({"text": (text, 1.0), "collaborative": (bought, 0.5), "image": (bought, 0.0)})
@@ -186,6 +313,24 @@ def test_numbers_that_are_none_are_refused_for_all_sources_at_once() -> None:
         (EmbeddingConfig, {"text_weight": 0.0, "collaborative_weight": 0.0}, "collaborative_weight=0.0"),
         (EmbeddingConfig, {"collaborative_dim": 0}, "collaborative_dim=0"),
         (EmbeddingConfig, {"context_smoothing": 0.0}, "context_smoothing=0.0"),
+        (
+            EmbeddingConfig,
+            {"precomputed": [PrecomputedConfig("a/x.npz"), PrecomputedConfig("b/x.npz")]},
+            "precomputed=",
+        ),
+        (EmbeddingConfig, {"precomputed": [PrecomputedConfig("text.parquet")]}, "precomputed="),
+        (PrecomputedConfig, {"path": " "}, "semantic_ids.embedding.precomputed.path"),
+        (PrecomputedConfig, {"path": "a", "weight": 0.0}, "precomputed.weight=0.0"),
+        (PrecomputedConfig, {"path": "a", "missing": "skip"}, "precomputed.missing=skip"),
+        (RQKMeansConfig, {"level_sizes": [1, 4]}, "semantic_ids.rqkmeans.level_sizes=[1, 4]"),
+        (RQKMeansConfig, {"iterations": 0}, "semantic_ids.rqkmeans.iterations=0"),
+        (SemanticIdsConfig, {"entity": "brand"}, "semantic_ids.entity=brand"),
+        (SemanticIdsConfig, {"tokenizer": "opq"}, "semantic_ids.tokenizer=opq"),
+        (
+            SemanticIdsConfig,
+            {"rqvae": RQVAEConfig(collaborative=0.1), "embedding": EmbeddingConfig(collaborative_weight=0.0)},
+            "semantic_ids.rqvae.collaborative=0.1",
+        ),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(config: type, values: dict[str, object], name: str) -> None:
