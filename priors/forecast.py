@@ -57,11 +57,15 @@ class TableForecast:
         table: the LM's forecasts.
         base: the tuned anchor and the trie.
         arm: ``lm`` or ``anchor``.
+
+    Raises:
+        LineageError: the forecasts were decoded in another trie.
     """
 
     def __init__(self, table: PriorTable, base: TunedAnchor, *, arm: str) -> None:
         if arm not in ("lm", "anchor"):
             raise ValueError(f"arm={arm!r}; expected 'lm' or 'anchor'")
+        table.check_trie(base.trie)
         self.table, self.base, self.arm = table, base, arm
         self._dense: dict[tuple[int, int], NDArray[np.float32]] = {}
 

@@ -17,7 +17,7 @@ from data.log import Log
 from priors.config import PriorConfig
 from priors.decode import Decoded, TreeDecoder
 from priors.fit import PriorModel
-from priors.table import write_shard
+from priors.table import trie_version, write_shard
 
 
 def as_of_periods(log: Log, every: int) -> list[int]:
@@ -44,6 +44,7 @@ def generate_priors(prior: PriorModel, log: Log, cfg: PriorConfig, *, out_dir: P
     shards = work_dir / "shards"
     shards.mkdir(parents=True, exist_ok=True)
     decoder = TreeDecoder(prior.model, prior.base, prior.calibration, cfg.decode)
+    version = trie_version(prior.base.trie)
     seconds, tokens, mass = 0.0, [], []
     with Progress(transient=True, disable=not cfg.trainer.progress_bar) as progress:
         for period in as_of_periods(log, cfg.decode.every):
@@ -63,7 +64,7 @@ def generate_priors(prior: PriorModel, log: Log, cfg: PriorConfig, *, out_dir: P
                     progress.advance(task, len(batch))
                 anchor_BA = prior.base.log_probs(users, np.full(len(users), period))
                 anchor = [anchor_BA[row, one.advertiser_K] for row, one in enumerate(rows)]
-                write_shard(path, log, users, period, rows, anchor)
+                write_shard(path, log, users, period, rows, anchor, trie=version)
                 seconds += time.perf_counter() - started
                 tokens += [one.tokens for one in rows]
                 mass += [one.mass for one in rows]

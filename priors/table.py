@@ -10,6 +10,7 @@ One row a user and as-of time, Parquet, one file an as-of period:
     frontier_log_prob                  is its mass without its advertisers and its listed prefixes
     mass                             probability covered by the advertisers found
     tokens                           tokens computed for the row
+    trie                             fingerprint of the trie that the nodes are numbered in
 
 Shapes: R rows, K advertisers of a row at the most, N level-1 prefixes, F pruned prefixes at the most.
 """
@@ -24,9 +25,11 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from data.errors import UserError
+from data.artifacts import fingerprint
+from data.errors import LineageError, UserError
 from data.log import Log
 from priors.decode import Decoded
+from semantic_ids.trie import Trie
 
 _LISTS = {
     "advertiser_id": pl.List(pl.Int64),
@@ -53,6 +56,7 @@ class PriorTable:
         frontier_depth_RF, frontier_node_RF: pruned prefixes; depth 0 pads.
         frontier_log_prob_RF: their log-probabilities.
         tokens_R: tokens computed.
+        trie: fingerprint of the trie that the nodes are numbered in; None in a table of an older adsid.
     """
 
     user_R: NDArray[np.int64]
@@ -65,6 +69,7 @@ class PriorTable:
     frontier_node_RF: NDArray[np.int64]
     frontier_log_prob_RF: NDArray[np.float64]
     tokens_R: NDArray[np.int64]
+    trie: str | None = None
 
     def __len__(self) -> int:
         return len(self.user_R)
@@ -80,12 +85,26 @@ class PriorTable:
         )
         return np.where(same_user, row_B, -1)
 
+    def check_trie(self, trie: Trie) -> None:
+        """Refuse another trie than the one the forecasts were decoded in: growing IDs numbers its nodes anew.
+
+        Raises:
+            LineageError: it is another.
+        """
+        if self.trie not in (None, trie_version(trie)):
+            raise LineageError(
+                f"forecasts decoded with other advertiser IDs than the {trie.n_advertisers} given",
+                expected="the very IDs of the forecasts: they do not outlive a table that grew, as the prior LM does",
+                action="make the forecasts again: adsid run run.until=forecasts",
+            )
+
     @classmethod
     def load(cls, directory: Path, log: Log) -> PriorTable:
         """Read all as-of files of a directory.
 
         Raises:
             UserError: there is no table, or it is damaged.
+            LineageError: its files were made with different IDs.
         """
         files = sorted(directory.glob("as_of=*.parquet"))
         if not files:
@@ -95,13 +114,20 @@ class PriorTable:
                 action="make the forecasts first: adsid run, or train.py stage=priors",
             )
         try:
-            frame = pl.concat([pl.read_parquet(file) for file in files])
+            frame = pl.concat([pl.read_parquet(file) for file in files], how="diagonal")
         except (pl.exceptions.PolarsError, OSError) as error:
             raise UserError(
                 f"priors in {directory}",
                 expected="whole Parquet files",
                 action=f"remove the directory and run again ({error})",
             ) from error
+        tries = frame["trie"].unique().to_list() if "trie" in frame.columns else [None]
+        if len(tries) > 1:
+            raise LineageError(
+                f"priors in {directory}, decoded with {len(tries)} different tables of advertiser IDs",
+                expected="forecasts of one table",
+                action="remove the directory and make the forecasts again: adsid run run.until=forecasts",
+            )
         users = pl.DataFrame({"user_id": log.user_ids, "user": np.arange(len(log.user_ids))})
         frame = frame.join(users, on="user_id", how="inner").sort("user", "period")
         advertiser = {id_: index for index, id_ in enumerate(log.advertiser_ids.tolist())}
@@ -118,7 +144,13 @@ class PriorTable:
             frontier_node_RF=_pad(lists["frontier_node"], 0).astype(np.int64),
             frontier_log_prob_RF=_pad(lists["frontier_log_prob"], -np.inf),
             tokens_R=frame["tokens"].to_numpy().astype(np.int64),
+            trie=tries[0] if tries else None,
         )
+
+
+def trie_version(trie: Trie) -> str:
+    """What tells one numbering of nodes and leaves from another."""
+    return fingerprint([trie.level_sizes, trie.child_code, trie.leaf_ptr, trie.leaf_advertiser])
 
 
 def write_shard(
@@ -128,6 +160,8 @@ def write_shard(
     period: int,
     decoded: Sequence[Decoded],
     anchor_log_prob: Sequence[NDArray[np.float64]],
+    *,
+    trie: str | None = None,
 ) -> None:
     """Write the forecasts of one as-of period.
 
@@ -138,6 +172,7 @@ def write_shard(
         period: its start is the as-of time.
         decoded: the forecasts.
         anchor_log_prob: the anchor's log-probability of the same advertisers.
+        trie: :func:`trie_version` of the trie they were decoded in.
     """
     ids = log.advertiser_ids
     dtype = pl.List(log.tables.advertisers.schema["advertiser_id"])
@@ -159,6 +194,7 @@ def write_shard(
             *(pl.Series(name, values, dtype=schema[name]) for name, values in columns.items()),
             pl.Series("mass", [one.mass for one in decoded], dtype=pl.Float64),
             pl.Series("tokens", [one.tokens for one in decoded], dtype=pl.Int32),
+            pl.Series("trie", [trie] * len(decoded), dtype=pl.String),
         ]
     )
     temporary = path.with_suffix(".tmp")

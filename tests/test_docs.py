@@ -63,6 +63,8 @@ def test_help_is_there_for_every_command() -> None:
         ["data", "describe"],
         ["ids"],
         ["ids", "report"],
+        ["ids", "assign"],
+        ["ids", "refit"],
     ):
         result = CliRunner().invoke(cli.app, [*names, "--help"])
         assert result.exit_code == 0
