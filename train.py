@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import sys
 
-from cli import guarded, terminal_overrides
 from data.errors import UserError
+from pipeline.commands.terminal import guarded, terminal_overrides
 
 TRAINED = ("semantic_ids", "prior", "two_tower", "ranker")
 

@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 import cli
 import train
 from data.errors import UserError
+from pipeline.commands.terminal import INTERRUPTED, OUR_MISTAKE, USER_MISTAKE, guarded
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,7 +55,7 @@ def test_a_users_mistake_from_another_folder(folder: Path) -> None:
     """The installed command finds its configs from any folder; one message, exit code 2, nothing written."""
     command = [str(Path(sys.executable).parent / "adsid"), "run", "experiment=smok", "prior.promts=3"]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert result.returncode == cli.USER_MISTAKE
+    assert result.returncode == USER_MISTAKE
     assert "did you mean smoke" in result.stderr
     assert "did you mean prior.prompts" in result.stderr
     assert "Traceback" not in result.stderr
@@ -64,7 +65,7 @@ def test_a_users_mistake_from_another_folder(folder: Path) -> None:
 def test_a_run_writes_below_the_current_folder(folder: Path) -> None:
     """The data stage refuses the path given, after the default run directory was made here."""
     result = adsid("run", "experiment=smoke", "data.path=missing", "run.until=data")
-    assert result.exit_code == cli.USER_MISTAKE
+    assert result.exit_code == USER_MISTAKE
     assert "missing" in result.stderr
     assert (folder / "runs" / "smoke").is_dir()
     assert not (folder / "runs" / "smoke" / "data").exists()
@@ -73,20 +74,20 @@ def test_a_run_writes_below_the_current_folder(folder: Path) -> None:
 def test_a_place_that_is_a_file(folder: Path) -> None:
     (folder / "file").write_text("")
     result = adsid("run", "run.dir=file/run")
-    assert result.exit_code == cli.USER_MISTAKE
+    assert result.exit_code == USER_MISTAKE
     assert "a file is in the way" in result.stderr
 
 
 def test_report_of_no_run() -> None:
     result = adsid("report", "nowhere")
-    assert result.exit_code == cli.USER_MISTAKE
+    assert result.exit_code == USER_MISTAKE
     assert "a run directory, with a config.yaml" in result.stderr
 
 
 def test_one_stage_without_the_ones_before(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         train.main(["stage=prior", "experiment=smoke"])
-    assert caught.value.code == cli.USER_MISTAKE
+    assert caught.value.code == USER_MISTAKE
     assert "run.until=semantic_ids" in capsys.readouterr().err
 
 
@@ -94,7 +95,7 @@ def test_one_stage_without_the_ones_before(capsys: pytest.CaptureFixture[str]) -
 def test_train_names_the_stages(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         train.main(arguments)
-    assert caught.value.code == cli.USER_MISTAKE
+    assert caught.value.code == USER_MISTAKE
     assert "stage=semantic_ids, stage=prior, stage=two_tower, stage=ranker" in capsys.readouterr().err
 
 
@@ -105,14 +106,14 @@ def fail(error: BaseException) -> None:
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (UserError("x=1", expected="x=2", action="set x"), cli.USER_MISTAKE, "what to do: set x"),
-        (RuntimeError("odd\nmore"), cli.OUR_MISTAKE, "adsid failed: RuntimeError: odd; --debug shows where"),
-        (KeyboardInterrupt(), cli.INTERRUPTED, "the same command goes on"),
+        (UserError("x=1", expected="x=2", action="set x"), USER_MISTAKE, "what to do: set x"),
+        (RuntimeError("odd\nmore"), OUR_MISTAKE, "adsid failed: RuntimeError: odd; --debug shows where"),
+        (KeyboardInterrupt(), INTERRUPTED, "the same command goes on"),
     ],
 )
 def test_exit_codes(error: BaseException, code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        cli.guarded(lambda: fail(error), debug=False)
+        guarded(lambda: fail(error), debug=False)
     assert caught.value.code == code
     told = capsys.readouterr().err
     assert message in told
@@ -121,5 +122,5 @@ def test_exit_codes(error: BaseException, code: int, message: str, capsys: pytes
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        cli.guarded(lambda: fail(RuntimeError("odd")), debug=True)
+        guarded(lambda: fail(RuntimeError("odd")), debug=True)
     assert "Traceback" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 import cli
 from data.artifacts import MANIFEST, Manifest, hash_directory
 from data.writer import write_tables
+from pipeline.commands.terminal import USER_MISTAKE
 from tests.logs import tiny_tables
 
 COLUMNS = ["data.ad_columns=[category]", "data.profile_columns=[age]"]
@@ -59,7 +60,7 @@ def test_a_folder_with_something_else_in_it_is_left_alone(source: Path, tmp_path
     precious.mkdir()
     (precious / "thesis.txt").write_text("years of work")
     refused = prepare(source, "--out", str(precious))
-    assert refused.exit_code == cli.USER_MISTAKE
+    assert refused.exit_code == USER_MISTAKE
     assert "holds something else" in refused.stderr
     assert [path.name for path in precious.iterdir()] == ["thesis.txt"]
 
@@ -70,7 +71,7 @@ def test_all_problems_at_once_and_nothing_half_written(source: Path) -> None:
     pl.read_parquet(events).with_columns(value=-1.0, sample_weight=float("nan")).write_parquet(events)
     told = ["users.user_id", "events.value", "events.sample_weight", "offending rows", "what to do"]
     for result in (prepare(source), adsid("validate", str(source))):
-        assert result.exit_code == cli.USER_MISTAKE
+        assert result.exit_code == USER_MISTAKE
         assert all(text in result.stderr for text in told)
         assert "Traceback" not in result.output
     assert not any(Path().rglob("*.parquet"))
@@ -93,7 +94,7 @@ def test_all_problems_at_once_and_nothing_half_written(source: Path) -> None:
 )
 def test_mistakes_are_told_with_what_is_valid(arguments: list[str], message: str, source: Path) -> None:
     result = adsid(*[str(source) if argument == "SOURCE" else argument for argument in arguments])
-    assert result.exit_code == cli.USER_MISTAKE
+    assert result.exit_code == USER_MISTAKE
     assert message in result.stderr
     assert "Traceback" not in result.output
 
@@ -101,7 +102,7 @@ def test_mistakes_are_told_with_what_is_valid(arguments: list[str], message: str
 def test_a_choice_cannot_be_made_again(source: Path) -> None:
     prepare(source)
     result = adsid("validate", "runs/data/parquet", "data=complete_journey")
-    assert result.exit_code == cli.USER_MISTAKE
+    assert result.exit_code == USER_MISTAKE
     assert "overrides of single keys" in result.stderr
 
 
@@ -134,5 +135,5 @@ def test_the_test_span_is_described_only_on_demand(source: Path) -> None:
 def test_tables_that_nobody_checked_are_checked_before_they_are_described(source: Path) -> None:
     (source / "ads.parquet").unlink()
     result = adsid("describe", str(source))
-    assert result.exit_code == cli.USER_MISTAKE
+    assert result.exit_code == USER_MISTAKE
     assert "without ads.parquet" in result.stderr

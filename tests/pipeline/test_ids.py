@@ -14,6 +14,7 @@ import cli
 from data.artifacts import Manifest, fingerprint, hash_directory, to_plain
 from data.log import load_log
 from data.writer import write_tables
+from pipeline.commands.terminal import OUR_MISTAKE, USER_MISTAKE
 from semantic_ids import change, tokenize
 from semantic_ids.advertiser_ids import AdvertiserIds
 from semantic_ids.change import IdArtifact, compare
@@ -127,7 +128,7 @@ def test_the_tolerance_is_an_option(run: Run) -> None:
     assert adsid("refit", *options, "--tolerance", "1e9").exit_code == 0
     assert Manifest.read(Path("new")).metrics["refit"]["kept_share"] == 1.0
     wrong = adsid("refit", *options, "--tolerance", "-1")
-    assert wrong.exit_code == cli.USER_MISTAKE
+    assert wrong.exit_code == USER_MISTAKE
     assert "tolerance=-1.0" in wrong.stderr
 
 
@@ -194,7 +195,7 @@ def test_what_cannot_be_done_is_told_and_writes_nothing(
     given = arguments(run)
     before = hash_directory(Path()), hash_directory(run.folder)
     result = adsid(*given)
-    assert result.exit_code == cli.USER_MISTAKE, result.output
+    assert result.exit_code == USER_MISTAKE, result.output
     assert all(part in result.stderr for part in told), result.stderr
     assert (hash_directory(Path()), hash_directory(run.folder)) == before
     assert not Path("out").exists()
@@ -203,7 +204,7 @@ def test_what_cannot_be_done_is_told_and_writes_nothing(
 def test_a_bad_file_is_told_all_at_once(run: Run) -> None:
     some((100, 100)).drop("text").write_parquet("bad.parquet")
     result = adsid("assign", "bad.parquet", "--ids", run.ids, "--out", "out")
-    assert result.exit_code == cli.USER_MISTAKE
+    assert result.exit_code == USER_MISTAKE
     assert "without text" in result.stderr
     assert "1 ids in more than one row, e.g. 100" in result.stderr
     assert not Path("out").exists()
@@ -214,7 +215,7 @@ def test_a_failed_write_leaves_nothing_behind(run: Run, new: Path, monkeypatch: 
         raise RuntimeError("no")
 
     monkeypatch.setattr(change, "quality", fail)  # after most files were written
-    assert adsid("assign", new, "--ids", run.ids, "--out", "out").exit_code == cli.OUR_MISTAKE
+    assert adsid("assign", new, "--ids", run.ids, "--out", "out").exit_code == OUR_MISTAKE
     assert [path.name for path in Path().iterdir()] == ["new.parquet"]
 
 

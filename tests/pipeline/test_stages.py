@@ -23,6 +23,7 @@ from data.log import load_log
 from data.split import TimeSplit
 from data.writer import write_tables
 from pipeline import config as configuration
+from pipeline.commands.terminal import USER_MISTAKE
 from pipeline.config import AdsidConfig, compose
 from pipeline.engine import Outcome, Run
 from pipeline.run import report_again
@@ -149,7 +150,7 @@ def test_the_ids_are_reported_on_as_a_table_a_page_and_json(finished: Path, tmp_
     figures = json.loads(runner.invoke(cli.app, ["ids", "report", directory, "--json"]).output)
     assert figures["entities"] == 30
     refused = runner.invoke(cli.app, ["ids", "report", str(finished)])
-    assert refused.exit_code == cli.USER_MISTAKE
+    assert refused.exit_code == USER_MISTAKE
     assert "semantic_ids" in refused.stderr
 
 

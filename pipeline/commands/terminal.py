@@ -1,0 +1,49 @@
+"""How a command ends, and what all commands take. Heavy imports wait until a command runs, so that help is quick."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from data.errors import UserError
+
+USER_MISTAKE, OUR_MISTAKE, INTERRUPTED = 2, 1, 130
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and every message of the libraries.")]
+
+
+def guarded(work: Callable[[], None], *, debug: bool) -> None:
+    """Run something and end the process as a command line should.
+
+    Exit code 2 for a mistake of the user's, 1 for one of ours, 130 after Ctrl-C; a traceback only with ``debug``.
+    """
+    from pipeline.quiet import quiet_libraries
+
+    try:
+        if not debug:
+            quiet_libraries()
+        work()
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        typer.echo(f"{error}", err=True)
+        raise SystemExit(USER_MISTAKE) from None
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command goes on from here", err=True)
+        raise SystemExit(INTERRUPTED) from None
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        first_line = (str(error).splitlines() or [""])[0]
+        hint = "" if debug else "; --debug shows where"
+        typer.echo(f"adsid failed: {type(error).__name__}: {first_line}{hint}", err=True)
+        raise SystemExit(OUR_MISTAKE) from None
+
+
+def terminal_overrides() -> list[str]:
+    """No progress bars where nobody watches them."""
+    return [] if sys.stderr.isatty() else ["trainer.progress_bar=false"]
