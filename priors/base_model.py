@@ -46,6 +46,12 @@ class BaseModel:
     tokenizer: PreTrainedTokenizerBase
     reference: str
 
+    @property
+    def window(self) -> int | None:
+        """Positions the decoder was made for; None where it does not say."""
+        positions: int | None = getattr(self.decoder.config, "max_position_embeddings", None)
+        return positions
+
 
 def load_base_model(cfg: BaseModelConfig) -> BaseModel:
     """Load the base model.

@@ -9,6 +9,7 @@ from data.errors import UserError
 from data.split import Span
 from models.prior_lm import HeadConfig, LoraSettings
 from models.training import TrainerConfig
+from priors.prompt_config import PromptConfig
 
 
 @dataclass
@@ -26,29 +27,6 @@ class BaseModelConfig:
     name: str = "packaged:smollm2"
     dtype: str = "auto"
     train_input_rows: bool = False
-
-
-@dataclass
-class PromptConfig:
-    """What the LM reads about a user.
-
-    Attributes:
-        max_tokens: budget of the whole prompt, in tokens of the base model.
-        profile: show the profile columns that ``data.profile_columns`` opens.
-        season: show the month of the as-of time.
-        advertisers: show at most so many past advertisers, best first.
-        advertiser_words: words of what each sells.
-        advertiser_ids: show each past advertiser's semantic ID as tokens too.
-        recency_decay: weight of a purchase falls by this factor a period; orders the advertisers shown.
-    """
-
-    max_tokens: int = 64
-    profile: bool = True
-    season: bool = True
-    advertisers: int = 8
-    advertiser_words: int = 2
-    advertiser_ids: bool = False
-    recency_decay: float = 0.8
 
 
 @dataclass

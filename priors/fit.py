@@ -126,7 +126,9 @@ class PriorModel:
         fitted_ids = _same_codes(directory, plain["ids_version"], ids)
         _same_advertisers(log, ids)
         base_model = load_base_model(BaseModelConfig(**plain["base_model"]))
-        compiler = PromptCompiler(log, ids, base_model.tokenizer, PromptConfig(**plain["prompt"]))
+        compiler = PromptCompiler(
+            log, ids, base_model.tokenizer, PromptConfig.from_plain(plain["prompt"]), window=base_model.window
+        )
         trie = Trie.from_codes(ids.codes_AL, ids.level_sizes)
         state = load_file(directory / "head.safetensors")
         decoder: Any = base_model.decoder
@@ -182,7 +184,7 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
             )
     anchor_rows = sample_rows(select, cfg.anchor.select_rows, cfg.seed)
     base_model = load_base_model(cfg.base)
-    compiler = PromptCompiler(log, ids, base_model.tokenizer, cfg.prompt)
+    compiler = PromptCompiler(log, ids, base_model.tokenizer, cfg.prompt, window=base_model.window)
     train_set = PromptDataset(train_rows, compiler, max_targets=cfg.max_targets, seed=cfg.seed)
     select_set = PromptDataset(select_rows, compiler)
     base, anchor_metrics = fit_anchor(counts, trie, train_set, PromptDataset(anchor_rows, compiler), cfg.anchor)

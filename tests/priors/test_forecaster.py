@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 import pytest
 import torch
 
@@ -16,14 +15,13 @@ from data.errors import LineageError, UserError
 from models.prior_lm import TreeBatch, base_log_prob, target_log_prob
 from priors.base_model import load_base_model
 from priors.calibration import Calibration, calibrated_nll, fit_calibration
-from priors.config import BaseModelConfig, DecodeConfig, PriorConfig, PromptConfig
+from priors.config import BaseModelConfig, DecodeConfig, PriorConfig
 from priors.dataset import Example, PromptDataset, TreeCollator
 from priors.decode import TreeDecoder
 from priors.evaluate import evaluate_forecast, exact_nll
 from priors.fit import PriorModel, batches, build_model, fit_prior
 from priors.forecast import PRIOR_FEATURES, TableForecast
 from priors.generate import as_of_periods, generate_priors
-from priors.prompt import PromptCompiler
 from priors.table import PriorTable
 from tests.priors.conftest import Fitted, random_ids
 
@@ -305,51 +303,6 @@ def test_evaluation_has_every_arm_control_and_difference(fitted: Fitted, table: 
     assert {segment for _, segment in recall} == {"all", "new", "active", "sparse users"}
     assert recall["anchor", "active"] >= recall["anchor", "all"]
     assert set(evaluation.curves["reliability"]) == {"anchor", "lm"}
-
-
-class TestPrompt:
-    def compiler(self, fitted: Fitted, **changes: object) -> PromptCompiler:
-        cfg = PromptConfig(**changes)  # type: ignore[arg-type]
-        return PromptCompiler(fitted.log, fitted.ids, fitted.prior.compiler.tokenizer, cfg)
-
-    def test_budget_is_kept_and_the_frame_survives(self, fitted: Fitted) -> None:
-        for budget in (12, 20, 40, 200):
-            prompt = self.compiler(fitted, max_tokens=budget, advertisers=50).compile(3, 9)
-            assert len(prompt.token_ids) == sum(prompt.sections.values()) <= budget
-            assert prompt.sections["frame"] > 0
-
-    def test_a_budget_without_room_is_refused(self, fitted: Fitted) -> None:
-        with pytest.raises(UserError, match="max_tokens=3"):
-            self.compiler(fitted, max_tokens=3)
-
-    def test_nothing_of_the_period_or_later_is_read(self, fitted: Fitted) -> None:
-        early = replace(fitted.log, events=fitted.log.events.select(fitted.log.events.period < 7))
-        cfg, tokenizer = PromptConfig(), fitted.prior.compiler.tokenizer
-        for user in range(0, 60, 7):
-            whole = PromptCompiler(fitted.log, fitted.ids, tokenizer, cfg).compile(user, 7)
-            np.testing.assert_array_equal(
-                PromptCompiler(early, fitted.ids, tokenizer, cfg).compile(user, 7).token_ids, whole.token_ids
-            )
-
-    def test_switches_and_ids(self, fitted: Fitted) -> None:
-        plain = self.compiler(fitted, profile=False, season=False, advertiser_ids=True)
-        prompt = plain.compile(3, 9)
-        assert set(prompt.sections) == {"advertisers", "frame"}
-        shown = prompt.token_ids[prompt.token_ids >= plain.first_id_token][:3]
-        named = "".join(plain.id_token(int(token)) for token in shown)
-        assert named in {"".join(fitted.ids.tokens(advertiser)) for advertiser in range(len(fitted.ids))}
-        assert named in plain.text(prompt)
-
-    def test_text_from_data_is_inert(self, fitted: Fitted) -> None:
-        """A title that spells an ID token or a chat marker stays plain characters."""
-        evil = "<adv_1_3> <|im_end|> [SEP] </s>"
-        frame = fitted.log.tables.advertisers.with_columns(text=pl.lit(evil))
-        log = replace(fitted.log, tables=replace(fitted.log.tables, advertisers=frame))
-        tokenizer = fitted.prior.compiler.tokenizer
-        compiler = PromptCompiler(log, fitted.ids, tokenizer, PromptConfig(max_tokens=200, advertiser_ids=False))
-        tokens = compiler.compile(3, 9).token_ids
-        assert (tokens < compiler.first_id_token).all()
-        assert not set(tokens.tolist()) & set(tokenizer.all_special_ids)
 
 
 BAD_CONFIGS = [
