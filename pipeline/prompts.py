@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 import numpy as np
+import transformers
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -98,6 +98,7 @@ def prompt_of(run: Path, user: str, as_of: str, overrides: Sequence[str] = ()) -
     log = load_log(run / DATA, config.data, evaluate=config.evaluate)
     index, period = user_of(log, user), period_of(log, as_of)
     ids = AdvertiserIds.load(ids_directory(run))
+    transformers.utils.logging.disable_progress_bar()
     base_model = load_base_model(config.prior.base)
     cfg = config.prior.prompt
     compiler = PromptCompiler(log, ids, base_model.tokenizer, cfg, window=base_model.window)
@@ -131,11 +132,9 @@ def user_of(log: Log, user: str) -> int:
     names = log.user_ids.astype(str)
     found = np.flatnonzero(names == user)
     if not len(found):
-        near = difflib.get_close_matches(user, names.tolist(), n=_EXAMPLES)
-        some = list(dict.fromkeys([*near, *names.tolist()]))[:_EXAMPLES]
         raise UserError(
             f"--user {user}",
-            expected=f"the id of one of the {len(names)} users of the run, e.g. {', '.join(some)}",
+            expected=f"the id of one of the {len(names)} users of the run, e.g. {', '.join(names[:_EXAMPLES])}",
             action="give one of these ids",
         )
     return int(found[0])

@@ -30,8 +30,9 @@ class InertTokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        meaning = {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids}
-        self._forbidden = meaning - {tokenizer.unk_token_id}
+        unknown = tokenizer.unk_token_id
+        self._forbidden = {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids} - {unknown}
+        self._unknown: tuple[int, str] | None = None if unknown is None else (unknown, str(tokenizer.unk_token))
         self._known: dict[str, list[int]] = {}
 
     def __call__(self, text: str) -> list[int]:
@@ -47,21 +48,27 @@ class InertTokenizer:
 
     def _encode(self, text: str) -> list[int]:
         tokens: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        if self._forbidden.isdisjoint(tokens):
+        if not self._means_something(text, tokens):
             return tokens
         if len(text) == 1:
             return []
         half = len(text) // 2
         return self._encode(text[:half]) + self._encode(text[half:])
 
+    def _means_something(self, text: str, tokens: list[int]) -> bool:
+        """Whether there is an added token; the one for unknown characters may come of them, but not of its name."""
+        if self._unknown is not None and self._unknown[1] in text and self._unknown[0] in tokens:
+            return True
+        return not self._forbidden.isdisjoint(tokens)
+
     def shortened(self, text: str, n: int) -> str:
-        """The first words of a text, or of a long word the first characters, that take at most ``n`` tokens."""
-        words = text.split(" ")
+        """A beginning of a text that takes at most ``n`` tokens: whole words, or of one too long some characters."""
+        words = text.split(" ")[:n]  # a word takes a token at least
         while len(words) > 1 and len(self._encode(" ".join(words))) > n:
             words.pop()
         short = " ".join(words)
         while len(self._encode(short)) > n:
-            short = short[:-1]
+            short = short[: len(short) // 2]
         return short
 
 

@@ -41,7 +41,7 @@ def bpe() -> PreTrainedTokenizerFast:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     words = ["Bought: yogurt, cheese x12 1w; soft drinks", "<|im_start|>assistant", "<adv_1_17> im_end endoftext"] * 9
     tokenizer.train_from_iterator(words, BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL[2])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=SPECIAL[2])
     fast.add_special_tokens({"additional_special_tokens": list(SPECIAL[:2])})
     fast.add_tokens([AddedToken(name, special=False, normalized=False) for name in ADDED[3:]])
     return fast
@@ -276,6 +276,13 @@ def test_any_text_becomes_plain_characters(bpe: PreTrainedTokenizerFast, said: s
     tokens = InertTokenizer(bpe)(said)
     assert set(tokens).isdisjoint(bpe.get_added_vocab().values())
     assert bpe.decode(tokens, clean_up_tokenization_spaces=False) == said
+
+
+def test_a_character_that_the_tokenizer_does_not_know_is_not_taken_for_its_token(fitted: Fitted) -> None:
+    encode = InertTokenizer(fitted.prior.compiler.tokenizer)
+    assert encode.tokenizer.unk_token_id in encode("\U0001f9ff")
+    for name in encode.tokenizer.all_special_tokens:
+        assert set(encode(f"soap {name} soap")).isdisjoint(encode.tokenizer.all_special_ids)
 
 
 @settings(max_examples=100, deadline=None)
