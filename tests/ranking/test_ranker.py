@@ -15,6 +15,7 @@ import ranking.ranker as ranker_module
 from data.artifacts import Manifest
 from data.errors import LineageError, UserError
 from models.dlrm import DLRMConfig
+from ranking.config import MODELS
 from ranking.features import FeatureBuilder
 from ranking.metrics import Sample, evaluate
 from ranking.rank import rank
@@ -76,7 +77,7 @@ def test_a_finished_ranker_is_not_trained_again_and_a_changed_one_is(
     monkeypatch.setattr(ranker_module, "fit", no_training)
     quiet = replace(CFG, draws=7, trainer=replace(CFG.trainer, progress_bar=True))
     train_ranker(spans, tastes(spans.log), seed=0, cfg=quiet, directory=directory)
-    for change in ({"learning_rate": 1e-4}, {"model": DLRMConfig(embedding_dim=2)}):
+    for change in ({"learning_rate": 1e-4}, {"dlrm": DLRMConfig(embedding_dim=2)}, {"model": "logistic"}):
         with pytest.raises(AssertionError, match="trained again"):
             train_ranker(spans, tastes(spans.log), seed=0, cfg=replace(CFG, **change), directory=directory)
     with pytest.raises(AssertionError, match="trained again"):
@@ -185,3 +186,15 @@ def test_features_of_another_config_are_refused(spans: RankerSpans, trained: tup
     other = FeatureBuilder(spans.log, spans.builder.ids, replace(CFG.features, history_length=5))
     with pytest.raises(LineageError, match="another config"):
         rank(trained[0], other, None, np.array([0]), user=0, market=0, period=10)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_is_trained_saved_and_loaded_by_a_config_swap(
+    spans: RankerSpans, tmp_path: Path, model: str
+) -> None:
+    cfg = tiny_ranker(model=model, trainer=replace(CFG.trainer, max_epochs=1))
+    ranker = train_ranker(spans, tastes(spans.log), seed=0, cfg=cfg, directory=tmp_path / "lm-0")
+    again = Ranker.load(tmp_path / "lm-0")
+    assert again.model == model
+    features = spans.evaluation.with_prior(tastes(spans.log))
+    np.testing.assert_array_equal(again.probabilities(features), ranker.probabilities(features))
