@@ -9,6 +9,7 @@ from models.dcn_v2 import DCNv2Config
 from models.deepfm import DeepFMConfig
 from models.dlrm import DLRMConfig
 from models.training import TrainerConfig
+from ranking.prior import GROUPS
 
 MODELS = ("dlrm", "dcn_v2", "deepfm", "logistic")
 
@@ -20,6 +21,7 @@ class FeatureConfig:
     Attributes:
         sparse: names in ``ranking.features.SPARSE``, each an embedded id or bag of ids.
         dense: names in ``ranking.features.DENSE``, each a group of numbers.
+        prior: names in ``ranking.prior.GROUPS``, each a group of numbers that a forecast gives.
         ad_columns: categorical columns of the ads table that are embedded and counted in ``own_columns``, out of
             those that ``data.ad_columns`` opens; None takes all of them.
         min_count: an id with fewer training rows shares the row of unseen ids.
@@ -51,11 +53,30 @@ class FeatureConfig:
             "activity",
         ]
     )
+    prior: list[str] = field(default_factory=lambda: list(GROUPS))
     ad_columns: list[str] | None = None
     min_count: int = 5
     history_length: int = 10
     recent_periods: int = 8
     clip: float = 8.0
+
+
+@dataclass
+class AblationConfig:
+    """What `adsid ablate ranker` trains beside the arms of the ranker stage.
+
+    Attributes:
+        groups: the LM's arm without each group of ``features.prior``, and with it alone.
+        models: other models, in three arms each; the ranker's own model is left out.
+    """
+
+    groups: bool = True
+    models: list[str] = field(default_factory=lambda: list(MODELS))
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.models if name not in MODELS]
+        if unknown:
+            raise _out_of_range("ablation.models", unknown, f"some of {', '.join(MODELS)}")
 
 
 @dataclass
@@ -74,6 +95,7 @@ class RankerConfig:
         seeds: one ranker is trained for each arm and seed.
         shuffled_control: also train on another user's forecast, which must show no gain.
         draws: bootstrap draws over users.
+        ablation: what more `adsid ablate ranker` compares; the ranker stage does not look at it.
     """
 
     model: str = "dlrm"
@@ -89,6 +111,7 @@ class RankerConfig:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     shuffled_control: bool = True
     draws: int = 300
+    ablation: AblationConfig = field(default_factory=AblationConfig)
 
     def __post_init__(self) -> None:
         errors = []

@@ -217,7 +217,7 @@ def train_ranker(
         UserError: the training rows are of one class, or the features cannot be used.
     """
     started = time.monotonic()
-    fit_features, stop_features = (part.with_prior(forecast) for part in (spans.fit, spans.stop))
+    fit_features, stop_features = (part.with_prior(forecast, cfg.features.prior) for part in (spans.fit, spans.stop))
     spec = FeatureSpec.fit(fit_features, cfg.features, semantic_ids=spans.builder.ids.version)
     data = RankerData(spec.apply(fit_features), spec.apply(stop_features), batch_size=cfg.batch_size, seed=seed)
     key = _key(data, spec, seed, cfg)

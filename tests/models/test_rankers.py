@@ -34,7 +34,7 @@ RANKERS: dict[str, Build] = {
 every_ranker = pytest.mark.parametrize("build", RANKERS.values(), ids=RANKERS.keys())
 
 
-def inputs(rows: int, n_dense: int) -> tuple[Tensor, object]:
+def inputs(rows: int, n_dense: int) -> tuple[Tensor, KeyedJaggedTensor]:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(rows, n_dense, generator=generator), random_sparse(rows, generator)
 
@@ -74,7 +74,7 @@ def test_every_weight_learns_and_is_in_one_group(build: Build) -> None:
         build(TABLES, n_dense=3), learning_rate=0.05, embedding_learning_rate=0.05, weight_decay=0.0
     )
     dense_BN, sparse = inputs(128, 3)
-    batch = RankerBatch(dense_BN, sparse, (dense_BN[:, 0] > 0).float(), torch.ones(128))  # type: ignore[arg-type]
+    batch = RankerBatch(dense_BN, sparse, (dense_BN[:, 0] > 0).float(), torch.ones(128))
     groups = module.parameter_groups()
     assert sum(len(group["params"]) for group in groups) == len(list(module.ranker.parameters()))
     optimizer = torch.optim.AdamW(groups)
