@@ -20,12 +20,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import comb
 
-import torch
 from torch import Tensor, nn
 from torchrec.models.dlrm import DenseArch, InteractionArch, OverArch, SparseArch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from models.pointwise import SparseTable, embedding_bags
+from models.pointwise import SparseTable, check_sizes, embedding_bags, start_at_
 
 
 @dataclass
@@ -57,6 +56,7 @@ class DLRM(nn.Module):
         ValueError: a size is not positive, or the base rate is no probability strictly inside (0, 1).
 
     Example:
+        >>> import torch
         >>> ranker = DLRM(
         ...     [SparseTable("ad", 100, ("ad",)), SparseTable("advertiser", 20, ("advertiser", "history"))],
         ...     n_dense=3,
@@ -73,19 +73,14 @@ class DLRM(nn.Module):
 
     def __init__(self, tables: Sequence[SparseTable], *, n_dense: int, cfg: DLRMConfig, base_rate: float = 0.5) -> None:
         super().__init__()
-        sizes = [cfg.embedding_dim, n_dense, *cfg.dense_layers, *cfg.over_layers]
-        if min(sizes) < 1 or not cfg.over_layers:
-            raise ValueError(f"{cfg} with {n_dense} dense features: expected positive sizes and an over layer")
-        if not 0.0 < base_rate < 1.0:
-            raise ValueError(f"base rate {base_rate}: expected a probability strictly inside (0, 1)")
+        check_sizes(cfg, [cfg.embedding_dim, *cfg.dense_layers, *(cfg.over_layers or [0])], n_dense=n_dense)
         self.sparse_arch = SparseArch(embedding_bags(tables, cfg.embedding_dim))
         n_sparse = self.sparse_arch.F
         self.dense_arch = DenseArch(n_dense, [*cfg.dense_layers, cfg.embedding_dim])
         self.inter_arch = InteractionArch(n_sparse)
         interactions = cfg.embedding_dim + n_sparse + comb(n_sparse, 2)
         self.over_arch = OverArch(interactions, [*cfg.over_layers, 1])
-        with torch.no_grad():
-            self.over_arch.model[-1].bias.fill_(torch.logit(torch.tensor(base_rate)))
+        start_at_(self.over_arch.model[-1].bias, base_rate)
 
     def forward(self, dense_BN: Tensor, sparse: KeyedJaggedTensor) -> Tensor:
         """Logits of a batch.

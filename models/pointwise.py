@@ -115,6 +115,32 @@ def embedding_bags(tables: Sequence[SparseTable], dim: int) -> EmbeddingBagColle
     )
 
 
+def check_sizes(cfg: object, sizes: Sequence[int], *, n_dense: int) -> None:
+    """Refuses a ranker with a layer of no width or without dense features.
+
+    Raises:
+        ValueError: a size is not positive.
+    """
+    if min([n_dense, *sizes]) < 1:
+        raise ValueError(f"{cfg} with {n_dense} dense features: expected positive sizes")
+
+
+def start_at_(bias_1: nn.Parameter, base_rate: float) -> None:
+    """Sets the last layer's bias so that an untrained ranker predicts about the base rate.
+
+    Args:
+        bias_1: bias of the layer that gives the logit.
+        base_rate: share of rows that convert; no step is spent on learning the mean.
+
+    Raises:
+        ValueError: the base rate is no probability strictly inside (0, 1).
+    """
+    if not 0.0 < base_rate < 1.0:
+        raise ValueError(f"base rate {base_rate}: expected a probability strictly inside (0, 1)")
+    with torch.no_grad():
+        bias_1.fill_(torch.logit(torch.tensor(base_rate)))
+
+
 def _uniform_but_row_0(weight_RD: Tensor) -> None:
     bound = len(weight_RD) ** -0.5
     with torch.no_grad():

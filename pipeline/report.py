@@ -232,8 +232,8 @@ def render_html(rows: Sequence[Row], *, run: RunInfo, example: UserExample | Non
         mark=figures.outcome_mark,
         run=run,
         notes=DATASET_NOTES.get(run["dataset"], ()),
-        sections={name: _section(by_section[name]) for name in ("forecast", "retrieval", "ranking")},
-        calibration=_section(calibration),
+        sections={name: measures(by_section[name]) for name in ("forecast", "retrieval", "ranking")},
+        calibration=measures(calibration),
         lists={name: _list_table(by_section[name]) for name in ("semantic_ids", "data", "cost")},
         unplaced=_list_table([row for row in rows if row.section not in SECTIONS]),
         plots=_plots(curves),
@@ -260,7 +260,8 @@ def _by_measure(found: Sequence[verdict.Finding], section: str) -> list[list[ver
     return [own[start : start + size] for start in range(0, len(own), size)]
 
 
-def _section(rows: Sequence[Row]) -> Section | None:
+def measures(rows: Sequence[Row]) -> Section | None:
+    """Figures and differences of one section, as tables and forest plots; None where there are none."""
     if not rows:
         return None
     levels = [row for row in rows if DIFFERENCE not in row.arm]

@@ -8,11 +8,12 @@ import transformers
 from rich.console import Console
 
 from data.errors import UserError
+from data.statistics import Row
 from pipeline import config as configuration
 from pipeline.config import AdsidConfig
 from pipeline.console import ConsoleObserver
 from pipeline.engine import Outcome, Run
-from pipeline.stages import stages
+from pipeline.stages import ablations, read_rows, stages
 
 CONFIG_FILE = "config.yaml"
 REPORT = Path("report") / "report.html"
@@ -44,6 +45,26 @@ def run_stages(config: AdsidConfig, *, console: Console, only: str | None = None
     if all(outcome.status == "skipped" for outcome in outcomes):
         console.print("everything is up to date, nothing was done")
     return outcomes
+
+
+def run_ablation(config: AdsidConfig, name: str, *, console: Console) -> tuple[list[Row], Path]:
+    """Bring one ablation of a run directory up to date.
+
+    Args:
+        config: of the run whose artifacts it reads.
+        name: of the ablation's stage.
+        console: told what happens.
+
+    Returns:
+        Its figures, and the directory that holds them.
+
+    Raises:
+        UserError: a stage that it reads is not finished, or a mistake in the configuration.
+    """
+    directory = configuration.run_directory(config)
+    run = Run(directory, [*stages(), *ablations()], config, observer=ConsoleObserver(console))
+    run.execute_one(name)
+    return read_rows(directory / name), directory / name
 
 
 def report_again(directory: Path, *, console: Console) -> Path:

@@ -20,23 +20,26 @@ from numpy.typing import NDArray
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
-from data.artifacts import Manifest, fingerprint, to_plain
+from data.artifacts import Manifest, fingerprint, make_directory, to_plain
 from data.log import Log, load_log
 from data.prepare import prepare
 from data.statistics import Row
+from data.truth import TRUTH, Truth
 from data.writer import untracked
 from pipeline.config import AdsidConfig
 from pipeline.console import progress_bars
 from pipeline.engine import Context, Stage
 from pipeline.example import user_example
+from pipeline.ranker_ablation import write_ablation
 from pipeline.report import Curves, RunInfo, write_report
 from priors.evaluate import evaluate_forecast
 from priors.fit import PriorModel, fit_prior
 from priors.forecast import Forecast, TableForecast
 from priors.generate import generate_priors
 from priors.table import PriorTable
-from ranking.ablation import run_ablation
+from ranking.ablation import ORACLE, TRUE_CHANCE, compare, grid, predictions_of, run_ablation
 from ranking.features import FeatureBuilder
+from ranking.oracle import OracleForecast, true_chance
 from ranking.ranker import Ranker, RankerSpans
 from retrieval.evaluate import Retriever, evaluate_retrieval
 from retrieval.two_tower import TrainedTwoTower, train_two_tower
@@ -111,12 +114,13 @@ def stages() -> list[Stage[AdsidConfig]]:
             ("data", "semantic_ids", "prior", "forecasts"),
             lambda cfg: {
                 "data": cfg.data,
-                "ranker": cfg.ranker,
+                "ranker": {key: value for key, value in to_plain(cfg.ranker).items() if key != "ablation"},
                 "panel": [cfg.prior.panel, cfg.prior.seed],
                 "evaluate": cfg.evaluate,
             },
             make_ranker,
             ("auc", "rankers"),
+            version=2,
         ),
         Stage(
             "report",
@@ -125,6 +129,24 @@ def stages() -> list[Stage[AdsidConfig]]:
             make_report,
             ("rows",),
         ),
+    ]
+
+
+def ablations() -> list[Stage[AdsidConfig]]:
+    """Stages that no run needs: each is asked for by name, after the stages it reads."""
+    return [
+        Stage(
+            "ranker_ablation",
+            ("data", "semantic_ids", "prior", "forecasts"),
+            lambda cfg: {
+                "data": cfg.data,
+                "ranker": cfg.ranker,
+                "panel": [cfg.prior.panel, cfg.prior.seed],
+                "evaluate": cfg.evaluate,
+            },
+            make_ranker_ablation,
+            ("rankers",),
+        )
     ]
 
 
@@ -207,11 +229,41 @@ def make_ranker(context: Work) -> dict[str, Any]:
     return {"auc": auc, "rankers": len(list((context.output / RANKERS).iterdir()))}
 
 
+def make_ranker_ablation(context: Work) -> dict[str, Any]:
+    """Arms, groups of prior features and models, each with every seed, as a page and as figures.
+
+    The rankers stay beside the stage's own work directory, so that one more seed or model costs itself alone.
+    """
+    cfg, log, ids, forecasts = context.config.ranker, _log(context), _ids(context), dict(_forecasts(context))
+    builder = FeatureBuilder(log, ids, cfg.features)
+    spans = RankerSpans.of(builder, _panel(context), evaluation=context.config.evaluate)
+    truth = None
+    if (context.inputs["data"] / TRUTH).exists():
+        truth = Truth.load(context.inputs["data"] / TRUTH)
+        top = context.config.prior.decode.beam
+        forecasts[ORACLE] = OracleForecast(truth, log, ids, anchor=forecasts["anchor"], top=top)  # type: ignore[arg-type]
+    variants, pairs = grid(spans, forecasts, cfg)
+    rankers = context.work.parent / "ranker_ablation_rankers"
+    make_directory(rankers)
+    bars = cfg.trainer.progress_bar
+    with (progress_bars(Console()) if bars else untracked)("rankers", len(variants) * len(cfg.seeds)) as advance:
+        predictions = {}
+        for variant in variants:
+            predictions[variant.name] = predictions_of(variant, spans, cfg.seeds, rankers)
+            advance(len(cfg.seeds))
+    if truth is not None:
+        predictions[TRUE_CHANCE] = [true_chance(truth, log, spans.evaluation.rows)] * len(cfg.seeds)
+    rows = compare(spans, predictions, cfg, pairs=pairs)
+    _write_rows(context.output, rows)
+    write_ablation(rows, context.config, context.output)
+    return {"rankers": len(variants) * len(cfg.seeds)}
+
+
 def make_report(context: Work) -> dict[str, Any]:
     """``report.html`` and ``report.json`` of everything before."""
     cfg, log = context.config, _log(context)
     manifests = {name: Manifest.read(directory) for name, directory in context.inputs.items()}
-    rows = [*_data_rows(log), *(row for directory in context.inputs.values() for row in _read_rows(directory))]
+    rows = [*_data_rows(log), *(row for directory in context.inputs.values() for row in read_rows(directory))]
     prior, retrieval = manifests["prior"].metrics, _read_facts(context.inputs["retrieval"])
     curves: Curves = {
         "learning": _learning(prior, cfg),
@@ -354,7 +406,8 @@ def _write_rows(directory: Path, rows: Sequence[Row]) -> None:
     (directory / ROWS).write_text(text + "\n", encoding="utf-8")
 
 
-def _read_rows(directory: Path) -> list[Row]:
+def read_rows(directory: Path) -> list[Row]:
+    """Figures that a stage left in its directory; none where it left none."""
     path = directory / ROWS
     if not path.exists():
         return []

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from priors.anchor import TunedAnchor, path_log_probs
 from priors.table import PriorTable
+from semantic_ids.trie import Trie
 
 PRIOR_FEATURES = (
     "prior_log_prob",
@@ -28,6 +29,12 @@ PRIOR_FEATURES = (
     "prior_age",
     "prior_missing",
 )
+"""What every forecast says of a user, a period and an advertiser; `prefix_feature` names those of longer prefixes."""
+
+
+def prefix_feature(depth: int) -> str:
+    """Name of the log-probability of an advertiser's prefix of so many codes, from 1 to one less than an ID has."""
+    return "prior_prefix_log_prob" if depth == 1 else f"prior_prefix_{depth}_log_prob"
 
 
 class Forecast(Protocol):
@@ -43,7 +50,8 @@ class Forecast(Protocol):
     def features(
         self, user_N: NDArray[np.integer], period_N: NDArray[np.integer], advertiser_N: NDArray[np.integer]
     ) -> dict[str, NDArray[np.float32]]:
-        """:data:`PRIOR_FEATURES` of each row, ``(N,)`` each; an advertiser of -1 has none."""
+        """:data:`PRIOR_FEATURES` and every :func:`prefix_feature` of each row, ``(N,)`` each; an advertiser of -1
+        has none."""
 
 
 class TableForecast:
@@ -98,7 +106,8 @@ class TableForecast:
         pairs, inverse = np.unique(np.stack([user_N, period_N]), axis=1, return_inverse=True)
         inverse = inverse.reshape(-1)
         row_P = self.table.find(*pairs)
-        values = {name: np.zeros(len(user_N), dtype=np.float32) for name in PRIOR_FEATURES}
+        names = (*PRIOR_FEATURES, *(prefix_feature(depth) for depth in range(2, self.base.trie.n_levels)))
+        values = {name: np.zeros(len(user_N), dtype=np.float32) for name in names}
         has = advertiser_N >= 0
         for start in range(0, pairs.shape[1], 256):
             part = slice(start, min(start + 256, pairs.shape[1]))
@@ -112,19 +121,10 @@ class TableForecast:
                 else pairs[1, part]
             )
             anchor = dense if self.arm == "anchor" else self.base.log_probs(pairs[0, part], as_of)
-            rank = np.empty(dense.shape, dtype=np.int64)
-            np.put_along_axis(rank, np.argsort(-dense, axis=1, kind="stable"), np.arange(dense.shape[1])[None], axis=1)
             top = self.table.advertiser_RK.shape[1]
-            prefix = self.base.trie.node_mass(np.exp(dense), 1)
-            node = self.base.trie.path_AL[advertiser, 0]
-            covered = np.where(rank < top, np.exp(dense), 0.0).sum(1)
-            values["prior_log_prob"][rows] = dense[local, advertiser]
-            values["prior_lift"][rows] = dense[local, advertiser] - anchor[local, advertiser]
-            values["prior_rank"][rows] = np.log1p(rank[local, advertiser])
-            values["prior_in_beam"][rows] = rank[local, advertiser] < top
-            values["prior_prefix_log_prob"][rows] = np.log(prefix[local, node])
-            values["prior_entropy"][rows] = -(np.exp(dense) * dense).sum(1)[local]
-            values["prior_mass"][rows] = covered[local]
+            said = distribution_features(dense, anchor, self.base.trie, top=top, row_N=local, advertiser_N=advertiser)
+            for name, column in said.items():
+                values[name][rows] = column
             values["prior_age"][rows] = (pairs[1, part] - as_of)[local]
             values["prior_missing"][rows] = ~found[local]
         values["prior_missing"][~has] = 1.0
@@ -137,6 +137,48 @@ class TableForecast:
             for index in np.flatnonzero(row >= 0):
                 leaf_BA[index] = complete_distribution(self.table, int(row[index]), leaf_BA[index], self.base)
         return leaf_BA[:, trie.advertiser_leaf].astype(np.float32)
+
+
+def distribution_features(
+    log_prob_BA: NDArray[np.float64],
+    anchor_BA: NDArray[np.float64],
+    trie: Trie,
+    *,
+    top: int,
+    row_N: NDArray[np.integer],
+    advertiser_N: NDArray[np.integer],
+) -> dict[str, NDArray[np.float64]]:
+    """What whole distributions say of single advertisers: the prior features but for age and missing.
+
+    Args:
+        log_prob_BA: log-probability of every advertiser.
+        anchor_BA: what the lift is against.
+        trie: of the semantic IDs.
+        top: advertisers that a forecast names; the mass covered is theirs.
+        row_N: distribution that each row asks.
+        advertiser_N: advertiser that it asks for.
+
+    Returns:
+        Features of each row, ``(N,)`` each.
+    """
+    rank_BA = np.empty(log_prob_BA.shape, dtype=np.int64)
+    order_BA = np.argsort(-log_prob_BA, axis=1, kind="stable")
+    np.put_along_axis(rank_BA, order_BA, np.arange(log_prob_BA.shape[1])[None], axis=1)
+    prob_BA = np.exp(log_prob_BA)
+    rank_N = rank_BA[row_N, advertiser_N]
+    prefixes = {
+        prefix_feature(depth): np.log(trie.node_mass(prob_BA, depth)[row_N, trie.path_AL[advertiser_N, depth - 1]])
+        for depth in range(1, trie.n_levels)
+    }
+    return {
+        "prior_log_prob": log_prob_BA[row_N, advertiser_N],
+        "prior_lift": (log_prob_BA - anchor_BA)[row_N, advertiser_N],
+        "prior_rank": np.log1p(rank_N),
+        "prior_in_beam": (rank_N < top).astype(np.float64),
+        "prior_entropy": -(prob_BA * log_prob_BA).sum(1)[row_N],
+        "prior_mass": np.where(rank_BA < top, prob_BA, 0.0).sum(1)[row_N],
+        **prefixes,
+    }
 
 
 def complete_distribution(

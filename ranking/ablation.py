@@ -1,11 +1,16 @@
-"""What a forecast adds to the ranker: arms x seeds, the same rows, the same draws of users.
+"""What a forecast adds to the ranker: variants x seeds, the same rows, the same draws of users.
 
-An arm is a forecast: ``none``, ``anchor``, ``lm``, and as a control ``shuffled prior``, the LM's forecast of
-*another* user, which must show no gain. Arms differ in nothing else: rows, features, shapes, initial
-weights and order of the batches are those of the seed.
+A variant is a forecast and a ranker's config. The *arms* differ in the forecast alone: ``none``, ``anchor``, ``lm``,
+as a control ``shuffled prior``, the LM's forecast of *another* user, which must show no gain, and on simulated data
+the ``oracle``. Rows, features, shapes, initial weights and order of the batches are those of the seed. Beside the
+arms, a grid takes away or leaves alone one group of prior features at a time, and swaps the model:
 
-The figure of an arm is the mean over its seeds of the figure of one ranker. A bootstrap draw draws users and,
-where there are several, seeds, the same ones for all arms; the difference of two arms is taken draw by draw. So
+    arms      none, anchor, lm, shuffled prior, oracle
+    groups    lm, without <group>      lm, only <group>
+    models    <model>, none            <model>, anchor            <model>, lm
+
+The figure of a variant is the mean over its seeds of the figure of one ranker. A bootstrap draw draws users and,
+where there are several, seeds, the same ones for all variants; the difference of two is taken draw by draw. So
 an interval tells how far other users and other training runs would have moved the figure.
 
 Shapes: N rows, D bootstrap draws (draw 0 is the data as it is), S seeds, U users.
@@ -13,23 +18,56 @@ Shapes: N rows, D bootstrap draws (draw 0 is the data as it is), S seeds, U user
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data.artifacts import fingerprint
 from data.statistics import Row
 from priors.forecast import Forecast
 from ranking.config import RankerConfig
 from ranking.metrics import METRICS, Sample, evaluate, interval
+from ranking.prior import GROUPS
 from ranking.ranker import RankerSpans, train_ranker
 
-SHUFFLED = "shuffled prior"
-DIFFERENCES = (("lm", "anchor"), ("lm", "none"), ("anchor", "none"), ("lm", SHUFFLED), (SHUFFLED, "none"))
+SHUFFLED, ORACLE, TRUE_CHANCE = "shuffled prior", "oracle", "true chance"
+DIFFERENCES = (
+    ("lm", "anchor"),
+    ("lm", "none"),
+    ("anchor", "none"),
+    ("lm", SHUFFLED),
+    (SHUFFLED, "none"),
+    (ORACLE, "none"),
+    (ORACLE, "lm"),
+    (TRUE_CHANCE, "lm"),
+)
 """Pairs of arms that are compared where both were trained."""
 SPARSE_SHARE = 1 / 3
 """Users in the lowest third by purchases are the segment of sparse users, as for the forecast."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train a ranker.
+
+    Attributes:
+        name: of its figures.
+        forecast: that its prior features are of; None leaves them unknown.
+        cfg: model, features and training.
+    """
+
+    name: str
+    forecast: Forecast | None
+    cfg: RankerConfig
+
+    @property
+    def slug(self) -> str:
+        """The name as part of a path."""
+        return re.sub(r"[^a-z0-9_]+", "_", self.name)
 
 
 class ShuffledForecast:
@@ -79,12 +117,123 @@ class ShuffledForecast:
         return self._other_U[place]
 
 
+class RememberedForecast:
+    """A forecast whose prior features are asked for once a set of rows: many variants read the same ones.
+
+    Args:
+        forecast: whose answers are kept.
+    """
+
+    def __init__(self, forecast: Forecast) -> None:
+        self.forecast = forecast
+        self._features: dict[str, dict[str, NDArray[np.float32]]] = {}
+
+    @property
+    def n_advertisers(self) -> int:
+        """Advertisers of the forecast."""
+        return self.forecast.n_advertisers
+
+    def log_probs(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> NDArray[np.float32]:
+        """Log-probabilities of the forecast, ``(B, A)``."""
+        return self.forecast.log_probs(user_B, period_B)
+
+    def features(
+        self, user_N: NDArray[np.integer], period_N: NDArray[np.integer], advertiser_N: NDArray[np.integer]
+    ) -> dict[str, NDArray[np.float32]]:
+        """Prior features of the forecast, ``(N,)`` each."""
+        key = fingerprint([user_N, period_N, advertiser_N])
+        if key not in self._features:
+            self._features[key] = self.forecast.features(user_N, period_N, advertiser_N)
+        return self._features[key]
+
+
+def arms(spans: RankerSpans, forecasts: Mapping[str, Forecast | None], cfg: RankerConfig) -> list[Variant]:
+    """The variants that differ in the forecast alone, the shuffled control among them.
+
+    Args:
+        spans: features of the log.
+        forecasts: forecast of each arm, None for ``none``.
+        cfg: ranker, and whether there is a control.
+    """
+    remembered = {
+        arm: None if forecast is None else RememberedForecast(forecast) for arm, forecast in forecasts.items()
+    }
+    lm = remembered.get("lm")
+    if cfg.shuffled_control and lm is not None:
+        everybody = np.concatenate([part.rows.user for part in (spans.fit, spans.stop, spans.evaluation)])
+        remembered[SHUFFLED] = RememberedForecast(ShuffledForecast(lm, everybody))
+    return [Variant(arm, forecast, cfg) for arm, forecast in remembered.items()]
+
+
+def grid(
+    spans: RankerSpans, forecasts: Mapping[str, Forecast | None], cfg: RankerConfig
+) -> tuple[list[Variant], list[tuple[str, str]]]:
+    """All that ``cfg.ablation`` asks for.
+
+    Args:
+        spans: features of the log.
+        forecasts: forecast of each arm, None for ``none``; with ``none`` and ``lm`` among them.
+        cfg: ranker, seeds, and what to compare.
+
+    Returns:
+        The variants, and the pairs whose difference is taken.
+    """
+    of_arms, pairs = arms(spans, forecasts, cfg), list(DIFFERENCES)
+    variants = list(of_arms)
+    if cfg.ablation.groups:
+        lm = next(variant for variant in of_arms if variant.name == "lm")
+        of_groups, more = group_variants(lm)
+        variants, pairs = [*variants, *of_groups], [*pairs, *more]
+    others = {model: replace(cfg, model=model) for model in cfg.ablation.models if model != cfg.model}
+    of_models, more = model_variants(of_arms, others)
+    return [*variants, *of_models], [*pairs, *more]
+
+
+def group_variants(lm: Variant) -> tuple[list[Variant], list[tuple[str, str]]]:
+    """The LM's arm without each of its groups of prior features, and with it alone.
+
+    Returns:
+        The variants, and the pairs to be compared: what a group adds to the others, and by itself to none.
+    """
+    given = [group for group in GROUPS if group in lm.cfg.features.prior]
+    variants, pairs = [], []
+    for group in given if len(given) > 1 else []:
+        without, only = f"{lm.name}, without {group}", f"{lm.name}, only {group}"
+        variants += [
+            Variant(name, lm.forecast, replace(lm.cfg, features=replace(lm.cfg.features, prior=prior)))
+            for name, prior in ((without, [other for other in given if other != group]), (only, [group]))
+        ]
+        pairs += [(lm.name, without), (only, "none")]
+    return variants, pairs
+
+
+def model_variants(
+    arms: Sequence[Variant], models: Mapping[str, RankerConfig]
+) -> tuple[list[Variant], list[tuple[str, str]]]:
+    """The three arms of other models.
+
+    Args:
+        arms: of the first model.
+        models: config of each other model, by name.
+
+    Returns:
+        The variants, and the pairs to be compared: the arms within a model, and the models within an arm.
+    """
+    variants = [
+        Variant(f"{model}, {arm.name}", arm.forecast, cfg)
+        for model, cfg in models.items()
+        for arm in arms
+        if arm.name in ("none", "anchor", "lm")
+    ]
+    pairs = [(f"{model}, lm", f"{model}, {arm}") for model in models for arm in ("anchor", "none")]
+    pairs += [(f"{model}, {arm}", arm) for model in models for arm in ("none", "lm")]
+    return variants, pairs
+
+
 def run_ablation(
     spans: RankerSpans, forecasts: Mapping[str, Forecast | None], cfg: RankerConfig, work_dir: Path
 ) -> list[Row]:
     """Trains every arm with every seed and compares them.
-
-    Each ranker is an artifact of its own in ``work_dir``: what was finished before a crash is not trained again.
 
     Args:
         spans: features of the log.
@@ -98,31 +247,51 @@ def run_ablation(
     Raises:
         UserError: training rows of one class, or features that cannot be used.
     """
-    arms: dict[str, Forecast | None] = dict(forecasts)
-    if cfg.shuffled_control and arms.get("lm") is not None:
-        everybody = np.concatenate([part.rows.user for part in (spans.fit, spans.stop, spans.evaluation)])
-        arms[SHUFFLED] = ShuffledForecast(arms["lm"], everybody)  # type: ignore[arg-type]
-    predictions = {}
-    for arm, forecast in arms.items():
-        evaluation = spans.evaluation.with_prior(forecast)
-        predictions[arm] = [
-            train_ranker(
-                spans, forecast, seed=seed, cfg=cfg, directory=work_dir / f"{arm.replace(' ', '_')}-{seed}"
-            ).probabilities(evaluation)
-            for seed in cfg.seeds
-        ]
+    predictions = {
+        variant.name: predictions_of(variant, spans, cfg.seeds, work_dir) for variant in arms(spans, forecasts, cfg)
+    }
     return compare(spans, predictions, cfg)
 
 
+def predictions_of(
+    variant: Variant, spans: RankerSpans, seeds: Sequence[int], work_dir: Path
+) -> list[NDArray[np.float64]]:
+    """Probabilities of the evaluated rows by a variant's rankers, one array a seed.
+
+    Each ranker is an artifact of its own in ``work_dir``: what was finished before a crash is not trained again.
+
+    Args:
+        variant: forecast and config.
+        spans: features of the log.
+        seeds: one ranker each.
+        work_dir: where rankers go, ``<variant>-<seed>`` each.
+
+    Raises:
+        UserError: training rows of one class, or features that cannot be used.
+    """
+    evaluation = spans.evaluation.with_prior(variant.forecast, variant.cfg.features.prior)
+    return [
+        train_ranker(
+            spans, variant.forecast, seed=seed, cfg=variant.cfg, directory=work_dir / f"{variant.slug}-{seed}"
+        ).probabilities(evaluation)
+        for seed in seeds
+    ]
+
+
 def compare(
-    spans: RankerSpans, predictions: Mapping[str, Sequence[NDArray[np.float64]]], cfg: RankerConfig
+    spans: RankerSpans,
+    predictions: Mapping[str, Sequence[NDArray[np.float64]]],
+    cfg: RankerConfig,
+    *,
+    pairs: Sequence[tuple[str, str]] = DIFFERENCES,
 ) -> list[Row]:
-    """Every metric of every arm and of the `DIFFERENCES`.
+    """Every metric of every variant and of their differences.
 
     Args:
         spans: features of the log; the predictions are of ``spans.evaluation``.
-        predictions: of each arm one array of probabilities a seed.
+        predictions: of each variant one array of probabilities a seed.
         cfg: number of draws.
+        pairs: variants whose difference is taken, where both are given.
 
     Returns:
         Rows of section ``ranking``.
@@ -138,7 +307,7 @@ def compare(
             arm: _mean_over_seeds([evaluate(sample, probability_N[mask_N]) for probability_N in of_seeds])
             for arm, of_seeds in predictions.items()
         }
-        compared = {f"{a} - {b}": (a, b) for a, b in DIFFERENCES if a in figures and b in figures}
+        compared = {f"{a} - {b}": (a, b) for a, b in pairs if a in figures and b in figures}
         for metric in METRICS:
             levels = {arm: figures[arm][metric] for arm in figures}
             levels |= {name: figures[a][metric] - figures[b][metric] for name, (a, b) in compared.items()}

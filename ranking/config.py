@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from data.errors import UserError
+from models.dcn_v2 import DCNv2Config
+from models.deepfm import DeepFMConfig
 from models.dlrm import DLRMConfig
 from models.training import TrainerConfig
+from ranking.prior import GROUPS
+
+MODELS = ("dlrm", "dcn_v2", "deepfm", "logistic")
 
 
 @dataclass
@@ -16,6 +21,7 @@ class FeatureConfig:
     Attributes:
         sparse: names in ``ranking.features.SPARSE``, each an embedded id or bag of ids.
         dense: names in ``ranking.features.DENSE``, each a group of numbers.
+        prior: names in ``ranking.prior.GROUPS``, each a group of numbers that a forecast gives.
         ad_columns: categorical columns of the ads table that are embedded and counted in ``own_columns``, out of
             those that ``data.ad_columns`` opens; None takes all of them.
         min_count: an id with fewer training rows shares the row of unseen ids.
@@ -47,6 +53,7 @@ class FeatureConfig:
             "activity",
         ]
     )
+    prior: list[str] = field(default_factory=lambda: list(GROUPS))
     ad_columns: list[str] | None = None
     min_count: int = 5
     history_length: int = 10
@@ -55,11 +62,30 @@ class FeatureConfig:
 
 
 @dataclass
+class AblationConfig:
+    """What `adsid ablate ranker` trains beside the arms of the ranker stage.
+
+    Attributes:
+        groups: the LM's arm without each group of ``features.prior``, and with it alone.
+        models: other models, in three arms each; the ranker's own model is left out.
+    """
+
+    groups: bool = True
+    models: list[str] = field(default_factory=lambda: list(MODELS))
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.models if name not in MODELS]
+        if unknown:
+            raise _out_of_range("ablation.models", unknown, f"some of {', '.join(MODELS)}")
+
+
+@dataclass
 class RankerConfig:
     """The ranker, how it is trained and how its arms are compared.
 
     Attributes:
-        model: sizes of the DLRM.
+        model: one of `MODELS`; all learn by the same LightningModule from the same batches.
+        dlrm, dcn_v2, deepfm: sizes of each; those of the chosen one count. A logistic regression has none.
         features: what it reads.
         trainer: epochs and early stopping, on the log loss of the span ``ranker_stop``.
         batch_size: rows of a step.
@@ -69,9 +95,13 @@ class RankerConfig:
         seeds: one ranker is trained for each arm and seed.
         shuffled_control: also train on another user's forecast, which must show no gain.
         draws: bootstrap draws over users.
+        ablation: what more `adsid ablate ranker` compares; the ranker stage does not look at it.
     """
 
-    model: DLRMConfig = field(default_factory=DLRMConfig)
+    model: str = "dlrm"
+    dlrm: DLRMConfig = field(default_factory=DLRMConfig)
+    dcn_v2: DCNv2Config = field(default_factory=DCNv2Config)
+    deepfm: DeepFMConfig = field(default_factory=DeepFMConfig)
     features: FeatureConfig = field(default_factory=FeatureConfig)
     trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(max_epochs=5, patience=2))
     batch_size: int = 512
@@ -81,25 +111,35 @@ class RankerConfig:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     shuffled_control: bool = True
     draws: int = 300
+    ablation: AblationConfig = field(default_factory=AblationConfig)
 
     def __post_init__(self) -> None:
         errors = []
         at_least_one = {
             "batch_size": self.batch_size,
             "draws": self.draws,
-            "model.embedding_dim": self.model.embedding_dim,
             "features.min_count": self.features.min_count,
             "features.history_length": self.features.history_length,
             "features.recent_periods": self.features.recent_periods,
             "trainer.max_epochs": self.trainer.max_epochs,
-            **{f"model.dense_layers[{n}]": width for n, width in enumerate(self.model.dense_layers)},
-            **{f"model.over_layers[{n}]": width for n, width in enumerate(self.model.over_layers)},
+            **{
+                f"{model}.{name}": size
+                for model in ("dlrm", "dcn_v2", "deepfm")
+                for name, size in _sizes(getattr(self, model)).items()
+            },
         }
         for name, value in at_least_one.items():
             if value < 1:
                 errors.append(_out_of_range(name, value, "a whole number, at least 1"))
-        if not self.model.over_layers:
-            errors.append(_out_of_range("model.over_layers", [], "at least one width, e.g. [64, 32]"))
+        for name, layers in (
+            ("dlrm.over_layers", self.dlrm.over_layers),
+            ("dcn_v2.over_layers", self.dcn_v2.over_layers),
+            ("deepfm.deep_layers", self.deepfm.deep_layers),
+        ):
+            if not layers:
+                errors.append(_out_of_range(name, [], "at least one width, e.g. [64, 32]"))
+        if self.model not in MODELS:
+            errors.append(_out_of_range("model", self.model, f"one of {', '.join(MODELS)}"))
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             errors.append(_out_of_range("seeds", self.seeds, "at least one seed, each named once"))
         for name, rate in (
@@ -113,6 +153,14 @@ class RankerConfig:
             errors.append(_out_of_range("weight_decay", self.weight_decay, "zero or a positive number"))
         if errors:
             raise UserError.collect(errors)
+
+
+def _sizes(sizes: DLRMConfig | DCNv2Config | DeepFMConfig) -> dict[str, int]:
+    """Every number of a model's sizes by its key."""
+    found: dict[str, int] = {}
+    for name, value in asdict(sizes).items():
+        found |= {f"{name}[{n}]": width for n, width in enumerate(value)} if isinstance(value, list) else {name: value}
+    return found
 
 
 def _out_of_range(name: str, value: object, expected: str) -> UserError:

@@ -6,7 +6,7 @@
 
 Sparse features become bags of ids for a ``KeyedJaggedTensor``, dense ones columns of a matrix. Without a
 forecast there are the user's own counts and recencies with the ad, its advertiser and its categories: what
-a forecast adds, it adds to those. The arms of the ablation differ in the values of ``PRIOR_FEATURES`` only:
+a forecast adds, it adds to those. The arms of the ablation differ in the values of the prior features only:
 an arm without a forecast has the same columns, all missing, so that arms of one seed begin with the same
 weights and see the same batches.
 
@@ -28,6 +28,7 @@ from data.log import Log
 from data.sampling import hash_ids
 from ranking.config import FeatureConfig
 from ranking.history import History, pair
+from ranking.prior import GROUPS
 from ranking.rows import Bags, Features, Floats, Ints, Rows, SparseFeature
 from semantic_ids.advertiser_ids import AdvertiserIds
 
@@ -51,6 +52,7 @@ class FeatureBuilder:
         errors = [
             *_unknown("sparse", cfg.sparse, SPARSE),
             *_unknown("dense", cfg.dense, DENSE),
+            *_unknown("prior", cfg.prior, GROUPS),
             *_unknown("ad_columns", self.ad_columns, log.ad_features),
         ]
         if not cfg.sparse and not self.ad_columns:
@@ -91,7 +93,7 @@ class FeatureBuilder:
         dense: dict[str, Floats] = {}
         for group in self.cfg.dense:
             dense |= {name: np.asarray(column, np.float32) for name, column in DENSE[group](self, rows).items()}
-        return Features(rows, sparse, dense)
+        return Features(rows, sparse, dense, self.ids.codes_AL.shape[1])
 
     def history(self, of: str, *, converted: bool = False) -> History:
         """Purchases, or conversions alone, by a key.

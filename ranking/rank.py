@@ -83,7 +83,8 @@ def rank(
             expected="FeatureBuilder(log, ids, ranker.spec.config) with the IDs that the ranker was trained with",
             action="build the features with the ranker's own spec",
         )
-    features = builder.build(Rows.of_request(log, ads, user=user, market=market, period=period)).with_prior(forecast)
+    rows = Rows.of_request(log, ads, user=user, market=market, period=period)
+    features = builder.build(rows).with_prior(forecast, ranker.spec.config.prior)
     probability = ranker.probabilities(features)
     order = np.argsort(-probability, kind="stable")
     dense = {name: column[order] for name, column in features.dense.items()}

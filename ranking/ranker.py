@@ -2,7 +2,7 @@
 
     <ranker>/weights.safetensors    state of the model
     <ranker>/feature_spec.json      `ranking.spec.FeatureSpec`
-    <ranker>/manifest.json          sizes of the model, key, metrics
+    <ranker>/manifest.json          model and its sizes, key, metrics
 
 A ranker that is finished under the same key is loaded instead of trained. While it is trained, its
 checkpoints lie beside it under a name that holds the key, so that only the very same training resumes.
@@ -12,20 +12,26 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from data.artifacts import Manifest, atomic_directory, fingerprint, hash_directory, package_versions, to_plain
 from data.errors import LineageError, UserError
 from data.log import Log
 from data.split import Span
+from models.dcn_v2 import DCNv2, DCNv2Config
+from models.deepfm import DeepFM, DeepFMConfig
 from models.dlrm import DLRM, DLRMConfig
+from models.logistic import LogisticRegression
 from models.pointwise import PointwiseModule, level_shift
 from models.training import fit
 from priors.forecast import Forecast
@@ -84,12 +90,12 @@ class Ranker:
     Attributes:
         module: the model, in evaluation mode.
         spec: how its features are built and scaled.
-        sizes: of the model.
+        model: its name, one of `ranking.config.MODELS`.
     """
 
     module: PointwiseModule
     spec: FeatureSpec
-    sizes: DLRMConfig
+    model: str
 
     def probabilities(self, features: Features) -> NDArray[np.float64]:
         """Chance of a conversion of each row.
@@ -133,8 +139,8 @@ class Ranker:
                 expected=f"{WEIGHTS} and {SPEC} as the ranker stage wrote them",
                 action="remove the folder and train the ranker again",
             ) from error
-        sizes = DLRMConfig(**manifest.config["model"])
-        module = build_module(spec, RankerConfig(model=sizes), base_rate=0.5, seed=0)
+        cfg = _architecture(manifest.config)
+        module = build_module(spec, cfg, base_rate=0.5, seed=0)
         try:
             module.load_state_dict(weights)
         except RuntimeError as error:
@@ -143,19 +149,41 @@ class Ranker:
                 expected="weights that were trained with this very feature spec",
                 action="keep the files of one ranker together, or train the ranker again",
             ) from error
-        return cls(module.eval(), spec, sizes)
+        return cls(module.eval(), spec, cfg.model)
 
 
 def build_module(spec: FeatureSpec, cfg: RankerConfig, *, base_rate: float, seed: int) -> PointwiseModule:
     """An untrained ranker whose weights depend on the seed, the base rate and the shapes alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        ranker = DLRM(spec.sparse_tables(), n_dense=len(spec.dense), cfg=cfg.model, base_rate=base_rate)
+        ranker = _network(spec, cfg, base_rate)
     return PointwiseModule(
         ranker,
         learning_rate=cfg.learning_rate,
         embedding_learning_rate=cfg.embedding_learning_rate,
         weight_decay=cfg.weight_decay,
+    )
+
+
+def _network(spec: FeatureSpec, cfg: RankerConfig, base_rate: float) -> nn.Module:
+    tables, n_dense = spec.sparse_tables(), len(spec.dense)
+    match cfg.model:
+        case "dlrm":
+            return DLRM(tables, n_dense=n_dense, cfg=cfg.dlrm, base_rate=base_rate)
+        case "dcn_v2":
+            return DCNv2(tables, n_dense=n_dense, cfg=cfg.dcn_v2, base_rate=base_rate)
+        case "deepfm":
+            return DeepFM(tables, n_dense=n_dense, cfg=cfg.deepfm, base_rate=base_rate)
+    return LogisticRegression(tables, n_dense=n_dense, base_rate=base_rate)
+
+
+def _architecture(plain: Mapping[str, Any]) -> RankerConfig:
+    """What of a manifest's config the shapes of the weights depend on."""
+    return RankerConfig(
+        model=plain["model"],
+        dlrm=DLRMConfig(**plain["dlrm"]),
+        dcn_v2=DCNv2Config(**plain["dcn_v2"]),
+        deepfm=DeepFMConfig(**plain["deepfm"]),
     )
 
 
@@ -189,7 +217,7 @@ def train_ranker(
         UserError: the training rows are of one class, or the features cannot be used.
     """
     started = time.monotonic()
-    fit_features, stop_features = (part.with_prior(forecast) for part in (spans.fit, spans.stop))
+    fit_features, stop_features = (part.with_prior(forecast, cfg.features.prior) for part in (spans.fit, spans.stop))
     spec = FeatureSpec.fit(fit_features, cfg.features, semantic_ids=spans.builder.ids.version)
     data = RankerData(spec.apply(fit_features), spec.apply(stop_features), batch_size=cfg.batch_size, seed=seed)
     key = _key(data, spec, seed, cfg)
@@ -238,4 +266,5 @@ def _key(data: RankerData, spec: FeatureSpec, seed: int, cfg: RankerConfig) -> s
         for design in (data.fit, data.stop)
     ]
     training = (cfg.batch_size, cfg.learning_rate, cfg.embedding_learning_rate, cfg.weight_decay, trainer)
-    return fingerprint((asdict(spec), asdict(cfg.model), training, seed, rows))
+    sizes = asdict(getattr(cfg, cfg.model)) if hasattr(cfg, cfg.model) else {}
+    return fingerprint((asdict(spec), cfg.model, sizes, training, seed, rows))

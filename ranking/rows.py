@@ -5,7 +5,7 @@ Shapes: N rows, R bags, V ids in all bags, F dense features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from data.errors import UserError
 from data.log import Log
 from data.split import Span
-from priors.forecast import PRIOR_FEATURES, Forecast
+from priors.forecast import Forecast
+from ranking.prior import MISSING, columns_of_groups
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -162,15 +163,23 @@ class Features:
         rows: what they are of.
         sparse: bags of ids, by feature.
         dense: numbers of shape ``(N,)``, by feature; NaN where unknown.
+        levels: codes of the semantic IDs.
     """
 
     rows: Rows
     sparse: Mapping[str, SparseFeature]
     dense: Mapping[str, Floats]
+    levels: int
 
-    def with_prior(self, forecast: Forecast | None) -> Features:
-        """The same features beside those of a forecast; see `prior_columns`."""
-        return replace(self, dense={**self.dense, **prior_columns(self.rows, forecast)})
+    def with_prior(self, forecast: Forecast | None, groups: Sequence[str]) -> Features:
+        """The same features beside those of a forecast; see `prior_columns`.
+
+        Args:
+            forecast: None, or one that says nothing of a row, leaves the row's features unknown.
+            groups: of `ranking.prior.GROUPS`.
+        """
+        names = columns_of_groups(groups, levels=self.levels)
+        return replace(self, dense={**self.dense, **prior_columns(self.rows, forecast, names)})
 
 
 @dataclass(frozen=True)
@@ -192,30 +201,35 @@ class Design:
         return len(self.label_N)
 
 
-def prior_columns(rows: Rows, forecast: Forecast | None) -> dict[str, Floats]:
-    """`PRIOR_FEATURES` of rows.
+def prior_columns(rows: Rows, forecast: Forecast | None, names: Sequence[str]) -> dict[str, Floats]:
+    """Features that a forecast gives to rows.
 
     Args:
         rows: the rows; each gets the newest forecast at or before its period.
         forecast: None, or one that says nothing of a row, leaves the row's features unknown.
+        names: columns of `ranking.prior.columns_of_groups`.
 
     Returns:
-        One column a feature; where ``prior_missing`` is 1, all others are NaN.
+        One column a name; where ``prior_missing`` is 1, all others are NaN.
 
     Raises:
         UserError: the forecast lacks a feature.
     """
+    if not names:
+        return {}
     if forecast is None:
-        columns = {name: np.full(len(rows), np.nan, np.float32) for name in PRIOR_FEATURES}
-        return {**columns, "prior_missing": np.ones(len(rows), np.float32)}
+        unknown = {name: np.full(len(rows), np.nan, np.float32) for name in names}
+        return {**unknown, MISSING: np.ones(len(rows), np.float32)}
     given = forecast.features(rows.user, rows.period, rows.advertiser)
-    lacking = [name for name in PRIOR_FEATURES if name not in given]
+    if "prior_log_prob" in given:
+        given = {**given, "prior_prob": np.exp(given["prior_log_prob"])}
+    lacking = [name for name in names if name not in given]
     if lacking:
         raise UserError(
             f"a forecast without {', '.join(lacking)}",
-            expected=f"all of {', '.join(PRIOR_FEATURES)}",
-            action="make the priors again with this version of adsid",
+            expected=f"all of {', '.join(names)}",
+            action="make the priors again with this version of adsid, or leave the group out of ranker.features.prior",
         )
-    missing = given["prior_missing"] > 0
-    columns = {name: np.where(missing, np.nan, given[name]).astype(np.float32) for name in PRIOR_FEATURES}
-    return {**columns, "prior_missing": missing.astype(np.float32)}
+    missing = given[MISSING] > 0
+    known = {name: np.where(missing, np.nan, given[name]).astype(np.float32) for name in names}
+    return {**known, MISSING: missing.astype(np.float32)}

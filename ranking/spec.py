@@ -18,12 +18,11 @@ import numpy as np
 
 from data.errors import UserError
 from models.pointwise import SparseTable
-from priors.forecast import PRIOR_FEATURES
 from ranking.config import FeatureConfig
 from ranking.rows import Bags, Design, Features, SparseFeature
 
-NULLABLE = frozenset({"price", "discount", "price_age", *PRIOR_FEATURES})
-"""Dense features that may be unknown (NaN); each has a flag beside it that says so."""
+NULLABLE = frozenset({"price", "discount", "price_age"})
+"""Dense features that, beside those of a forecast, may be unknown (NaN); each has a flag beside it that says so."""
 
 
 @dataclass(frozen=True)
@@ -152,13 +151,14 @@ class FeatureSpec:
 def _check_finite(features: Features) -> None:
     errors = []
     for name, column in features.dense.items():
-        wrong = np.isinf(column) if name in NULLABLE else ~np.isfinite(column)
+        nullable = name in NULLABLE or name.startswith("prior_")
+        wrong = np.isinf(column) if nullable else ~np.isfinite(column)
         if wrong.any():
             row = int(wrong.argmax())
             errors.append(
                 UserError(
                     f"feature {name}: {int(wrong.sum())} values that are no number, e.g. {column[row]} in row {row}",
-                    expected="finite numbers" + (" or NaN for unknown" if name in NULLABLE else ""),
+                    expected="finite numbers" + (" or NaN for unknown" if nullable else ""),
                     action="look at the events it is counted from with `adsid data validate`",
                 )
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -203,3 +204,34 @@ Run(Path(sys.argv[1]), stages(), compose(sys.argv[2:])).execute()
 def figures(artifact: Path) -> list[dict[str, Any]]:
     """The rows of an artifact, without what was measured with a clock."""
     return [row for row in json.loads((artifact / ROWS).read_text()) if row["section"] != "cost"]
+
+
+def test_an_ablation_of_the_ranker_reads_the_run_and_makes_each_ranker_once(finished: Path, source: str) -> None:
+    """Seeds, groups and models in one command; one seed more trains that one alone."""
+    settings = ["ranker.ablation.models=[dlrm,logistic]", "ranker.ablation.groups=false"]
+    command = ["ablate", "ranker", *TINY, source, f"run.dir={finished}", *settings]
+    told = CliRunner().invoke(cli.app, command)
+    assert told.exit_code == 0, told.output
+    assert "LM \N{MINUS SIGN} anchor" in told.output
+    assert "Control, another user's forecast" in told.output
+    directory = finished / "ranker_ablation"
+    page = (directory / "ablation.html").read_text()
+    assert "Models" in page
+    assert "logistic, lm" in page
+    rankers = finished / ".work" / "ranker_ablation_rankers"
+    first = {path.name: path.stat().st_mtime_ns for path in rankers.iterdir()}
+    assert len(first) == 4 + 3
+    more = CliRunner().invoke(cli.app, [*command, "--seeds", "2", "--json"])
+    assert more.exit_code == 0, more.output
+    assert {row["seeds"] for row in json.loads(more.stdout)} == {2}
+    second = {path.name: path.stat().st_mtime_ns for path in rankers.iterdir()}
+    assert len(second) == 2 * len(first)
+    assert first.items() <= second.items()
+    assert Manifest.read(directory).metrics["rankers"] == 14
+    shutil.rmtree(directory)
+
+
+def test_an_ablation_without_forecasts_says_what_to_run(tmp_path: Path, source: str) -> None:
+    told = CliRunner().invoke(cli.app, ["ablate", "ranker", *TINY, source, f"run.dir={tmp_path}"])
+    assert told.exit_code == USER_MISTAKE
+    assert "run.until=forecasts" in told.output

@@ -20,7 +20,7 @@ from priors.dataset import Example, PromptDataset, TreeCollator
 from priors.decode import TreeDecoder
 from priors.evaluate import evaluate_forecast, exact_nll
 from priors.fit import PriorModel, batches, build_model, fit_prior
-from priors.forecast import PRIOR_FEATURES, TableForecast
+from priors.forecast import PRIOR_FEATURES, TableForecast, prefix_feature
 from priors.generate import as_of_periods, generate_priors
 from priors.table import PriorTable
 from tests.priors.conftest import Fitted, random_ids
@@ -273,7 +273,8 @@ def test_a_user_without_a_forecast_falls_back_to_the_anchor_and_is_flagged(fitte
         forecast.log_probs(outsider, np.array([8])), fitted.prior.base.log_probs(outsider, np.array([8])), rtol=1e-5
     )
     features = forecast.features(np.r_[outsider, table.user_R[:2]], np.array([8, 8, 8]), np.array([0, 0, -1]))
-    assert set(features) == set(PRIOR_FEATURES)
+    levels = fitted.prior.base.trie.n_levels
+    assert set(features) == {*PRIOR_FEATURES, *(prefix_feature(depth) for depth in range(1, levels))}
     assert features["prior_missing"].tolist() == [1.0, 0.0, 1.0]
     assert all(np.isfinite(values).all() for values in features.values())
 

@@ -6,6 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.log import Log
+from models.dcn_v2 import DCNv2Config
+from models.deepfm import DeepFMConfig
 from models.dlrm import DLRMConfig
 from models.training import TrainerConfig
 from priors.forecast import PRIOR_FEATURES
@@ -24,7 +26,9 @@ def tiny_ids(log: Log) -> AdvertiserIds:
 def tiny_ranker(**changes: object) -> RankerConfig:
     """A ranker that trains in about a second."""
     values: dict[str, object] = {
-        "model": DLRMConfig(embedding_dim=4, dense_layers=[8], over_layers=[8]),
+        "dlrm": DLRMConfig(embedding_dim=4, dense_layers=[8], over_layers=[8]),
+        "dcn_v2": DCNv2Config(embedding_dim=4, dense_layers=[8], cross_layers=1, cross_rank=4, over_layers=[8]),
+        "deepfm": DeepFMConfig(embedding_dim=4, dense_layers=[8], deep_layers=[8]),
         "features": FeatureConfig(min_count=2, history_length=3, recent_periods=3),
         "trainer": TrainerConfig(max_epochs=2, patience=None, progress_bar=False),
         "batch_size": 256,

@@ -11,12 +11,14 @@ import pytest
 import ranking.ablation as ablation
 from data.statistics import Row
 from priors.forecast import PRIOR_FEATURES
-from ranking.ablation import SHUFFLED, ShuffledForecast, compare, run_ablation, segments
+from ranking.ablation import SHUFFLED, RememberedForecast, ShuffledForecast, compare, grid, run_ablation, segments
+from ranking.config import MODELS, AblationConfig
 from ranking.features import FeatureBuilder
 from ranking.metrics import METRICS
+from ranking.prior import GROUPS
 from ranking.ranker import RankerSpans
 from tests.logs import tiny_log
-from tests.ranking.common import tastes, tiny_ids, tiny_ranker
+from tests.ranking.common import KnownForecast, tastes, tiny_ids, tiny_ranker
 
 CFG = tiny_ranker(seeds=[0, 1])
 
@@ -145,3 +147,43 @@ def test_killed_between_arms_it_keeps_the_finished_ones(
     assert {name: (tmp_path / name / "weights.safetensors").stat().st_mtime_ns for name in trained} == before
     for metric in METRICS:  # the undisturbed run trained the same rankers
         assert find(again, metric, "lm - none") == find(rows, metric, "lm - none")
+
+
+def test_the_grid_takes_each_group_away_and_leaves_it_alone(spans: RankerSpans) -> None:
+    forecasts = {"none": None, "anchor": tastes(spans.log, strength=2.0), "lm": tastes(spans.log)}
+    variants, pairs = grid(spans, forecasts, replace(CFG, ablation=AblationConfig(groups=True, models=[])))
+    by_name = {variant.name: variant for variant in variants}
+    for group in GROUPS:
+        without, only = by_name[f"lm, without {group}"], by_name[f"lm, only {group}"]
+        assert set(without.cfg.features.prior) == set(GROUPS) - {group}
+        assert only.cfg.features.prior == [group]
+        assert {("lm", without.name), (only.name, "none")} <= set(pairs)
+    assert len({variant.slug for variant in variants}) == len(variants) == 4 + 2 * len(GROUPS)
+    assert all(variant.cfg.model == "dlrm" for variant in variants)
+
+
+def test_the_grid_trains_the_other_models_in_three_arms(spans: RankerSpans) -> None:
+    forecasts = {"none": None, "anchor": tastes(spans.log, strength=2.0), "lm": tastes(spans.log)}
+    cfg = replace(CFG, model="dcn_v2", ablation=AblationConfig(groups=False))
+    variants, pairs = grid(spans, forecasts, cfg)
+    models = {(variant.cfg.model, variant.name) for variant in variants}
+    others = {(model, f"{model}, {arm}") for model in MODELS if model != "dcn_v2" for arm in forecasts}
+    assert models == others | {("dcn_v2", arm) for arm in (*forecasts, SHUFFLED)}
+    assert ("logistic, lm", "logistic, anchor") in pairs
+    assert ("logistic, lm", "lm") in pairs
+
+
+def test_a_forecast_is_asked_once_for_the_same_rows(spans: RankerSpans) -> None:
+    asked = []
+
+    class Counted(KnownForecast):
+        def features(self, *args: object) -> dict:
+            asked.append(1)
+            return super().features(*args)  # type: ignore[arg-type]
+
+    remembered = RememberedForecast(Counted(tastes(spans.log).log_prob_UA))
+    first = spans.fit.with_prior(remembered, GROUPS)
+    again = spans.fit.with_prior(remembered, ["rank"])
+    spans.stop.with_prior(remembered, GROUPS)
+    assert len(asked) == 2
+    np.testing.assert_array_equal(again.dense["prior_rank"], first.dense["prior_rank"])

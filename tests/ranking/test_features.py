@@ -10,9 +10,9 @@ import pytest
 
 from data.errors import LineageError, UserError
 from data.log import Log
-from priors.forecast import PRIOR_FEATURES
 from ranking.config import FeatureConfig
 from ranking.features import DENSE, SPARSE, FeatureBuilder
+from ranking.prior import GROUPS, columns_of_groups
 from ranking.rows import Bags, Features, Rows, prior_columns
 from ranking.spec import FeatureSpec
 from semantic_ids.advertiser_ids import AdvertiserIds
@@ -20,6 +20,7 @@ from tests.logs import tiny_log
 from tests.ranking.common import KnownForecast, tastes, tiny_ids, tiny_ranker
 
 CFG = tiny_ranker().features
+PRIOR = columns_of_groups(GROUPS, levels=2)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def builder(log: Log) -> FeatureBuilder:
 
 @pytest.fixture(scope="module")
 def features(log: Log, builder: FeatureBuilder) -> Features:
-    return builder.build(Rows.of_span(log, "ranker_fit")).with_prior(tastes(log))
+    return builder.build(Rows.of_span(log, "ranker_fit")).with_prior(tastes(log), GROUPS)
 
 
 def bags_of(bags: Bags) -> list[list[int]]:
@@ -106,7 +107,7 @@ def test_semantic_ids_are_all_prefixes(log: Log, builder: FeatureBuilder, featur
 
 def test_an_ad_of_no_advertiser_has_empty_bags_and_no_prior(builder: FeatureBuilder, features: Features) -> None:
     orphan = replace(features.rows, advertiser=np.full(len(features.rows), -1, np.int32))
-    built = builder.build(orphan).with_prior(tastes(builder.log))
+    built = builder.build(orphan).with_prior(tastes(builder.log), GROUPS)
     for name in ("advertiser", "semantic_id"):
         assert not any(bags_of(built.sparse[name].bags))
     assert (built.dense["own_advertiser_purchases"] == 0).all()
@@ -143,13 +144,13 @@ def test_a_request_has_the_features_of_the_same_impression(
 
 def test_the_arms_differ_in_the_values_of_the_prior_features_alone(log: Log, builder: FeatureBuilder) -> None:
     base = builder.build(Rows.of_span(log, "ranker_fit"))
-    none, some = base.with_prior(None), base.with_prior(tastes(log))
+    none, some = base.with_prior(None, GROUPS), base.with_prior(tastes(log), GROUPS)
     assert list(none.dense) == list(some.dense)
-    assert set(none.dense) - set(base.dense) == set(PRIOR_FEATURES)
+    assert set(none.dense) - set(base.dense) == set(PRIOR)
     specs = [FeatureSpec.fit(part, CFG, semantic_ids="v") for part in (none, some)]
     designs = [spec.apply(part) for spec, part in zip(specs, (none, some), strict=True)]
     assert specs[0].sparse_tables() == specs[1].sparse_tables()
-    prior = np.isin(specs[0].dense, PRIOR_FEATURES)
+    prior = np.isin(specs[0].dense, PRIOR)
     np.testing.assert_array_equal(designs[0].dense_NF[:, ~prior], designs[1].dense_NF[:, ~prior])
     assert (designs[0].dense_NF[:, prior] == 0).all()
     assert (designs[1].dense_NF[:, prior] != 0).any()
@@ -158,14 +159,14 @@ def test_the_arms_differ_in_the_values_of_the_prior_features_alone(log: Log, bui
 def test_a_prior_that_covers_no_user_is_the_arm_without(log: Log, builder: FeatureBuilder) -> None:
     base = builder.build(Rows.of_span(log, "ranker_fit"))
     nobody = KnownForecast(tastes(log).log_prob_UA, covered=np.zeros(len(log.user_ids), bool))
-    for name, column in prior_columns(base.rows, nobody).items():
-        np.testing.assert_array_equal(column, prior_columns(base.rows, None)[name])
+    for name, column in prior_columns(base.rows, nobody, PRIOR).items():
+        np.testing.assert_array_equal(column, prior_columns(base.rows, None, PRIOR)[name])
 
 
 def test_an_uncovered_user_gets_the_training_mean_and_a_flag(log: Log, builder: FeatureBuilder) -> None:
     base = builder.build(Rows.of_span(log, "ranker_fit"))
     covered = np.arange(len(log.user_ids)) % 2 == 0
-    spec_features = base.with_prior(KnownForecast(tastes(log).log_prob_UA, covered=covered))
+    spec_features = base.with_prior(KnownForecast(tastes(log).log_prob_UA, covered=covered), GROUPS)
     spec = FeatureSpec.fit(spec_features, CFG, semantic_ids="v")
     dense = spec.apply(spec_features).dense_NF
     uncovered = ~covered[base.rows.user]
@@ -186,7 +187,7 @@ def test_dense_features_are_standardised_on_the_training_rows(features: Features
 
 def test_fitting_looks_at_training_rows_alone(log: Log, builder: FeatureBuilder, features: Features) -> None:
     spec = FeatureSpec.fit(features, CFG, semantic_ids="v")
-    later = builder.build(Rows.of_span(log, "validation")).with_prior(tastes(log))
+    later = builder.build(Rows.of_span(log, "validation")).with_prior(tastes(log), GROUPS)
     spec.apply(later)
     assert FeatureSpec.fit(features, CFG, semantic_ids="v") == spec
     trained = set(log.ad_ids[features.rows.ad].tolist())
@@ -264,6 +265,7 @@ def test_a_damaged_spec_is_refused(text: str) -> None:
         ({"dense": ["prices", "age"]}, "dense names prices, age", DENSE),
         ({"ad_columns": ["colour"]}, "ad_columns names colour", ["category"]),
         ({"sparse": [], "ad_columns": []}, "without a sparse feature", SPARSE),
+        ({"prior": ["probabilities"]}, "prior names probabilities", GROUPS),
     ],
 )
 def test_unknown_features_list_the_choices(log: Log, changes: dict, message: str, choices: list[str]) -> None:
@@ -287,7 +289,7 @@ def test_a_forecast_without_a_feature_is_refused(log: Log, features: Features) -
             return columns
 
     with pytest.raises(UserError, match="a forecast without prior_entropy"):
-        prior_columns(features.rows, Partial(tastes(log).log_prob_UA))
+        prior_columns(features.rows, Partial(tastes(log).log_prob_UA), PRIOR)
 
 
 def test_users_without_an_impression_are_an_error_that_says_so(log: Log) -> None:
@@ -302,3 +304,28 @@ def test_prices_are_unknown_where_the_log_has_none(log: Log, tmp_path: Path) -> 
     assert np.isnan(built.dense["price"]).all()
     assert (built.dense["price_missing"] == 1).all()
     assert np.isfinite(FeatureSpec.fit(built, CFG, semantic_ids="v").apply(built).dense_NF).all()
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_group_of_prior_features_is_switched_off_by_name(log: Log, builder: FeatureBuilder, group: str) -> None:
+    base = builder.build(Rows.of_span(log, "ranker_fit"))
+    others = [other for other in GROUPS if other != group]
+    whole, without = base.with_prior(tastes(log), GROUPS), base.with_prior(tastes(log), others)
+    gone = set(columns_of_groups([group], levels=2)) - {"prior_missing"}
+    assert gone
+    assert set(whole.dense) - set(without.dense) == gone
+    assert set(base.with_prior(tastes(log), [group]).dense) - set(base.dense) == {*gone, "prior_missing"}
+
+
+def test_without_groups_there_is_no_prior_feature_and_no_flag(log: Log, builder: FeatureBuilder) -> None:
+    base = builder.build(Rows.of_span(log, "ranker_fit"))
+    assert base.with_prior(tastes(log), []) == base
+
+
+def test_every_level_but_the_last_has_a_prefix() -> None:
+    assert columns_of_groups(["prefixes"], levels=4) == (
+        "prior_prefix_log_prob",
+        "prior_prefix_2_log_prob",
+        "prior_prefix_3_log_prob",
+        "prior_missing",
+    )

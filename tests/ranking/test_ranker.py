@@ -15,8 +15,10 @@ import ranking.ranker as ranker_module
 from data.artifacts import Manifest
 from data.errors import LineageError, UserError
 from models.dlrm import DLRMConfig
+from ranking.config import MODELS
 from ranking.features import FeatureBuilder
 from ranking.metrics import Sample, evaluate
+from ranking.prior import GROUPS
 from ranking.rank import rank
 from ranking.ranker import SPEC, WEIGHTS, Ranker, RankerSpans, train_ranker
 from tests.logs import tiny_log
@@ -42,7 +44,7 @@ def test_it_beats_the_base_rate_and_is_calibrated(spans: RankerSpans, tmp_path: 
     cfg = replace(CFG, trainer=trainer, learning_rate=1e-2, embedding_learning_rate=1e-2, batch_size=128)
     ranker = train_ranker(spans, tastes(spans.log), seed=0, cfg=cfg, directory=tmp_path / "lm-0")
     rows = spans.evaluation.rows
-    probability = ranker.probabilities(spans.evaluation.with_prior(tastes(spans.log)))
+    probability = ranker.probabilities(spans.evaluation.with_prior(tastes(spans.log), GROUPS))
     figures = evaluate(Sample.of(rows.label, rows.weight, rows.user, draws=1, seed=0), probability)
     assert figures["auc"][0] > 0.75
     assert figures["normalized_entropy"][0] < 0.95
@@ -52,14 +54,14 @@ def test_it_beats_the_base_rate_and_is_calibrated(spans: RankerSpans, tmp_path: 
 
 def test_its_level_is_that_of_the_stopping_rows(spans: RankerSpans, trained: tuple[Ranker, Path]) -> None:
     rows = spans.stop.rows
-    probability = trained[0].probabilities(spans.stop.with_prior(tastes(spans.log)))
+    probability = trained[0].probabilities(spans.stop.with_prior(tastes(spans.log), GROUPS))
     expected = np.average(rows.label, weights=rows.weight)
     assert np.average(probability, weights=rows.weight) == pytest.approx(expected, rel=1e-4)
 
 
 def test_loaded_it_predicts_exactly_the_same(spans: RankerSpans, trained: tuple[Ranker, Path]) -> None:
     ranker, directory = trained
-    features = spans.evaluation.with_prior(tastes(spans.log))
+    features = spans.evaluation.with_prior(tastes(spans.log), GROUPS)
     np.testing.assert_array_equal(Ranker.load(directory).probabilities(features), ranker.probabilities(features))
     assert sorted(path.name for path in directory.parent.iterdir()) == [directory.name]  # no checkpoints left
 
@@ -76,7 +78,7 @@ def test_a_finished_ranker_is_not_trained_again_and_a_changed_one_is(
     monkeypatch.setattr(ranker_module, "fit", no_training)
     quiet = replace(CFG, draws=7, trainer=replace(CFG.trainer, progress_bar=True))
     train_ranker(spans, tastes(spans.log), seed=0, cfg=quiet, directory=directory)
-    for change in ({"learning_rate": 1e-4}, {"model": DLRMConfig(embedding_dim=2)}):
+    for change in ({"learning_rate": 1e-4}, {"dlrm": DLRMConfig(embedding_dim=2)}, {"model": "logistic"}):
         with pytest.raises(AssertionError, match="trained again"):
             train_ranker(spans, tastes(spans.log), seed=0, cfg=replace(CFG, **change), directory=directory)
     with pytest.raises(AssertionError, match="trained again"):
@@ -109,7 +111,7 @@ def test_killed_and_started_again_it_equals_an_undisturbed_run(
 
 def test_seeds_differ_and_arms_of_a_seed_begin_alike(spans: RankerSpans) -> None:
     def state(forecast: object, seed: int) -> torch.Tensor:
-        features = spans.fit.with_prior(forecast)  # type: ignore[arg-type]
+        features = spans.fit.with_prior(forecast, GROUPS)  # type: ignore[arg-type]
         spec = ranker_module.FeatureSpec.fit(features, CFG.features, semantic_ids="v")
         module = ranker_module.build_module(spec, CFG, base_rate=0.1, seed=seed)
         return torch.cat([tensor.flatten() for tensor in module.ranker.state_dict().values()])
@@ -185,3 +187,15 @@ def test_features_of_another_config_are_refused(spans: RankerSpans, trained: tup
     other = FeatureBuilder(spans.log, spans.builder.ids, replace(CFG.features, history_length=5))
     with pytest.raises(LineageError, match="another config"):
         rank(trained[0], other, None, np.array([0]), user=0, market=0, period=10)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_is_trained_saved_and_loaded_by_a_config_swap(
+    spans: RankerSpans, tmp_path: Path, model: str
+) -> None:
+    cfg = tiny_ranker(model=model, trainer=replace(CFG.trainer, max_epochs=1))
+    ranker = train_ranker(spans, tastes(spans.log), seed=0, cfg=cfg, directory=tmp_path / "lm-0")
+    again = Ranker.load(tmp_path / "lm-0")
+    assert again.model == model
+    features = spans.evaluation.with_prior(tastes(spans.log), GROUPS)
+    np.testing.assert_array_equal(again.probabilities(features), ranker.probabilities(features))
