@@ -15,7 +15,8 @@ from priors.forecast import Forecast
 from ranking.features import FeatureBuilder
 from ranking.rank import rank
 from ranking.ranker import Ranker
-from retrieval.evaluate import Retriever
+from retrieval.retriever import Retriever
+from retrieval.tuning import Plan
 
 ADVERTISERS = 20
 MIN_TARGETS = 3
@@ -27,7 +28,7 @@ def user_example(
     prior: PriorModel,
     forecasts: Mapping[str, Forecast | None],
     retriever: Retriever,
-    quota: float,
+    plan: Plan,
     ranker: Ranker,
     builder: FeatureBuilder,
     users: NDArray[np.integer],
@@ -41,8 +42,8 @@ def user_example(
         log: the events.
         prior: writes the prompt.
         forecasts: of the arms ``anchor`` and ``lm``.
-        retriever: of the arm ``lm``.
-        quota: of its forecast channels.
+        retriever: asks the channels.
+        plan: of the arm ``lm``.
         ranker: of the arm ``lm``.
         builder: of the ranker's features.
         users: the panel.
@@ -65,7 +66,7 @@ def user_example(
 
     request = (np.array([user]), np.array([period]))
     lm_A, anchor_A = np.exp(lm.log_probs(*request)[0]), np.exp(anchor.log_probs(*request)[0])
-    candidates = retriever.candidates(user, market, period, quota)
+    candidates = retriever.candidates(user, market, period, plan, lm)
     ranking = rank(ranker, builder, lm, candidates.ads, user=user, market=market, period=period)
     advertiser = _names(log.tables.advertisers, "advertiser_id")
     ad_text = _names(log.tables.ads, "ad_id")

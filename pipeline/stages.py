@@ -41,7 +41,9 @@ from ranking.ablation import ORACLE, TRUE_CHANCE, compare, grid, predictions_of,
 from ranking.features import FeatureBuilder
 from ranking.oracle import OracleForecast, true_chance
 from ranking.ranker import Ranker, RankerSpans
-from retrieval.evaluate import Retriever, evaluate_retrieval
+from retrieval.evaluate import evaluate_retrieval
+from retrieval.retriever import Retriever
+from retrieval.tuning import Plan
 from retrieval.two_tower import TrainedTwoTower, train_two_tower
 from semantic_ids.advertiser_ids import AdvertiserIds
 from semantic_ids.embeddings import text_embeddings
@@ -108,6 +110,7 @@ def stages() -> list[Stage[AdsidConfig]]:
             },
             make_retrieval,
             ("recall", "quotas"),
+            version=2,
         ),
         Stage(
             "ranker",
@@ -203,16 +206,17 @@ def make_two_tower(context: Work) -> dict[str, Any]:
 
 def make_retrieval(context: Work) -> dict[str, Any]:
     """Retrieval in three arms at one budget."""
-    cfg, log = context.config, _log(context)
-    evaluation = evaluate_retrieval(log, _towers_of(context), _forecasts(context), cfg.retrieval, users=_panel(context))
+    cfg = context.config
+    evaluation = evaluate_retrieval(_retriever(context), _forecasts(context), users=_panel(context))
     _write_rows(context.output, evaluation.rows)
-    _write_facts(context.output, {"quotas": evaluation.quotas, "sweep": evaluation.sweep})
+    plans = {arm: plan.to_plain() for arm, plan in evaluation.plans.items()}
+    _write_facts(context.output, {"plans": plans, "sweep": evaluation.sweep})
     recall = {
         row.arm: row.value
         for row in evaluation.rows
         if (row.metric, row.segment, row.k) == ("recall", "all", cfg.retrieval.budget)
     }
-    return {"recall": recall, "quotas": evaluation.quotas}
+    return {"recall": recall, "quotas": {arm: plan.quota for arm, plan in evaluation.plans.items()}}
 
 
 def make_ranker(context: Work) -> dict[str, Any]:
@@ -288,8 +292,8 @@ def make_report(context: Work) -> dict[str, Any]:
         log,
         prior=_prior(context),
         forecasts=forecasts,
-        retriever=Retriever(log, _towers_of(context), forecasts["lm"], cfg.retrieval),
-        quota=retrieval["quotas"]["lm"],
+        retriever=_retriever(context),
+        plan=Plan.of(retrieval["plans"]["lm"]),
         ranker=Ranker.load(context.inputs["ranker"] / RANKERS / f"lm-{cfg.ranker.seeds[0]}"),
         builder=FeatureBuilder(log, _ids(context), cfg.ranker.features),
         users=_panel(context),
@@ -364,6 +368,11 @@ def _forecasts(context: Work) -> dict[str, Forecast | None]:
 
 def _towers_of(context: Work) -> TrainedTwoTower:
     return TrainedTwoTower.load(context.inputs["two_tower"] / TOWERS, context.config.retrieval.index)
+
+
+def _retriever(context: Work) -> Retriever:
+    cfg = context.config.retrieval
+    return Retriever(_log(context), _towers_of(context), _ids(context).codes_AL, cfg)
 
 
 def _panel(context: Work) -> NDArray[np.int32]:

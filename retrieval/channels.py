@@ -1,18 +1,24 @@
 """Where candidates come from: each channel ranks the active ads of a request in its own way.
 
     two_tower     ads nearest to the user's vector
+    own           ads the user bought before, and ads of advertisers the user bought from
+    popularity    most converted ads lately, those of the visited market first; answers every request
+    item_knn      ads that the buyers of the user's ads bought too
     forecast      of the ads of the forecast's first advertisers those with the best two-tower score, the
                   paper's rule (arXiv 2605.27856); with a prior weight w > 0 its soft form, in which an ad's
                   share of the forecast counts too:  sim / temperature + w · log(P(advertiser) / its active ads)
-    seeded        ads nearest to the forecast advertisers' own vectors, in turn, the likeliest first: it also
-                  reaches ads of advertisers that the forecast does not name
-    popularity    most converted ads so far; for users that have no vector
+    seeded        ads nearest to the forecast advertisers' own vectors, or those of advertisers with their ID
+                  prefix, in turn, the likeliest first: it also reaches advertisers that the forecast does not name
 
-Shapes: K list length, S seeds, D width.
+`build_channels` makes those that a configuration names. A channel of one's own is a class with `candidates`, named
+in ``BUILDERS``.
+
+Shapes: K list length, M active ads, S seeds, D width, L levels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,10 +26,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.log import Log
+from retrieval.config import FORECAST, ITEM_KNN, OWN, POPULARITY, SEEDED, TWO_TOWER, RetrievalConfig
+from retrieval.counts import Popularity, Purchases, sum_at
 from retrieval.index import NO_AD, AdIndex
+from retrieval.neighbours import Neighbours
 
 Ads = NDArray[np.int32]
-TWO_TOWER, FORECAST, SEEDED, POPULARITY = "two_tower", "forecast", "seeded", "popularity"
+UNSEEN = 1e-3
+"""Conversions that an ad without any is taken to have, against the others of its advertiser."""
 
 
 @dataclass(frozen=True)
@@ -31,37 +41,129 @@ class Request:
     """What the channels answer.
 
     Attributes:
+        user: index.
+        market: index, -1 for none.
         period: as-of time.
         active: ads that run in the visited market in that period, ascending.
         vector_D: the user's, None for a user without a history.
         log_prob_A: the forecast over advertisers; None in the arm without, and for a user without one.
+        prior_weight: w of the forecast channel.
     """
 
+    user: int
+    market: int
     period: int
     active: Ads
     vector_D: NDArray[np.float32] | None
     log_prob_A: NDArray[np.float32] | None
+    prior_weight: float = 0.0
 
 
 class Channel(Protocol):
     """A source of candidates."""
 
-    name: str
-
     def candidates(self, request: Request, k: int) -> Ads:
         """Up to ``k`` distinct active ads, best first; empty where the channel has nothing to say."""
 
 
+@dataclass(frozen=True)
+class Sources:
+    """What channels are built from.
+
+    Attributes:
+        log: ads, purchases, conversions.
+        index: ad vectors.
+        temperature: of the two-tower's softmax, which makes its similarity a log-likelihood.
+        codes_AL: semantic IDs of the advertisers.
+        cfg: the channels' settings.
+    """
+
+    log: Log
+    index: AdIndex
+    temperature: float
+    codes_AL: NDArray[np.int64]
+    cfg: RetrievalConfig
+
+
 class TwoTowerChannel:
     """The user's nearest active ads."""
-
-    name = TWO_TOWER
 
     def __init__(self, index: AdIndex) -> None:
         self.index = index
 
     def candidates(self, request: Request, k: int) -> Ads:
         return _nearest(self.index, request.vector_D, k, request.active)
+
+
+class PopularityChannel:
+    """The most converted active ads before the period, all of them in order."""
+
+    def __init__(self, popularity: Popularity) -> None:
+        self.popularity = popularity
+
+    def candidates(self, request: Request, k: int) -> Ads:
+        return _best(request.active, self.popularity(request.active, request.market, request.period), k)
+
+
+class OwnChannel:
+    """Active ads that the user bought, and active ads of advertisers that the user bought from.
+
+    ``score(ad) = own(ad) + weight · own(advertiser) · the ad's share of its advertiser's conversions``, with own
+    counts that decay by period.
+
+    Args:
+        purchases: of all users.
+        popularity: shares out an advertiser's part among its active ads.
+        ad_advertiser: advertiser of every ad, -1 for none.
+        decay: of a purchase, a period.
+        advertiser_weight: 0 takes the very ads bought before only.
+    """
+
+    def __init__(
+        self,
+        purchases: Purchases,
+        popularity: Popularity,
+        ad_advertiser: NDArray[np.int32],
+        *,
+        decay: float,
+        advertiser_weight: float,
+    ) -> None:
+        self.purchases, self.popularity, self.ad_advertiser = purchases, popularity, ad_advertiser
+        self.decay, self.advertiser_weight = decay, advertiser_weight
+
+    def candidates(self, request: Request, k: int) -> Ads:
+        bought = self.purchases.of(request.user, request.period)
+        if not len(bought.ad):
+            return request.active[:0]
+        weight_N = self.decay ** bought.ago.astype(float)
+        score_M = sum_at(request.active, bought.ad, weight_N)
+        if self.advertiser_weight:
+            advertisers, own_M = np.unique(self.ad_advertiser[request.active], return_inverse=True)
+            known_A = sum_at(advertisers, bought.advertiser, weight_N) * (advertisers >= 0)
+            popular_M = self.popularity(request.active, request.market, request.period) + UNSEEN
+            total_A = np.bincount(own_M, popular_M, minlength=len(advertisers))
+            score_M += self.advertiser_weight * known_A[own_M] * popular_M / total_A[own_M]
+        return _best(request.active, score_M, k, above=0.0)
+
+
+class ItemKnnChannel:
+    """Active ads near to what the user bought last, by who else bought both.
+
+    Args:
+        neighbours: of every ad.
+        purchases: of all users.
+        decay: of a purchase, a period.
+        history: purchases of the user that count.
+    """
+
+    def __init__(self, neighbours: Neighbours, purchases: Purchases, *, decay: float, history: int) -> None:
+        self.neighbours, self.purchases, self.decay, self.history = neighbours, purchases, decay, history
+
+    def candidates(self, request: Request, k: int) -> Ads:
+        bought = self.purchases.of(request.user, request.period)
+        rows = np.flatnonzero(bought.ad >= 0)[-self.history :]
+        ads, similarity = self.neighbours.scores(bought.ad[rows], self.decay ** bought.ago[rows].astype(float))
+        return _best(request.active, sum_at(request.active, ads, similarity), k, above=0.0)
 
 
 class ForecastChannel:
@@ -71,11 +173,42 @@ class ForecastChannel:
         index: ad vectors.
         ad_advertiser: advertiser of every ad, -1 for none.
         n_advertisers: how many active advertisers of the forecast.
-        prior_weight: w; 0 is the paper's rule.
-        temperature: of the two-tower's softmax, which makes its similarity a log-likelihood.
+        temperature: of the two-tower's softmax.
     """
 
-    name = FORECAST
+    def __init__(
+        self, index: AdIndex, ad_advertiser: NDArray[np.int32], n_advertisers: int, *, temperature: float = 1.0
+    ) -> None:
+        self.index, self.ad_advertiser, self.n_advertisers = index, ad_advertiser, n_advertisers
+        self.temperature = temperature
+
+    def candidates(self, request: Request, k: int) -> Ads:
+        chosen = forecast_advertisers(request, self.ad_advertiser, self.n_advertisers)
+        among = request.active[np.isin(self.ad_advertiser[request.active], chosen)]
+        if request.vector_D is None or request.log_prob_A is None:
+            return among[:0]
+        if request.prior_weight == 0:
+            return _nearest(self.index, request.vector_D, k, among)
+        among = among[self.index.holds(among)]
+        own = self.ad_advertiser[among]
+        share = request.log_prob_A[own] - np.log(np.bincount(own, minlength=len(request.log_prob_A))[own])
+        similarity = self.index.vectors(among) @ request.vector_D
+        return _best(among, similarity / self.temperature + request.prior_weight * share, k)
+
+
+class SeededChannel:
+    """Ads nearest to the forecast advertisers, one of each in turn.
+
+    An advertiser's vector is the mean of its active ads'. One whose ads have no vector yet, a cold one, takes the
+    mean of those that share its longest ID prefix.
+
+    Args:
+        index: ad vectors.
+        ad_advertiser: advertiser of every ad, -1 for none.
+        n_advertisers: how many active advertisers of the forecast.
+        codes_AL: semantic IDs; None where there are none.
+        prefix_levels: look among the ads of advertisers that share so many codes with the seed; 0 looks among all.
+    """
 
     def __init__(
         self,
@@ -83,80 +216,98 @@ class ForecastChannel:
         ad_advertiser: NDArray[np.int32],
         n_advertisers: int,
         *,
-        prior_weight: float = 0.0,
-        temperature: float = 1.0,
+        codes_AL: NDArray[np.int64] | None = None,
+        prefix_levels: int = 0,
     ) -> None:
         self.index, self.ad_advertiser, self.n_advertisers = index, ad_advertiser, n_advertisers
-        self.prior_weight, self.temperature = prior_weight, temperature
-
-    def candidates(self, request: Request, k: int) -> Ads:
-        chosen = forecast_advertisers(request, self.ad_advertiser, self.n_advertisers)
-        among = request.active[np.isin(self.ad_advertiser[request.active], chosen)]
-        if request.vector_D is None or request.log_prob_A is None:
-            return among[:0]
-        if self.prior_weight == 0:
-            return _nearest(self.index, request.vector_D, k, among)
-        among = among[self.index.holds(among)]
-        own = self.ad_advertiser[among]
-        share = request.log_prob_A[own] - np.log(np.bincount(own, minlength=len(request.log_prob_A))[own])
-        score = self.index.vectors(among) @ request.vector_D / self.temperature + self.prior_weight * share
-        return among[np.argsort(-score, kind="stable")[:k]]
-
-
-class SeededChannel:
-    """Ads nearest to the forecast advertisers, one of each in turn.
-
-    An advertiser's vector is the mean of its active ads'.
-
-    Args:
-        index: ad vectors.
-        ad_advertiser: advertiser of every ad, -1 for none.
-        n_advertisers: how many active advertisers of the forecast.
-    """
-
-    name = SEEDED
-
-    def __init__(self, index: AdIndex, ad_advertiser: NDArray[np.int32], n_advertisers: int) -> None:
-        self.index, self.ad_advertiser, self.n_advertisers = index, ad_advertiser, n_advertisers
+        self.codes_AL, self.prefix_levels = codes_AL, prefix_levels
 
     def candidates(self, request: Request, k: int) -> Ads:
         seeds = forecast_advertisers(request, self.ad_advertiser, self.n_advertisers)
         known = request.active[self.index.holds(request.active)]
-        own = self.ad_advertiser[known]
-        vectors = self.index.vectors(known)
-        means = [vectors[own == seed].mean(0) for seed in seeds if (own == seed).any()]
-        if not means:
+        if not len(seeds) or not len(known):
+            return known[:0]
+        own, vectors = self.ad_advertiser[known], self.index.vectors(known)
+        found = [(seed, mean) for seed in seeds if (mean := self._mean(int(seed), own, vectors)) is not None]
+        if not found:
             return known[:0]
         # Turn by turn each seed gives its next ad; k / S of each would do but for the duplicates.
-        depth = min(len(known), 2 * (k // len(means) + 1))
-        lists_SK, _ = self.index.search(np.stack(means), depth, among=known)
+        depth = min(len(known), 2 * (k // len(found) + 1))
+        if self.prefix_levels and self.codes_AL is not None:
+            lists = []
+            for seed, mean in found:
+                allowed = known[self._shares(int(seed), own, self.prefix_levels)]
+                lists.append(self.index.search(mean[None], depth, among=allowed)[0][0])
+            lists_SK = np.stack(lists)
+        else:
+            lists_SK, _ = self.index.search(np.stack([mean for _, mean in found]), depth, among=known)
         in_turn = lists_SK.T.reshape(-1)
         in_turn = in_turn[in_turn != NO_AD]
         _, first = np.unique(in_turn, return_index=True)
         return in_turn[np.sort(first)][:k]
 
+    def _mean(self, seed: int, own_M: NDArray[np.int32], vectors_MD: NDArray[np.float32]) -> NDArray[np.float32] | None:
+        chosen_M = own_M == seed
+        for levels in range(0 if self.codes_AL is None else self.codes_AL.shape[1] - 1, 0, -1):
+            if chosen_M.any():
+                break
+            chosen_M = self._shares(seed, own_M, levels)
+        return vectors_MD[chosen_M].mean(0) if chosen_M.any() else None
 
-class PopularityChannel:
-    """The most converted active ads of all users before the period.
+    def _shares(self, seed: int, own_M: NDArray[np.int32], levels: int) -> NDArray[np.bool_]:
+        """Ads whose advertiser has the seed's first codes."""
+        assert self.codes_AL is not None
+        same_A = (self.codes_AL[:, :levels] == self.codes_AL[seed, :levels]).all(1)
+        return np.append(same_A, False)[own_M]  # -1, no advertiser, reads the last
 
-    Args:
-        log: its label conversions are counted.
-    """
 
-    name = POPULARITY
+def _own(s: Sources, purchases: Purchases, popularity: Popularity) -> Channel:
+    cfg = s.cfg.own
+    return OwnChannel(
+        purchases, popularity, s.log.ad_advertiser, decay=cfg.decay, advertiser_weight=cfg.advertiser_weight
+    )
 
-    def __init__(self, log: Log) -> None:
-        events = log.events.select(log.is_label & (log.events.ad >= 0))
-        order = np.argsort(events.period, kind="stable")
-        self._ad, self._period, self._n_ads = events.ad[order], events.period[order], len(log.ad_ids)
-        self._counts: dict[int, NDArray[np.int64]] = {}
 
-    def candidates(self, request: Request, k: int) -> Ads:
-        if request.period not in self._counts:
-            before = self._ad[: np.searchsorted(self._period, request.period)]
-            self._counts[request.period] = np.bincount(before, minlength=self._n_ads)
-        counts = self._counts[request.period][request.active]
-        return request.active[np.argsort(-counts, kind="stable")[:k]]
+def _item_knn(s: Sources, purchases: Purchases, _: Popularity) -> Channel:
+    cfg = s.cfg.item_knn
+    neighbours = Neighbours.fit(
+        s.log, "prior_fit", neighbours=cfg.neighbours, shrinkage=cfg.shrinkage, per_user=cfg.per_user
+    )
+    return ItemKnnChannel(neighbours, purchases, decay=cfg.decay, history=cfg.history)
+
+
+def _forecast(s: Sources, *_: object) -> Channel:
+    return ForecastChannel(s.index, s.log.ad_advertiser, s.cfg.forecast.advertisers, temperature=s.temperature)
+
+
+def _seeded(s: Sources, *_: object) -> Channel:
+    cfg = s.cfg.forecast
+    return SeededChannel(
+        s.index,
+        s.log.ad_advertiser,
+        cfg.seed_advertisers,
+        codes_AL=s.codes_AL,
+        prefix_levels=min(cfg.seed_prefix_levels, s.codes_AL.shape[1] - 1),
+    )
+
+
+BUILDERS: Mapping[str, Callable[[Sources, Purchases, Popularity], Channel]] = {
+    TWO_TOWER: lambda s, *_: TwoTowerChannel(s.index),
+    OWN: _own,
+    POPULARITY: lambda _, __, popularity: PopularityChannel(popularity),
+    ITEM_KNN: _item_knn,
+    FORECAST: _forecast,
+    SEEDED: _seeded,
+}
+
+
+def build_channels(sources: Sources) -> dict[str, Channel]:
+    """The channels that the configuration names, and popularity, which answers where they do not."""
+    cfg = sources.cfg
+    purchases = Purchases(sources.log)
+    popularity = Popularity(sources.log, decay=cfg.popularity.decay, market_weight=cfg.popularity.market_weight)
+    names = dict.fromkeys([*cfg.channels, POPULARITY])
+    return {name: BUILDERS[name](sources, purchases, popularity) for name in names}
 
 
 def forecast_advertisers(request: Request, ad_advertiser: NDArray[np.int32], n: int) -> NDArray[np.int32]:
@@ -166,6 +317,14 @@ def forecast_advertisers(request: Request, ad_advertiser: NDArray[np.int32], n: 
     active = np.unique(ad_advertiser[request.active])
     active = active[active >= 0]
     return active[np.argsort(-request.log_prob_A[active], kind="stable")[:n]]
+
+
+def _best(ads_M: Ads, score_M: NDArray[np.floating], k: int, *, above: float = -np.inf) -> Ads:
+    """The ``k`` ads with the highest scores, the first of equal ones; those at or below ``above`` never."""
+    if above > -np.inf:
+        kept = score_M > above
+        ads_M, score_M = ads_M[kept], score_M[kept]
+    return ads_M[np.argsort(-score_M, kind="stable")[:k]]
 
 
 def _nearest(index: AdIndex, vector_D: NDArray[np.float32] | None, k: int, among: Ads) -> Ads:

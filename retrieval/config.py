@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from data.errors import UserError
 from models.training import TrainerConfig
 from models.two_tower import TwoTowerConfig
 from retrieval.index import IndexConfig
+
+TWO_TOWER, OWN, POPULARITY, ITEM_KNN = "two_tower", "own", "popularity", "item_knn"
+FORECAST, SEEDED = "forecast", "seeded"
+FORECASTING = (FORECAST, SEEDED)
+CHANNELS = (TWO_TOWER, OWN, POPULARITY, ITEM_KNN, *FORECASTING)
+BLENDS = ("quota", "rrf", "calibrated")
 
 
 @dataclass
@@ -43,6 +50,114 @@ class PairsConfig:
 
 
 @dataclass
+class PopularityConfig:
+    """The channel ``popularity``.
+
+    Attributes:
+        decay: weight that a conversion keeps from one period to the next.
+        market_weight: how many conversions elsewhere one in the visited market is worth, beyond itself.
+    """
+
+    decay: float = 0.9
+    market_weight: float = 10.0
+
+    def __post_init__(self) -> None:
+        _check_decay(self.decay, "retrieval.popularity.decay")
+        _check_at_least(self, {"market_weight": 0}, "retrieval.popularity")
+
+
+@dataclass
+class OwnConfig:
+    """The channel ``own``.
+
+    Attributes:
+        decay: weight that a purchase keeps from one period to the next.
+        advertiser_weight: of the user's purchases from an ad's advertiser beside those of the ad itself; 0 takes
+            the very ads bought before only.
+    """
+
+    decay: float = 0.97
+    advertiser_weight: float = 0.3
+
+    def __post_init__(self) -> None:
+        _check_decay(self.decay, "retrieval.own.decay")
+        _check_at_least(self, {"advertiser_weight": 0}, "retrieval.own")
+
+
+@dataclass
+class ItemKnnConfig:
+    """The channel ``item_knn``.
+
+    Attributes:
+        neighbours: of an ad, at the most.
+        shrinkage: added to the cosine's denominator; it keeps down pairs that few users speak for.
+        per_user: latest distinct ads of a user that neighbours are counted from.
+        history: latest purchases of a user whose neighbours are candidates.
+        decay: weight that a purchase keeps from one period to the next.
+    """
+
+    neighbours: int = 50
+    shrinkage: float = 10.0
+    per_user: int = 256
+    history: int = 128
+    decay: float = 0.97
+
+    def __post_init__(self) -> None:
+        _check_decay(self.decay, "retrieval.item_knn.decay")
+        least = {"neighbours": 1, "shrinkage": 0, "per_user": 1, "history": 1}
+        _check_at_least(self, least, "retrieval.item_knn")
+
+
+@dataclass
+class BlendConfig:
+    """How the channels' lists become one.
+
+    Attributes:
+        kind: ``quota``, ``rrf`` or ``calibrated``; see `retrieval.blend`.
+        shares: of the channels that follow no forecast, by name; none given, they are tuned. They are the weights
+            of ``rrf``, and ``calibrated``, which learns its own, reads none.
+        rrf_constant: of reciprocal-rank fusion.
+        per_advertiser: most candidates of one advertiser; null for any number.
+    """
+
+    kind: str = "quota"
+    shares: dict[str, float] = field(default_factory=dict)
+    rrf_constant: float = 60.0
+    per_advertiser: int | None = None
+
+    def __post_init__(self) -> None:
+        errors = []
+        if self.kind not in BLENDS:
+            errors.append(
+                UserError(
+                    f"retrieval.blend.kind={self.kind}", expected=f"one of {', '.join(BLENDS)}", action="choose one."
+                )
+            )
+        if self.shares and (min(self.shares.values()) < 0 or sum(self.shares.values()) <= 0):
+            errors.append(
+                UserError(
+                    f"retrieval.blend.shares={dict(self.shares)}",
+                    expected="shares of at least 0, not all 0",
+                    action="correct them, or give none to have them tuned.",
+                )
+            )
+        if self.rrf_constant <= 0:
+            errors.append(
+                UserError(f"retrieval.blend.rrf_constant={self.rrf_constant}", expected="above 0", action="raise it.")
+            )
+        if self.per_advertiser is not None and self.per_advertiser < 1:
+            errors.append(
+                UserError(
+                    f"retrieval.blend.per_advertiser={self.per_advertiser}",
+                    expected="at least 1, or null",
+                    action="raise it.",
+                )
+            )
+        if errors:
+            raise UserError.collect(errors)
+
+
+@dataclass
 class ForecastChannelConfig:
     """The channels that follow a forecast.
 
@@ -50,13 +165,16 @@ class ForecastChannelConfig:
         advertisers: the forecast's first so many advertisers among those active in the market.
         prior_weights: weights of the forecast in the score of its ads, the best is chosen with the quota; 0 is
             the paper's rule, by two-tower score alone.
-        seed_advertisers: the first so many of them seed a search with their own vectors.
-        seeded_share: share of the forecast's places that goes to that search.
+        seed_advertisers: the first so many of them seed the channel ``seeded``.
+        seed_prefix_levels: it looks among ads whose advertiser shares so many codes of its ID with a seed; 0 looks
+            among all, by vector alone.
+        seeded_share: share of the forecast's places that goes to that channel.
     """
 
     advertisers: int = 300
     prior_weights: list[float] = field(default_factory=lambda: [0.0, 0.3, 0.6])
     seed_advertisers: int = 20
+    seed_prefix_levels: int = 0
     seeded_share: float = 0.1
 
     def __post_init__(self) -> None:
@@ -70,6 +188,14 @@ class ForecastChannelConfig:
                         action="raise it.",
                     )
                 )
+        if self.seed_prefix_levels < 0:
+            errors.append(
+                UserError(
+                    f"retrieval.forecast.seed_prefix_levels={self.seed_prefix_levels}",
+                    expected="a whole number, at least 0",
+                    action="raise it.",
+                )
+            )
         if not self.prior_weights or min(self.prior_weights) < 0:
             errors.append(
                 UserError(
@@ -93,12 +219,14 @@ class RetrievalConfig:
         pairs: training requests.
         trainer: epochs and device.
         index: the ad index.
-        forecast: the forecast channels.
+        channels: those in use, in any order, out of `CHANNELS`; the ones of `FORECASTING` have nothing to say in the
+            arm without a forecast. Popularity fills what they leave free, named or not.
+        popularity, own, item_knn, forecast: settings of the channels.
+        blend: makes one list of theirs.
         budget: candidates of a request, whatever the channels.
         ks: list lengths reported; none above the budget.
-        quotas: shares of the budget that the forecast channels may get; the best is chosen on the ranker's
-            spans, which the towers and the forecast have not learned from.
-        quota_requests: requests of those spans that it is chosen on, at the most.
+        quotas: shares of the budget that the forecast channels may get; see `retrieval.tuning` for which is chosen.
+        quota_requests: requests that quotas and shares are chosen on, at the most.
         sparse_quantile: users whose number of earlier purchases is in this lowest part are "sparse".
     """
 
@@ -107,7 +235,12 @@ class RetrievalConfig:
     pairs: PairsConfig = field(default_factory=PairsConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     index: IndexConfig = field(default_factory=IndexConfig)
+    channels: list[str] = field(default_factory=lambda: list(CHANNELS))
+    popularity: PopularityConfig = field(default_factory=PopularityConfig)
+    own: OwnConfig = field(default_factory=OwnConfig)
+    item_knn: ItemKnnConfig = field(default_factory=ItemKnnConfig)
     forecast: ForecastChannelConfig = field(default_factory=ForecastChannelConfig)
+    blend: BlendConfig = field(default_factory=BlendConfig)
     budget: int = 100
     ks: list[int] = field(default_factory=lambda: [10, 20, 50, 100])
     quotas: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.3, 0.5, 1.0])
@@ -115,7 +248,7 @@ class RetrievalConfig:
     sparse_quantile: float = 0.33
 
     def __post_init__(self) -> None:
-        errors = []
+        errors = [*self._channel_errors()]
         if self.budget < 1:
             errors.append(
                 UserError(f"retrieval.budget={self.budget}", expected="a positive whole number", action="raise it.")
@@ -151,6 +284,39 @@ class RetrievalConfig:
         if errors:
             raise UserError.collect(errors)
 
+    @property
+    def base_channels(self) -> list[str]:
+        """Channels in use that follow no forecast."""
+        return [name for name in self.channels if name not in FORECASTING]
+
+    @property
+    def forecast_channels(self) -> list[str]:
+        """Channels in use that follow a forecast."""
+        return [name for name in self.channels if name in FORECASTING]
+
+    def _channel_errors(self) -> Iterator[UserError]:
+        valid = ", ".join(CHANNELS)
+        unknown = [name for name in self.channels if name not in CHANNELS]
+        if unknown or len(set(self.channels)) < len(self.channels):
+            yield UserError(
+                f"retrieval.channels={list(self.channels)}",
+                expected=f"distinct names out of {valid}",
+                action=f"correct {', '.join(unknown) or 'the one named twice'}.",
+            )
+        elif not self.base_channels:
+            yield UserError(
+                f"retrieval.channels={list(self.channels)}",
+                expected="at least one channel that follows no forecast, for the arm without",
+                action=f"add one of {', '.join(name for name in CHANNELS if name not in FORECASTING)}.",
+            )
+        strange = [name for name in self.blend.shares if name not in self.base_channels]
+        if strange or (self.blend.shares and not sum(self.blend.shares.values())):
+            yield UserError(
+                f"retrieval.blend.shares of {', '.join(strange)}",
+                expected=f"shares of channels in use that follow no forecast: {', '.join(self.base_channels)}",
+                action="take them out, or add the channel to retrieval.channels.",
+            )
+
 
 def _check_positive(cfg: PairsConfig, group: str) -> None:
     errors = [
@@ -165,3 +331,18 @@ def _check_positive(cfg: PairsConfig, group: str) -> None:
 def _check_share(value: float, name: str) -> None:
     if not 0 <= value <= 1:
         raise UserError(f"{name}={value}", expected="a share between 0 and 1", action="correct it.")
+
+
+def _check_decay(value: float, name: str) -> None:
+    if not 0 < value <= 1:
+        raise UserError(f"{name}={value}", expected="above 0 and at most 1", action="correct it.")
+
+
+def _check_at_least(cfg: object, least: Mapping[str, float], group: str) -> None:
+    errors = [
+        UserError(f"{group}.{name}={getattr(cfg, name)}", expected=f"at least {low}", action="raise it.")
+        for name, low in least.items()
+        if getattr(cfg, name) < low
+    ]
+    if errors:
+        raise UserError.collect(errors)

@@ -1,16 +1,16 @@
 """What the forecast adds to retrieval, at the same total number of candidates.
 
 Every arm gets ``budget`` candidates a request out of the ads that are active in the visited market and
-period. In the arm ``none`` the two-tower has all places; in ``anchor`` and ``lm`` the forecast channels get
-a quota of them. Quota and weight of the forecast are chosen for each arm on the ranker's spans, from which
-neither towers nor forecast have learned and which end before the evaluated one.
+period. In the arm ``none`` the channels without a forecast have all places; in ``anchor`` and ``lm`` the
+forecast channels get a quota of them. Shares, quota and weight of the forecast are chosen by
+`retrieval.tuning` before the evaluated span.
 
 Shapes: R requests, K budget.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,27 +20,27 @@ from numpy.typing import NDArray
 from data.log import Log, Targets
 from data.statistics import Row, bootstrap_mean, paired_bootstrap
 from priors.forecast import Forecast
-from retrieval.blend import Blended, blend
-from retrieval.channels import (
-    FORECAST,
-    POPULARITY,
-    SEEDED,
-    TWO_TOWER,
-    Channel,
-    ForecastChannel,
-    PopularityChannel,
-    Request,
-    SeededChannel,
-    TwoTowerChannel,
-)
+from retrieval.blend import Blend, Blended, merge
+from retrieval.channels import Ads, Request
 from retrieval.config import RetrievalConfig
-from retrieval.index import NO_AD
-from retrieval.metrics import coverage, gini, hits, ndcg_at_k, recall_at_k, reciprocal_rank
-from retrieval.two_tower import TrainedTwoTower
+from retrieval.metrics import (
+    coverage,
+    gini,
+    hits,
+    ndcg_at_k,
+    place_values,
+    recall_at_k,
+    reciprocal_rank,
+    value_recall_at_k,
+)
+from retrieval.retriever import Retriever, with_forecast
+from retrieval.tuning import Plan, as_matrix, choose_plan, choose_shares, tuning_targets, with_quota
 
 SECTION = "retrieval"
 NONE = "none"
 DIFFERENCES = (("lm", "anchor"), ("lm", NONE), ("anchor", NONE))
+TIERS = ("sparse users", "middle users", "heavy users")
+Values = dict[tuple[str, str, int], NDArray[np.float64]]
 
 
 @dataclass
@@ -49,230 +49,191 @@ class RetrievalEvaluation:
 
     Attributes:
         rows: tidy rows of section ``retrieval``.
-        quotas: quota chosen for each arm.
-        prior_weights: weight of the forecast chosen for each arm.
+        plans: blend, quota and prior weight chosen for each arm.
         sweep: recall and concentration by quota on the evaluated span, as plain dicts for the plot.
     """
 
     rows: list[Row] = field(default_factory=list)
-    quotas: dict[str, float] = field(default_factory=dict)
-    prior_weights: dict[str, float] = field(default_factory=dict)
+    plans: dict[str, Plan] = field(default_factory=dict)
     sweep: list[dict[str, Any]] = field(default_factory=list)
 
 
-class Retriever:
-    """Answers requests of one arm.
+class Requests:
+    """Requests of a span with what the channels find for each, asked once however many arms and blends look at it.
 
     Args:
-        log: ads, placements and histories.
-        two_tower: user vectors and the ad index.
-        forecast: of the arm; None for the arm without.
-        cfg: budget and channels.
-        prior_weight: of the forecast in its channel's score.
+        retriever: asks the channels.
+        targets: of the requests.
     """
 
-    def __init__(
-        self,
-        log: Log,
-        two_tower: TrainedTwoTower,
-        forecast: Forecast | None,
-        cfg: RetrievalConfig,
-        *,
-        prior_weight: float = 0.0,
-    ) -> None:
-        self.log, self.forecast, self.cfg = log, forecast, cfg
-        self.embed = two_tower.embedder(log, cfg.pairs)
-        index, own = two_tower.index, log.ad_advertiser
-        self.channels: list[Channel] = [TwoTowerChannel(index), PopularityChannel(log)]
-        if forecast is not None:
-            self.channels += [
-                ForecastChannel(
-                    index,
-                    own,
-                    cfg.forecast.advertisers,
-                    prior_weight=prior_weight,
-                    temperature=two_tower.cfg.temperature,
-                ),
-                SeededChannel(index, own, cfg.forecast.seed_advertisers),
-            ]
+    def __init__(self, retriever: Retriever, targets: Targets) -> None:
+        self.retriever, self.targets = retriever, targets
+        self.requests: list[Request] = retriever.requests(targets)
+        self.base = retriever.lists(self.requests)
 
-    def lists(
-        self, user_R: NDArray[np.integer], market_R: NDArray[np.integer], period_R: NDArray[np.integer]
-    ) -> list[dict[str, NDArray[np.int32]]]:
-        """What each channel finds for each request, twice the budget long so that no duplicate costs a place.
+    def __len__(self) -> int:
+        return len(self.targets)
 
-        Returns:
-            One dict a request, from channel to ads.
-        """
-        vector_RD = self.embed(user_R, period_R)
-        found = []
-        for row in range(len(user_R)):
-            user, period = user_R[row : row + 1], period_R[row : row + 1]
-            request = Request(
-                period=int(period[0]),
-                active=np.sort(self.log.active_ads(int(market_R[row]), int(period[0])).ad),
-                vector_D=None if np.isnan(vector_RD[row]).any() else vector_RD[row],
-                log_prob_A=None if self.forecast is None else self.forecast.log_probs(user, period)[0],
-            )
-            found.append({channel.name: channel.candidates(request, 2 * self.cfg.budget) for channel in self.channels})
+    def lists(self, forecast: Forecast | None, prior_weight: float = 0.0) -> list[dict[str, Ads]]:
+        """Lists of all channels of an arm, by name, one dict a request."""
+        names = self.retriever.cfg.forecast_channels
+        if forecast is None or not names:
+            return self.base
+        asked = with_forecast(self.requests, forecast, prior_weight)
+        return [base | own for base, own in zip(self.base, self.retriever.lists(asked, names), strict=True)]
+
+    def merged(self, lists_R: Sequence[Mapping[str, Ads]], blend: Blend) -> list[Blended]:
+        """One list a request."""
+        return [merge(lists, blend, self.retriever.limits) for lists in lists_R]
+
+
+class Judge:
+    """Measures candidate lists of the same requests.
+
+    Args:
+        log: the log.
+        targets: of the requests.
+        cfg: list lengths, budget, who is a sparse user.
+    """
+
+    def __init__(self, log: Log, targets: Targets, cfg: RetrievalConfig) -> None:
+        self.log, self.targets, self.cfg = log, targets, cfg
+        self.new = _of_new_advertisers(log, targets)
+        self.tier_R = _tiers(log, targets, cfg.sparse_quantile)
+        self.eligible = _eligible_advertisers(log, targets)
+
+    def values(self, blended: Sequence[Blended]) -> Values:
+        """Every per-request measure, by (measure, segment, list length); NaN where a request is not of the segment."""
+        ads_RK, cfg, found = as_matrix(blended, self.cfg.budget), self.cfg, Values()
+        for segment, targets in (("all", self.targets), ("new", self.new)):
+            hit_RK, count_R = hits(ads_RK, targets.ptr, targets.item), np.diff(targets.ptr)
+            for k in cfg.ks:
+                found["recall", segment, k] = recall_at_k(hit_RK, count_R, k)
+                found["ndcg", segment, k] = ndcg_at_k(hit_RK, count_R, k)
+            found["mrr", segment, cfg.budget] = reciprocal_rank(hit_RK, count_R, cfg.budget)
+        value_RK = place_values(ads_RK, self.targets.ptr, self.targets.item, self.targets.value)
+        for k in cfg.ks:
+            found["value_recall", "all", k] = value_recall_at_k(value_RK, self.targets.ptr, self.targets.value, k)
+            for tier, name in enumerate(TIERS):
+                found["recall", name, k] = np.where(self.tier_R == tier, found["recall", "all", k], np.nan)
         return found
 
-    def blend(self, lists: Mapping[str, NDArray[np.int32]], quota: float) -> Blended:
-        """One list of ``budget`` ads; what no channel can fill is filled by popularity.
+    def lists_rows(self, arm: str, blended: Sequence[Blended]) -> list[Row]:
+        """Coverage and concentration of advertisers, and hits by the channel that alone found them."""
+        shown = self.shown(blended)
+
+        def row(metric: str, value: float, segment: str = "all") -> Row:
+            return Row(SECTION, metric, arm, segment, None, value, None, None, len(self.targets))
+
+        rows = [row("coverage", coverage(shown, self.eligible)), row("gini", self.gini(blended))]
+        alone: dict[str, int] = {}
+        total = 0
+        for names in self._hits(blended):
+            total += 1
+            if len(names) == 1:
+                alone[names[0]] = alone.get(names[0], 0) + 1
+        return rows + [row("hits_found_alone", count / max(total, 1), name) for name, count in sorted(alone.items())]
+
+    def gini(self, blended: Sequence[Blended]) -> float:
+        """Concentration of the candidates on advertisers, of all that were eligible."""
+        shown = self.shown(blended)
+        return gini(np.bincount(shown, minlength=len(self.log.advertiser_ids))[self.eligible])
+
+    def shown(self, blended: Sequence[Blended]) -> NDArray[np.int32]:
+        """Advertiser of every candidate that has one."""
+        ads = np.concatenate([np.zeros(0, np.int32), *(one.ads for one in blended)])
+        shown = self.log.ad_advertiser[ads]
+        return shown[shown >= 0]
+
+    def _hits(self, blended: Sequence[Blended]) -> Iterator[tuple[str, ...]]:
+        for request, one in enumerate(blended):
+            wanted = set(self.targets.of(request).tolist())
+            for ad, names in zip(one.ads.tolist(), one.found_by, strict=True):
+                if ad in wanted:
+                    yield names
+
+    def mean_rows(self, arms: Mapping[str, Values], differences: Sequence[tuple[str, str]]) -> list[Row]:
+        """Means of arms with intervals over users, and paired differences of arms.
 
         Args:
-            lists: of one request.
-            quota: share of the budget that the forecast channels get.
+            arms: values of each arm.
+            differences: pairs of arms; those not measured are left out.
         """
-        shares = {TWO_TOWER: 1.0}
-        if FORECAST in lists:
-            seeded = quota * self.cfg.forecast.seeded_share
-            shares = {TWO_TOWER: 1.0 - quota, FORECAST: quota - seeded, SEEDED: seeded}
-        return blend(lists, shares, budget=self.cfg.budget, fallback=POPULARITY)
-
-    def candidates(self, user: int, market: int, period: int, quota: float) -> Blended:
-        """Candidates of one request, with the channels that found each."""
-        lists = self.lists(np.array([user]), np.array([market]), np.array([period]))
-        return self.blend(lists[0], quota)
+        users, rows = self.targets.user, []
+        for key in next(iter(arms.values()), {}):
+            metric, segment, k = key
+            name: dict[str, Any] = {"section": SECTION, "metric": metric, "segment": segment, "k": k}
+            rows += [Row.of(bootstrap_mean(values[key], users), arm=arm, **name) for arm, values in arms.items()]
+            rows += [
+                Row.of(paired_bootstrap(arms[a][key], arms[b][key], users), arm=f"{a} - {b}", **name)
+                for a, b in differences
+                if a in arms and b in arms
+            ]
+        return rows
 
 
 def evaluate_retrieval(
-    log: Log,
-    two_tower: TrainedTwoTower,
+    retriever: Retriever,
     forecasts: Mapping[str, Forecast | None],
-    cfg: RetrievalConfig,
     *,
     users: NDArray[np.integer],
 ) -> RetrievalEvaluation:
     """Compare the arms on the requests with a conversion.
 
     Args:
-        log: the log.
-        two_tower: trained towers.
+        retriever: channels and configuration.
         forecasts: forecast of each arm; None for ``none``.
-        cfg: budget, quotas, list lengths.
         users: the panel.
 
     Returns:
-        Rows, chosen quotas and the sweep.
+        Rows, chosen plans and the sweep.
     """
-    evaluation = RetrievalEvaluation()
-    targets, choosing = log.ad_targets(log.evaluate, users), _choosing(log, users, cfg)
-    new = _of_new_advertisers(log, targets)
-    sparse_R = _sparse(log, targets, cfg.sparse_quantile)
-    values: dict[tuple[str, str, int], dict[str, NDArray[np.float64]]] = {}
+    log, cfg = retriever.log, retriever.cfg
+    evaluated = Requests(retriever, log.ad_targets(log.evaluate, users))
+    tuning = Requests(retriever, tuning_targets(log, users, cfg))
+    judge, evaluation = Judge(log, evaluated.targets, cfg), RetrievalEvaluation()
+    shares = choose_shares(tuning.base, tuning.targets, cfg, retriever.limits)
+    values: dict[str, Values] = {}
     for arm, forecast in forecasts.items():
-        weights = [0.0] if forecast is None else list(cfg.forecast.prior_weights)
-        quotas = [0.0] if forecast is None else list(cfg.quotas)
-        retrievers = {weight: Retriever(log, two_tower, forecast, cfg, prior_weight=weight) for weight in weights}
-        evaluation.prior_weights[arm], evaluation.quotas[arm] = _choose(retrievers, choosing, quotas)
-        retriever = retrievers[evaluation.prior_weights[arm]]
-        lists = retriever.lists(targets.user, targets.market, targets.period)
-        by_quota = {quota: [retriever.blend(found, quota) for found in lists] for quota in quotas}
-        if forecast is not None:
-            evaluation.sweep += [_sweep_point(arm, q, blended, log, targets, cfg) for q, blended in by_quota.items()]
-        chosen = by_quota[evaluation.quotas[arm]]
-        ads_RK = _matrix(chosen, cfg.budget)
-        evaluation.rows += _list_rows(arm, chosen, ads_RK, log, targets)
-        for segment, of_segment in (("all", targets), ("new", new)):
-            hit_RK = hits(ads_RK, of_segment.ptr, of_segment.item)
-            count_R = np.diff(of_segment.ptr)
-            for k in cfg.ks:
-                values.setdefault(("recall", segment, k), {})[arm] = recall_at_k(hit_RK, count_R, k)
-                values.setdefault(("ndcg", segment, k), {})[arm] = ndcg_at_k(hit_RK, count_R, k)
-            values.setdefault(("mrr", segment, cfg.budget), {})[arm] = reciprocal_rank(hit_RK, count_R, cfg.budget)
-            if segment == "all":
-                for k in cfg.ks:
-                    recall = np.where(sparse_R, values["recall", "all", k][arm], np.nan)
-                    values.setdefault(("recall", "sparse users", k), {})[arm] = recall
-    for (metric, segment, k), arms in values.items():
-        name = {"section": SECTION, "metric": metric, "segment": segment, "k": k}
-        evaluation.rows += [
-            Row.of(bootstrap_mean(value, targets.user), arm=arm, **name)  # type: ignore[arg-type]
-            for arm, value in arms.items()
-        ]
-        evaluation.rows += [
-            Row.of(paired_bootstrap(arms[a], arms[b], targets.user), arm=f"{a} - {b}", **name)  # type: ignore[arg-type]
-            for a, b in DIFFERENCES
-            if a in arms and b in arms
-        ]
+        plan = plan_of(tuning, forecast, shares)
+        lists_R = evaluated.lists(forecast, plan.prior_weight)
+        blended = evaluated.merged(lists_R, plan.blend)
+        evaluation.plans[arm], values[arm] = plan, judge.values(blended)
+        evaluation.rows += judge.lists_rows(arm, blended)
+        if forecast is not None and cfg.forecast_channels:
+            evaluation.sweep += sweep(evaluated, lists_R, judge, shares, arm)
+    evaluation.rows += judge.mean_rows(values, DIFFERENCES)
     return evaluation
 
 
-def _choosing(log: Log, users: NDArray[np.integer], cfg: RetrievalConfig) -> Targets:
-    """Requests of the ranker's spans that quota and weight are chosen on."""
-    targets = log.ad_targets((log.split.ranker_fit[0], log.split.ranker_stop[1]), users)
-    rng = np.random.default_rng(cfg.seed)
-    return targets.select(np.sort(rng.permutation(len(targets))[: cfg.quota_requests]))
+def plan_of(tuning: Requests, forecast: Forecast | None, shares: Mapping[str, float]) -> Plan:
+    """The plan of one arm, chosen on the tuning requests."""
+    cfg = tuning.retriever.cfg
+    weights = list(cfg.forecast.prior_weights) if forecast is not None and "forecast" in cfg.channels else [0.0]
+    lists = {weight: tuning.lists(forecast, weight) for weight in weights}
+    limits = tuning.retriever.limits
+    return choose_plan(lists, tuning.targets, cfg, limits, base_shares=shares, forecast=forecast is not None)
 
 
-def _choose(retrievers: Mapping[float, Retriever], choosing: Targets, quotas: Sequence[float]) -> tuple[float, float]:
-    """Weight and quota with the best recall at the budget; of equal ones the smallest."""
-    if len(retrievers) * len(quotas) == 1 or not len(choosing):
-        return min(retrievers), min(quotas)
-    count_R, recall = np.diff(choosing.ptr), {}
-    for weight, retriever in sorted(retrievers.items()):
-        lists, budget = retriever.lists(choosing.user, choosing.market, choosing.period), retriever.cfg.budget
-        for quota in sorted(quotas):
-            ads_RK = _matrix([retriever.blend(found, quota) for found in lists], budget)
-            hit_RK = hits(ads_RK, choosing.ptr, choosing.item)
-            recall[weight, quota] = float(np.nanmean(recall_at_k(hit_RK, count_R, budget)))
-    return max(recall, key=lambda pair: (recall[pair], -pair[1], -pair[0]))
-
-
-def _sweep_point(
-    arm: str, quota: float, blended: list[Blended], log: Log, targets: Targets, cfg: RetrievalConfig
-) -> dict[str, Any]:
-    ads_RK = _matrix(blended, cfg.budget)
-    recall_R = recall_at_k(hits(ads_RK, targets.ptr, targets.item), np.diff(targets.ptr), cfg.budget)
-    interval = bootstrap_mean(recall_R, targets.user)
-    return {
-        "arm": arm, "quota": quota, "recall": interval.value, "ci_low": interval.low, "ci_high": interval.high,
-        "gini": gini(_exposures(ads_RK, log, targets)),
-    }  # fmt: skip
-
-
-def _list_rows(arm: str, blended: list[Blended], ads_RK: NDArray[np.int32], log: Log, targets: Targets) -> list[Row]:
-    """Coverage and concentration of advertisers, and hits that one channel alone found."""
-    n = len(targets)
-    eligible = _eligible_advertisers(log, targets)
-    shown_RK = np.where(ads_RK >= 0, log.ad_advertiser[ads_RK], -1)
-
-    def row(metric: str, value: float, segment: str = "all") -> Row:
-        return Row(SECTION, metric, arm, segment, None, value, None, None, n)
-
-    rows = [row("coverage", coverage(shown_RK, eligible)), row("gini", gini(_exposures(ads_RK, log, targets)))]
-    alone: dict[str, int] = {}
-    total = 0
-    for request, one in enumerate(blended):
-        wanted = set(targets.of(request).tolist())
-        for ad, channels in zip(one.ads.tolist(), one.found_by, strict=True):
-            if ad in wanted:
-                total += 1
-                if len(channels) == 1:
-                    alone[channels[0]] = alone.get(channels[0], 0) + 1
-    rows += [row("hits_found_alone", count / max(total, 1), name) for name, count in sorted(alone.items())]
-    return rows
-
-
-def _matrix(blended: Sequence[Blended], budget: int) -> NDArray[np.int32]:
-    ads_RK = np.full((len(blended), budget), NO_AD, dtype=np.int32)
-    for row, one in enumerate(blended):
-        ads_RK[row, : len(one)] = one.ads
-    return ads_RK
+def sweep(
+    evaluated: Requests, lists_R: Sequence[Mapping[str, Ads]], judge: Judge, shares: Mapping[str, float], arm: str
+) -> list[dict[str, Any]]:
+    """Recall and concentration by the forecast channels' quota; the paper warns that a large one over-concentrates."""
+    points, cfg = [], judge.cfg
+    for quota in cfg.quotas:
+        blended = evaluated.merged(lists_R, with_quota(shares, quota, cfg, forecast=True))
+        interval = bootstrap_mean(judge.values(blended)["recall", "all", max(cfg.ks)], judge.targets.user)
+        points.append({
+            "arm": arm, "quota": quota, "recall": interval.value, "ci_low": interval.low, "ci_high": interval.high,
+            "gini": judge.gini(blended),
+        })  # fmt: skip
+    return points
 
 
 def _eligible_advertisers(log: Log, targets: Targets) -> NDArray[np.int32]:
     visits = np.unique(np.stack([targets.market, targets.period]), axis=1).T
     active = [log.active_advertisers(int(market), int(period)) for market, period in visits]
     return np.unique(np.concatenate(active)) if active else np.zeros(0, np.int32)
-
-
-def _exposures(ads_RK: NDArray[np.int32], log: Log, targets: Targets) -> NDArray[np.int64]:
-    """How often each eligible advertiser was shown."""
-    shown = log.ad_advertiser[ads_RK[ads_RK >= 0]]
-    counts = np.bincount(shown[shown >= 0], minlength=len(log.advertiser_ids))
-    return counts[_eligible_advertisers(log, targets)]
 
 
 def _of_new_advertisers(log: Log, targets: Targets) -> Targets:
@@ -286,11 +247,12 @@ def _of_new_advertisers(log: Log, targets: Targets) -> Targets:
     )  # fmt: skip
 
 
-def _sparse(log: Log, targets: Targets, quantile: float) -> NDArray[np.bool_]:
-    """Requests of the users with the fewest purchases before the evaluated span."""
+def _tiers(log: Log, targets: Targets, quantile: float) -> NDArray[np.int64]:
+    """0 for requests of the users with the fewest purchases before the evaluated span, 2 for those with the most."""
     if not len(targets):
-        return np.zeros(0, dtype=bool)
+        return np.zeros(0, dtype=np.int64)
     first = int(targets.period.min())
     users, row_R = np.unique(targets.user, return_inverse=True)
     purchases = np.array([int(log.is_purchase[log.history(int(user), first)].sum()) for user in users])
-    return (purchases <= np.quantile(purchases, quantile))[row_R]
+    low, high = np.quantile(purchases, [quantile, max(1.0 - quantile, quantile)])
+    return np.where(purchases <= low, 0, np.where(purchases <= high, 1, 2))[row_R]

@@ -59,6 +59,37 @@ def reciprocal_rank(hit_RK: NDArray[np.bool_], targets_R: NDArray[np.int64], k: 
     return np.where(targets_R > 0, first, np.nan)
 
 
+def place_values(
+    lists_RK: NDArray[np.int32], ptr: NDArray[np.int64], item_T: NDArray[np.int32], value_T: NDArray[np.floating]
+) -> Floats:
+    """Value of the target in each place of the lists, 0 where it holds none; arguments as of `hits`."""
+    n_items = 1 + max(int(lists_RK.max(initial=-1)), int(item_T.max(initial=-1)))
+    wanted_T = np.repeat(np.arange(len(ptr) - 1), np.diff(ptr)) * n_items + item_T
+    order_T = np.argsort(wanted_T)
+    listed = np.arange(len(lists_RK))[:, None] * n_items + lists_RK
+    if not len(item_T):
+        return np.zeros(lists_RK.shape)
+    place = np.minimum(np.searchsorted(wanted_T[order_T], listed), len(item_T) - 1)
+    hit_RK = (wanted_T[order_T][place] == listed) & (lists_RK >= 0)
+    return np.where(hit_RK, value_T[order_T][place], 0.0).astype(np.float64)
+
+
+def value_recall_at_k(value_RK: Floats, ptr: NDArray[np.int64], value_T: NDArray[np.floating], k: int) -> Floats:
+    """Value of the hits among the first k over the largest that k places can hold, NaN without a target of value.
+
+    Args:
+        value_RK: of `place_values`.
+        ptr: targets of each request.
+        value_T: value of each target, at least 0.
+        k: list length.
+    """
+    row_T = np.repeat(np.arange(len(ptr) - 1), np.diff(ptr))
+    order = np.lexsort((-value_T, row_T))
+    rank = np.arange(len(order)) - np.repeat(ptr[:-1], np.diff(ptr))
+    best = np.bincount(row_T[order][rank < k], value_T[order][rank < k], minlength=len(ptr) - 1)
+    return _ratio(value_RK[:, :k].sum(1), best)
+
+
 def coverage(lists_RK: NDArray[np.int32], eligible: NDArray[np.int32]) -> float:
     """Share of the eligible items (distinct) that stand in at least one list.
 

@@ -10,6 +10,7 @@ from data.log import Log
 from models.training import FitResult, TrainerConfig
 from models.two_tower import TwoTowerConfig
 from retrieval.config import ForecastChannelConfig, PairsConfig, RetrievalConfig
+from retrieval.retriever import Retriever
 from retrieval.two_tower import TrainedTwoTower, train_two_tower
 from tests.priors.conftest import random_ids
 
@@ -32,3 +33,8 @@ def train_tiny(log: Log, cfg: RetrievalConfig, work: Path) -> tuple[TrainedTwoTo
     """Train on random IDs and texts."""
     text = np.random.default_rng(0).normal(size=(len(log.advertiser_ids), 8)).astype(np.float32)
     return train_two_tower(log, random_ids(log).codes_AL, text, cfg, work_dir=work)
+
+
+def retriever_of(log: Log, towers: TrainedTwoTower, cfg: RetrievalConfig) -> Retriever:
+    """With the random IDs that the towers were trained on."""
+    return Retriever(log, towers, random_ids(log).codes_AL, cfg)

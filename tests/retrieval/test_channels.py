@@ -1,46 +1,57 @@
-"""Channels, their blend and the retriever, on vectors one can follow by hand and on the tiny log."""
+"""Channels and the retriever, on vectors one can follow by hand and on the tiny log."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.sparse import csr_array
 from scipy.special import log_softmax
 
+from data.errors import UserError
 from data.log import Log
-from retrieval.blend import blend
+from retrieval.blend import QuotaBlend
 from retrieval.channels import (
-    FORECAST,
-    POPULARITY,
-    SEEDED,
-    TWO_TOWER,
+    BUILDERS,
+    Channel,
     ForecastChannel,
+    ItemKnnChannel,
+    OwnChannel,
     PopularityChannel,
     Request,
     SeededChannel,
     TwoTowerChannel,
 )
-from retrieval.evaluate import Retriever, evaluate_retrieval
+from retrieval.config import CHANNELS, FORECAST, ITEM_KNN, OWN, POPULARITY, SEEDED, TWO_TOWER, RetrievalConfig
+from retrieval.counts import Popularity, Purchases, sum_at
 from retrieval.index import AdIndex, IndexConfig
+from retrieval.neighbours import Neighbours
+from retrieval.tuning import Plan
 from retrieval.two_tower import TrainedTwoTower
 from tests.logs import tiny_log
 from tests.ranking.common import KnownForecast
-from tests.retrieval.common import tiny_retrieval, train_tiny
+from tests.retrieval.common import retriever_of, tiny_retrieval, train_tiny
 
 ANGLES = np.deg2rad(np.arange(12) * 10.0)
 VECTORS = np.stack([np.cos(ANGLES), np.sin(ANGLES)], axis=1).astype(np.float32)
 OWNER = np.array([0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, -1], dtype=np.int32)
+CODES = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
 INDEX = AdIndex.build(VECTORS, np.arange(12, dtype=np.int32), IndexConfig())
 ALONG_X = np.array([1.0, 0.0], dtype=np.float32)
 
 
-def request(log_prob: list[float] | None, active: list[int] | None = None, *, vector: bool = True) -> Request:
+def request(
+    log_prob: list[float] | None, active: list[int] | None = None, *, vector: bool = True, weight: float = 0.0
+) -> Request:
     return Request(
+        user=0,
+        market=0,
         period=3,
         active=np.array(range(12) if active is None else active, dtype=np.int32),
         vector_D=ALONG_X if vector else None,
         log_prob_A=None if log_prob is None else np.array(log_prob, dtype=np.float32),
+        prior_weight=weight,
     )
 
 
@@ -57,12 +68,12 @@ def test_the_papers_rule_takes_forecast_advertisers_ads_by_two_tower_score() -> 
 
 def test_the_soft_form_adds_an_ads_share_of_the_forecast() -> None:
     log_prob = [-3.0, -2.0, -0.1, -4.0]
-    channel = ForecastChannel(INDEX, OWNER, 4, prior_weight=0.5, temperature=1.0)
+    channel = ForecastChannel(INDEX, OWNER, 4, temperature=1.0)
     expected = VECTORS[:11] @ ALONG_X
     expected += 0.5 * (np.array(log_prob)[OWNER[:11]] - np.log(np.array([3, 3, 3, 2])[OWNER[:11]]))
-    found = channel.candidates(request(log_prob), 11)
+    found = channel.candidates(request(log_prob, weight=0.5), 11)
     assert found.tolist() == np.argsort(-expected, kind="stable").tolist()
-    assert found.tolist() != ForecastChannel(INDEX, OWNER, 4).candidates(request(log_prob), 11).tolist()
+    assert found.tolist() != channel.candidates(request(log_prob), 11).tolist()
 
 
 def test_seeds_give_their_neighbours_in_turn_without_duplicates() -> None:
@@ -73,17 +84,103 @@ def test_seeds_give_their_neighbours_in_turn_without_duplicates() -> None:
     assert 11 in found  # an ad that no forecast advertiser owns
 
 
-def test_popularity_counts_conversions_before_the_period_only(tmp_path: Path) -> None:
-    log = tiny_log(tmp_path)
-    active = np.arange(len(log.ad_ids), dtype=np.int32)
-    asked = Request(period=5, active=active, vector_D=None, log_prob_A=None)
-    found = PopularityChannel(log).candidates(asked, 10)
+def test_seeds_look_among_the_advertisers_that_share_their_prefix() -> None:
+    channel = SeededChannel(INDEX, OWNER, 1, codes_AL=CODES, prefix_levels=1)
+    assert sorted(channel.candidates(request([-9.0, -9.0, -9.0, -0.5]), 12).tolist()) == [6, 7, 8, 9, 10]
+
+
+def test_a_cold_advertiser_seeds_from_its_prefix() -> None:
+    """None of its ads has a vector; the one that shares its first code lends its own."""
+    warm = np.setdiff1d(np.arange(12), [9, 10]).astype(np.int32)
+    index = AdIndex.build(VECTORS[warm], warm, IndexConfig())
+    asked = request([-9.0, -9.0, -9.0, -0.5])
+    assert SeededChannel(index, OWNER, 1, codes_AL=CODES).candidates(asked, 3).tolist()[0] == 7
+    assert SeededChannel(index, OWNER, 1).candidates(asked, 3).tolist() == []
+
+
+def bought_before(log: Log, user: int, period: int) -> np.ndarray:
+    events = log.events.select(log.is_purchase & (log.events.ad >= 0))
+    return events.ad[(events.user == user) & (events.period < period)]
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Log:
+    return tiny_log(tmp_path_factory.mktemp("retrieval"))
+
+
+def asked_of(log: Log, user: int, period: int, market: int = 0) -> Request:
+    every = np.arange(len(log.ad_ids), dtype=np.int32)
+    return Request(user=user, market=market, period=period, active=every, vector_D=None, log_prob_A=None)
+
+
+def test_popularity_counts_conversions_before_the_period_only(log: Log) -> None:
+    channel = PopularityChannel(Popularity(log, decay=1.0, market_weight=0.0))
+    found = channel.candidates(asked_of(log, 0, 5), 10)
     before = log.events.select(log.is_label & (log.events.period < 5))
     counts = np.bincount(before.ad, minlength=len(log.ad_ids))
     assert counts[found].tolist() == np.sort(counts)[::-1][:10].tolist()
 
 
-NOTHING = [
+def test_popularity_decays_and_counts_its_market_more(log: Log) -> None:
+    scores = Popularity(log, decay=0.5, market_weight=3.0)(np.arange(len(log.ad_ids), dtype=np.int32), 1, 6)
+    before = log.events.select(log.is_label & (log.events.period < 6))
+    weight = 0.5 ** (6.0 - before.period) * np.where(before.market == 1, 4.0, 1.0)
+    np.testing.assert_allclose(scores, np.bincount(before.ad, weight, minlength=len(log.ad_ids)))
+
+
+def test_own_takes_ads_bought_before_then_their_advertisers(log: Log) -> None:
+    purchases, popularity = Purchases(log), Popularity(log, decay=1.0, market_weight=0.0)
+    very = OwnChannel(purchases, popularity, log.ad_advertiser, decay=1.0, advertiser_weight=0.0)
+    user, period = 4, 7
+    bought = bought_before(log, user, period)
+    found = very.candidates(asked_of(log, user, period), 200)
+    counts = np.bincount(bought, minlength=len(log.ad_ids))
+    assert set(found) == set(bought)
+    assert (np.diff(counts[found]) <= 0).all()
+    wide = OwnChannel(purchases, popularity, log.ad_advertiser, decay=1.0, advertiser_weight=0.3)
+    found = wide.candidates(asked_of(log, user, period), 200)
+    assert set(log.ad_advertiser[found]) == set(log.ad_advertiser[bought])
+    assert set(found) > set(bought)
+
+
+def test_neighbours_are_the_cosine_of_who_bought_both() -> None:
+    dense = (np.random.default_rng(0).random((40, 15)) < 0.3).astype(np.float32)
+    neighbours = Neighbours.of(csr_array(dense), neighbours=14, shrinkage=2.0)
+    users = dense.sum(0)
+    expected = dense.T @ dense / (np.sqrt(np.outer(users, users)) + 2.0)
+    np.fill_diagonal(expected, 0.0)
+    for ad in range(15):
+        ads, scores = neighbours.scores(np.array([ad]), np.ones(1))
+        np.testing.assert_allclose(scores, expected[ad, ads], rtol=1e-6)
+        assert (np.diff(scores) <= 0).all()
+        assert set(ads) == set(np.flatnonzero(expected[ad]))
+    assert len(Neighbours.of(csr_array(dense), neighbours=3, shrinkage=2.0).ad) <= 45
+
+
+def test_item_knn_adds_up_what_the_users_ads_are_near_to(log: Log) -> None:
+    neighbours = Neighbours.fit(log, "prior_fit", neighbours=20, shrinkage=1.0, per_user=50)
+    channel = ItemKnnChannel(neighbours, Purchases(log), decay=1.0, history=100)
+    score = np.zeros(len(log.ad_ids))
+    for ad in bought_before(log, 3, 8):
+        rows = slice(neighbours.ptr[ad], neighbours.ptr[ad + 1])
+        np.add.at(score, neighbours.ad[rows], neighbours.similarity[rows])
+    found = channel.candidates(asked_of(log, 3, 8), 20)
+    np.testing.assert_allclose(score[found], np.sort(score)[::-1][: len(found)])
+
+
+def test_neighbours_read_their_span_only(log: Log) -> None:
+    early = replace(log, events=log.events.select(log.events.period <= log.split.prior_fit[1]))
+    ours, theirs = (Neighbours.fit(one, "prior_fit", neighbours=9, shrinkage=1.0, per_user=9) for one in (log, early))
+    np.testing.assert_array_equal(ours.ad, theirs.ad)
+
+
+def test_sum_at_adds_what_is_active() -> None:
+    active, items = np.array([2, 5, 9]), np.array([5, 1, 9, 5, 10])
+    assert sum_at(active, items, np.array([1.0, 2.0, 3.0, 4.0, 5.0])).tolist() == [0.0, 5.0, 3.0]
+    assert len(sum_at(np.zeros(0, int), items, np.ones(5))) == 0
+
+
+NOTHING: list[tuple[Channel, Request]] = [
     (TwoTowerChannel(INDEX), request(None, vector=False)),
     (TwoTowerChannel(INDEX), request(None, [])),
     (ForecastChannel(INDEX, OWNER, 2), request(None)),
@@ -95,53 +192,8 @@ NOTHING = [
 
 
 @pytest.mark.parametrize(("channel", "asked"), NOTHING)
-def test_a_channel_with_nothing_to_say_says_nothing(channel: TwoTowerChannel, asked: Request) -> None:
+def test_a_channel_with_nothing_to_say_says_nothing(channel: Channel, asked: Request) -> None:
     assert channel.candidates(asked, 5).tolist() == []
-
-
-def ads(*numbers: int) -> np.ndarray:
-    return np.array(numbers, dtype=np.int32)
-
-
-def test_blend_deals_places_by_share_and_a_shorter_budget_is_a_prefix() -> None:
-    lists = {"a": ads(*range(0, 20)), "b": ads(*range(100, 120))}
-    whole = blend(lists, {"a": 0.7, "b": 0.3}, budget=10)
-    assert whole.source.count("b") == 3
-    for budget in range(1, 10):
-        assert blend(lists, {"a": 0.7, "b": 0.3}, budget=budget).ads.tolist() == whole.ads[:budget].tolist()
-
-
-def test_blend_frees_duplicates_and_keeps_who_found_them() -> None:
-    blended = blend({"a": ads(1, 2, 3, 4), "b": ads(2, 1, 9, 8)}, {"a": 0.5, "b": 0.5}, budget=6)
-    assert sorted(blended.ads.tolist()) == [1, 2, 3, 4, 8, 9]
-    found = dict(zip(blended.ads.tolist(), blended.found_by, strict=True))
-    assert found[1] == ("a", "b")
-    assert found[9] == ("b",)
-
-
-def test_blend_fills_dry_channels_from_the_others_then_the_fallback() -> None:
-    blended = blend({"a": ads(1), "b": ads(5, 6), "p": ads(1, 7, 8, 9)}, {"a": 0.5, "b": 0.5}, budget=5, fallback="p")
-    assert blended.ads.tolist()[:3] == [1, 5, 6]
-    assert blended.ads.tolist()[3:] == [7, 8]
-    assert blended.source[3:] == ("p", "p")
-
-
-BAD_SHARES = [
-    ({"a": 0.5}, "add up to 1"),
-    ({"a": 1.5, "b": -0.5}, "must not be negative"),
-    ({"c": 1.0}, "no list of channel c"),
-]
-
-
-@pytest.mark.parametrize(("shares", "message"), BAD_SHARES)
-def test_bad_shares_are_told(shares: dict[str, float], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        blend({"a": ads(1), "b": ads(2)}, shares, budget=2)
-
-
-@pytest.fixture(scope="module")
-def log(tmp_path_factory: pytest.TempPathFactory) -> Log:
-    return tiny_log(tmp_path_factory.mktemp("retrieval"))
 
 
 @pytest.fixture(scope="module")
@@ -157,48 +209,57 @@ def oracle(log: Log) -> KnownForecast:
     return KnownForecast(log_softmax(log_prob, axis=1).astype(np.float32))
 
 
-def uniform(log: Log) -> KnownForecast:
-    n = len(log.advertiser_ids)
-    return KnownForecast(np.full((len(log.user_ids), n), -np.log(n), dtype=np.float32))
+PLANS = [
+    Plan(QuotaBlend({TWO_TOWER: 0.5, OWN: 0.5})),
+    Plan(QuotaBlend({TWO_TOWER: 0.2, ITEM_KNN: 0.2, FORECAST: 0.4, SEEDED: 0.2}), 0.6, 0.5),
+    Plan(QuotaBlend({FORECAST: 1.0}), 1.0),
+]
 
 
-def test_equal_budget_in_every_arm_and_only_active_ads(log: Log, towers: TrainedTwoTower) -> None:
+@pytest.mark.parametrize("plan", PLANS)
+def test_equal_budget_under_every_plan_and_only_active_ads(log: Log, towers: TrainedTwoTower, plan: Plan) -> None:
     cfg = tiny_retrieval()
-    targets = log.ad_targets("validation")
-    for forecast, quota in ((None, 0.0), (uniform(log), 0.5), (oracle(log), 1.0)):
-        retriever = Retriever(log, towers, forecast, cfg)
-        for row in range(0, len(targets), 7):
-            user, market, period = (int(x[row]) for x in (targets.user, targets.market, targets.period))
-            found = retriever.candidates(user, market, period, quota)
-            assert len(found) == cfg.budget == len(set(found.ads.tolist()))
-            assert np.isin(found.ads, log.active_ads(market, period).ad).all()
-            assert {name for names in found.found_by for name in names} <= {TWO_TOWER, FORECAST, SEEDED, POPULARITY}
+    retriever, targets = retriever_of(log, towers, cfg), log.ad_targets("validation")
+    for row in range(0, len(targets), 9):
+        user, market, period = (int(x[row]) for x in (targets.user, targets.market, targets.period))
+        found = retriever.candidates(user, market, period, plan, oracle(log))
+        assert len(found) == cfg.budget == len(set(found.ads.tolist()))
+        assert np.isin(found.ads, log.active_ads(market, period).ad).all()
+        assert {name for names in found.found_by for name in names} <= set(CHANNELS)
+        assert all(source in names for source, names in zip(found.source, found.found_by, strict=True))
 
 
 def test_a_user_without_history_or_forecast_is_answered_by_popularity(log: Log, towers: TrainedTwoTower) -> None:
     first = 1  # nobody has bought anything before period 1
-    found = Retriever(log, towers, None, tiny_retrieval()).candidates(0, 0, first, 0.0)
+    found = retriever_of(log, towers, tiny_retrieval()).candidates(0, 0, first, PLANS[1])
     assert len(found) > 0
     assert set(found.source) == {POPULARITY}
 
 
-def test_an_oracle_gains_and_a_uniform_forecast_does_not_lose(log: Log, towers: TrainedTwoTower) -> None:
-    cfg = tiny_retrieval(quotas=[0.5])
-    arms = {"none": None, "anchor": uniform(log), "lm": oracle(log)}
-    rows = evaluate_retrieval(log, towers, arms, cfg, users=np.arange(len(log.user_ids))).rows
-    recall = {row.arm: row for row in rows if (row.metric, row.segment, row.k) == ("recall", "all", 20)}
-    assert recall["lm - none"].ci_low > 0  # type: ignore[operator]
-    assert recall["lm - anchor"].ci_low > 0  # type: ignore[operator]
-    assert recall["lm - none"].value == pytest.approx(recall["lm"].value - recall["none"].value)
-    assert {"coverage", "gini", "hits_found_alone", "ndcg", "mrr"} <= {row.metric for row in rows}
+def test_a_market_without_active_ads_has_no_candidates(log: Log, towers: TrainedTwoTower) -> None:
+    found = retriever_of(log, towers, tiny_retrieval()).candidates(0, -1, 8, PLANS[1], oracle(log))
+    assert len(found) == 0
+    assert found.source == ()
 
 
-def test_the_quota_is_chosen_before_the_evaluated_span(log: Log, towers: TrainedTwoTower) -> None:
-    """A forecast that is right on the evaluated span alone earns no quota by it."""
-    cfg = tiny_retrieval()
-    evaluation = evaluate_retrieval(log, towers, {"none": None, "lm": oracle(log)}, cfg, users=np.arange(60))
-    swept = {point["quota"]: point["recall"] for point in evaluation.sweep}
-    assert set(swept) == set(cfg.quotas)
-    assert evaluation.quotas["none"] == 0.0
-    recall = next(r for r in evaluation.rows if (r.metric, r.arm, r.segment, r.k) == ("recall", "lm", "all", 20))
-    assert recall.value == pytest.approx(swept[evaluation.quotas["lm"]])
+@pytest.mark.parametrize("channels", [["own"], ["popularity"], ["two_tower", "forecast"], ["item_knn", "seeded"]])
+def test_the_configuration_names_the_channels(log: Log, towers: TrainedTwoTower, channels: list[str]) -> None:
+    retriever = retriever_of(log, towers, tiny_retrieval(channels=channels))
+    assert list(retriever.channels) == list(dict.fromkeys([*channels, POPULARITY]))
+
+
+BAD_CHANNELS = [
+    ({"channels": ["two_towers"]}, "correct two_towers"),
+    ({"channels": ["own", "own"]}, "named twice"),
+    ({"channels": ["forecast"]}, "follows no forecast"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_CHANNELS)
+def test_bad_channels_are_told(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        RetrievalConfig(**changes)  # type: ignore[arg-type]
+
+
+def test_every_channel_of_the_schema_can_be_built() -> None:
+    assert set(BUILDERS) == set(CHANNELS)

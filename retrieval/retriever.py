@@ -1,0 +1,93 @@
+"""Requests in, candidates out: towers, channels and blend put together.
+
+    user, market, period ─► Request: user vector, active ads, forecast ─► a list a channel ─► blend ─► candidates
+
+Shapes: R requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.log import Log, Targets
+from priors.forecast import Forecast
+from retrieval.blend import Blended, merge
+from retrieval.channels import Ads, Request, Sources, build_channels
+from retrieval.config import FORECASTING, POPULARITY, RetrievalConfig
+from retrieval.tuning import Plan, limits_of
+from retrieval.two_tower import TrainedTwoTower
+
+
+class Retriever:
+    """Answers requests.
+
+    Args:
+        log: ads, placements and histories.
+        two_tower: user vectors and the ad index.
+        codes_AL: semantic IDs of the log's advertisers.
+        cfg: budget and channels.
+    """
+
+    def __init__(self, log: Log, two_tower: TrainedTwoTower, codes_AL: NDArray[np.int64], cfg: RetrievalConfig) -> None:
+        self.log, self.cfg, self.limits = log, cfg, limits_of(cfg, log)
+        self.embed = two_tower.embedder(log, cfg.pairs)
+        self.channels = build_channels(Sources(log, two_tower.index, two_tower.cfg.temperature, codes_AL, cfg))
+
+    def requests(self, targets: Targets) -> list[Request]:
+        """Requests without a forecast, one a row of targets."""
+        vector_RD = self.embed(targets.user, targets.period)
+        asked = zip(targets.user.tolist(), targets.market.tolist(), targets.period.tolist(), vector_RD, strict=True)
+        return [self._request(*one) for one in asked]
+
+    def lists(self, requests: Sequence[Request], names: Sequence[str] | None = None) -> list[dict[str, Ads]]:
+        """What channels find for each request, twice the budget long so that no duplicate costs a place.
+
+        Args:
+            requests: asked.
+            names: of the channels; None for those without a forecast, and popularity.
+        """
+        if names is None:
+            names = [name for name in self.channels if name not in FORECASTING]
+        return [
+            {name: self.channels[name].candidates(request, 2 * self.cfg.budget) for name in names}
+            for request in requests
+        ]
+
+    def candidates(self, user: int, market: int, period: int, plan: Plan, forecast: Forecast | None = None) -> Blended:
+        """Candidates of one request, with the channels that found each.
+
+        A channel without anything to say (no history, no forecast, no placed ad of the advertisers) leaves its places
+        to the others, in the end to popularity; ``found_by`` tells which answered.
+        """
+        vector_D = self.embed(np.array([user]), np.array([period]))[0]
+        request = self._request(user, market, period, vector_D)
+        if forecast is not None:
+            request = with_forecast([request], forecast, plan.prior_weight)[0]
+        names = list(dict.fromkeys([*self.cfg.channels, POPULARITY]))
+        return merge(self.lists([request], names)[0], plan.blend, self.limits)
+
+    def _request(self, user: int, market: int, period: int, vector_D: NDArray[np.float32]) -> Request:
+        return Request(
+            user=user,
+            market=market,
+            period=period,
+            active=np.sort(self.log.active_ads(market, period).ad),
+            vector_D=None if np.isnan(vector_D).any() else vector_D,
+            log_prob_A=None,
+        )
+
+
+def with_forecast(requests: Sequence[Request], forecast: Forecast, prior_weight: float) -> list[Request]:
+    """The same requests, answered with a forecast."""
+    if not requests:
+        return []
+    user_R, period_R = (np.array([getattr(one, name) for one in requests]) for name in ("user", "period"))
+    log_prob_RA = forecast.log_probs(user_R, period_R)
+    return [
+        replace(one, log_prob_A=log_prob_A, prior_weight=prior_weight)
+        for one, log_prob_A in zip(requests, log_prob_RA, strict=True)
+    ]

@@ -1,0 +1,90 @@
+"""The three arms at one budget: a forecast that is right gains, and what is chosen is chosen before."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.special import log_softmax
+
+from data.log import Log
+from retrieval.config import BlendConfig
+from retrieval.evaluate import evaluate_retrieval
+from retrieval.tuning import Plan, tuning_span
+from retrieval.two_tower import TrainedTwoTower
+from tests.logs import tiny_log
+from tests.ranking.common import KnownForecast
+from tests.retrieval.common import retriever_of, tiny_retrieval, train_tiny
+
+EVERYBODY = np.arange(60)
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Log:
+    return tiny_log(tmp_path_factory.mktemp("retrieval"))
+
+
+@pytest.fixture(scope="module")
+def towers(log: Log, tmp_path_factory: pytest.TempPathFactory) -> TrainedTwoTower:
+    return train_tiny(log, tiny_retrieval(), tmp_path_factory.mktemp("towers"))[0]
+
+
+def knowing(log: Log, *spans: str) -> KnownForecast:
+    """Knows what each user converts with in some spans."""
+    log_prob = np.full((len(log.user_ids), len(log.advertiser_ids)), -8.0)
+    for span in spans:
+        targets = log.advertiser_targets(span)
+        log_prob[targets.user[targets.row], targets.item] = 0.0
+    return KnownForecast(log_softmax(log_prob, axis=1).astype(np.float32))
+
+
+def uniform(log: Log) -> KnownForecast:
+    n = len(log.advertiser_ids)
+    return KnownForecast(np.full((len(log.user_ids), n), -np.log(n), dtype=np.float32))
+
+
+@pytest.mark.parametrize("kind", ["quota", "rrf", "calibrated"])
+def test_an_oracle_gains_over_every_blend(log: Log, towers: TrainedTwoTower, kind: str) -> None:
+    cfg = tiny_retrieval(blend=BlendConfig(kind=kind))
+    knows = knowing(log, "ranker_fit", "ranker_stop", "validation")
+    arms = {"none": None, "anchor": uniform(log), "lm": knows}
+    evaluation = evaluate_retrieval(retriever_of(log, towers, cfg), arms, users=EVERYBODY)
+    recall = {row.arm: row for row in evaluation.rows if (row.metric, row.segment, row.k) == ("recall", "all", 20)}
+    assert recall["lm - none"].ci_low > 0  # type: ignore[operator]
+    assert recall["lm - anchor"].ci_low > 0  # type: ignore[operator]
+    assert recall["lm - none"].value == pytest.approx(recall["lm"].value - recall["none"].value)
+    metrics = {row.metric for row in evaluation.rows}
+    assert {"coverage", "gini", "hits_found_alone", "ndcg", "mrr", "value_recall"} <= metrics
+    assert {row.segment for row in evaluation.rows} >= {"all", "new", "sparse users", "heavy users"}
+    assert all(Plan.of(plan.to_plain()) == plan for plan in evaluation.plans.values())
+
+
+def test_the_quota_is_chosen_before_the_evaluated_span(log: Log, towers: TrainedTwoTower) -> None:
+    """A forecast that is right on the evaluated span alone earns no quota by it."""
+    cfg = tiny_retrieval()
+    arms = {"none": None, "lm": knowing(log, "validation")}
+    evaluation = evaluate_retrieval(retriever_of(log, towers, cfg), arms, users=EVERYBODY)
+    swept = {point["quota"]: point["recall"] for point in evaluation.sweep}
+    assert set(swept) == set(cfg.quotas)
+    quota = evaluation.plans["lm"].quota
+    assert quota is not None
+    assert quota < max(swept, key=lambda point: swept[point])
+    recall = next(r for r in evaluation.rows if (r.metric, r.arm, r.segment, r.k) == ("recall", "lm", "all", 20))
+    assert recall.value == pytest.approx(swept[quota])
+
+
+def test_blends_are_chosen_on_the_last_periods_before_the_evaluated_ones(log: Log, tmp_path_factory: object) -> None:
+    assert tuning_span(log) == (7, 9)
+    opened = tiny_log(tmp_path_factory.mktemp("opened"), evaluate="test")  # type: ignore[attr-defined]
+    assert tuning_span(opened) == (10, 11)
+
+
+def test_every_arm_has_the_same_budget_and_no_forecast_means_no_forecast(log: Log, towers: TrainedTwoTower) -> None:
+    evaluation = evaluate_retrieval(
+        retriever_of(log, towers, tiny_retrieval(channels=["own", "popularity"])),
+        {"none": None, "lm": knowing(log, "validation")},
+        users=EVERYBODY,
+    )
+    differences = [row.value for row in evaluation.rows if row.arm == "lm - none" and not np.isnan(row.value)]
+    assert differences
+    assert not any(differences)
+    assert evaluation.sweep == []
