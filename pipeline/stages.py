@@ -86,6 +86,7 @@ def stages() -> list[Stage[AdsidConfig]]:
             lambda cfg: {"data": cfg.data, "prior": cfg.prior, "evaluate": cfg.evaluate},
             make_forecasts,
             ("users", "forecasts_made", "users_per_hour"),
+            version=2,
         ),
         Stage(
             "two_tower",
@@ -167,6 +168,7 @@ def make_forecasts(context: Work) -> dict[str, Any]:
     ]
     _write_rows(context.output, [*evaluation.rows, *costs])
     _write_facts(context.output, {"curves": evaluation.curves})
+    evaluation.save_requests(context.output)
     return metrics
 
 

@@ -10,6 +10,8 @@ from data.split import Span
 from models.prior_lm import HeadConfig, LoraSettings
 from models.training import TrainerConfig
 
+ANCHORS = ("none", "popularity", "popularity+history", "popularity+history+cooccurrence")
+
 
 @dataclass
 class BaseModelConfig:
@@ -56,7 +58,10 @@ class AnchorConfig:
     """The counting model under the LM, and the grid its constants are chosen from (DESIGN §4).
 
     Attributes:
+        kind: its terms: ``none`` (uniform over the legal children), ``popularity``, ``popularity+history``, or
+            ``popularity+history+cooccurrence``.
         own_weight: values of λ, the weight of the user's own history against popularity.
+        co_weight: values of μ, the weight of co-conversions with what the user bought.
         own_decay: values of δ, by which a purchase's weight falls a period.
         popularity_decay: values of ρ, the same for popularity.
         smoothing: values of s, added to every advertiser's count.
@@ -64,12 +69,44 @@ class AnchorConfig:
         select_rows: user-periods of the selection span that the constants are chosen on, at the most.
     """
 
-    own_weight: list[float] = field(default_factory=lambda: [0.3, 0.4, 0.5, 0.6, 0.7])
+    kind: str = "popularity+history"
+    own_weight: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
+    co_weight: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
     own_decay: list[float] = field(default_factory=lambda: [0.94, 0.97, 0.99])
     popularity_decay: list[float] = field(default_factory=lambda: [0.8, 0.9, 0.97, 1.0])
     smoothing: list[float] = field(default_factory=lambda: [0.03, 0.1, 0.3, 1.0])
     bias_penalty: list[float] = field(default_factory=lambda: [0.003, 0.03, 0.3])
     select_rows: int = 2000
+
+    def __post_init__(self) -> None:
+        errors = []
+        if self.kind not in ANCHORS:
+            errors.append(
+                UserError(
+                    f"prior.anchor.kind={self.kind}",
+                    expected=f"one of {', '.join(ANCHORS)}",
+                    action="set prior.anchor.kind to one of them",
+                )
+            )
+        for name in ("own_weight", "co_weight", "own_decay", "popularity_decay", "smoothing", "bias_penalty"):
+            if not getattr(self, name):
+                errors.append(
+                    UserError(
+                        f"prior.anchor.{name}=[]",
+                        expected="at least one value to choose from",
+                        action=f"give prior.anchor.{name} a list of values",
+                    )
+                )
+        if self.own_weight and self.co_weight and min(self.own_weight) + min(self.co_weight) >= 1:
+            errors.append(
+                UserError(
+                    f"prior.anchor.own_weight={list(self.own_weight)}, prior.anchor.co_weight={list(self.co_weight)}",
+                    expected="at least one pair that leaves popularity a weight above 0",
+                    action="lower the values of one of them",
+                )
+            )
+        if errors:
+            raise UserError.collect(errors)
 
 
 @dataclass
@@ -166,15 +203,6 @@ class PriorConfig:
                     action="set prior.head.kind to one of them",
                 )
             )
-        for name in ("own_weight", "own_decay", "popularity_decay", "smoothing", "bias_penalty"):
-            if not getattr(self.anchor, name):
-                errors.append(
-                    UserError(
-                        f"prior.anchor.{name}=[]",
-                        expected="at least one value to choose from",
-                        action=f"give prior.anchor.{name} a list of values",
-                    )
-                )
         if errors:
             raise UserError.collect(errors)
 
