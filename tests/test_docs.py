@@ -65,6 +65,8 @@ def test_help_is_there_for_every_command() -> None:
         ["ids", "report"],
         ["ids", "assign"],
         ["ids", "refit"],
+        ["ablate"],
+        ["ablate", "prior"],
     ):
         result = CliRunner().invoke(cli.app, [*names, "--help"])
         assert result.exit_code == 0
