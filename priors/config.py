@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from data.errors import UserError
 from data.split import Span
 from models.prior_lm import HeadConfig, LoraSettings
+from models.sasrec import SasRecConfig
 from models.training import TrainerConfig
 
 ANCHORS = ("none", "popularity", "popularity+history", "popularity+history+cooccurrence")
@@ -109,6 +110,59 @@ class AnchorConfig:
             raise UserError.collect(errors)
 
 
+BASELINES = ("own", "ease", "item_knn", "sasrec")
+
+
+@dataclass
+class BaselineConfig:
+    """What the forecast is compared with, beside anchor and popularity; see `priors.baselines`.
+
+    Attributes:
+        names: some of ``own``, ``ease``, ``item_knn``, ``sasrec``; the last one is trained for minutes.
+        ease_penalty: values of λ that EASE chooses from.
+        neighbours: values of K that item-kNN chooses from.
+        select_rows: user-periods of the selection span that they are chosen on, at the most.
+        sasrec: size and training of SASRec.
+    """
+
+    names: list[str] = field(default_factory=lambda: ["own", "ease", "item_knn"])
+    ease_penalty: list[float] = field(default_factory=lambda: [50.0, 200.0, 1000.0])
+    neighbours: list[int] = field(default_factory=lambda: [20, 100, 500])
+    select_rows: int = 2000
+    sasrec: SasRecConfig = field(default_factory=SasRecConfig)
+
+    def __post_init__(self) -> None:
+        errors = []
+        unknown = [name for name in self.names if name not in BASELINES]
+        if unknown or len(set(self.names)) < len(self.names):
+            errors.append(
+                UserError(
+                    f"prior.baselines.names={list(self.names)}",
+                    expected=f"some of {', '.join(BASELINES)}, each once",
+                    action="correct prior.baselines.names; [] compares with anchor and popularity alone",
+                )
+            )
+        for name, values in (("ease_penalty", self.ease_penalty), ("neighbours", self.neighbours)):
+            if not values or min(values) <= 0:
+                errors.append(
+                    UserError(
+                        f"prior.baselines.{name}={list(values)}",
+                        expected="at least one value, all above 0",
+                        action=f"give prior.baselines.{name} values to choose from",
+                    )
+                )
+        if self.select_rows < 1:
+            errors.append(
+                UserError(
+                    f"prior.baselines.select_rows={self.select_rows}",
+                    expected="a whole number, at least 1",
+                    action="raise prior.baselines.select_rows, e.g. to 2000",
+                )
+            )
+        if errors:
+            raise UserError.collect(errors)
+
+
 @dataclass
 class DecodeConfig:
     """How priors are decoded.
@@ -152,6 +206,7 @@ class PriorConfig:
     head: HeadConfig = field(default_factory=HeadConfig)
     lora: LoraSettings = field(default_factory=LoraSettings)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
+    baselines: BaselineConfig = field(default_factory=BaselineConfig)
     trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(max_epochs=4, patience=None))
     panel: int | None = 250
     prompts: int = 8000
