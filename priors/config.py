@@ -75,7 +75,7 @@ class AnchorConfig:
     co_weight: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
     own_decay: list[float] = field(default_factory=lambda: [0.94, 0.97, 0.99])
     popularity_decay: list[float] = field(default_factory=lambda: [0.8, 0.9, 0.97, 1.0])
-    smoothing: list[float] = field(default_factory=lambda: [0.03, 0.1, 0.3, 1.0])
+    smoothing: list[float] = field(default_factory=lambda: [0.03, 0.1, 0.3, 1.0, 3.0])
     bias_penalty: list[float] = field(default_factory=lambda: [0.003, 0.03, 0.3])
     select_rows: int = 2000
 
