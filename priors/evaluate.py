@@ -54,7 +54,9 @@ Scorer = Callable[[NDArray[np.integer], NDArray[np.integer]], NDArray[np.floatin
 """From users and periods, ``(B,)`` each, to log-probabilities of all advertisers, ``(B, A)``."""
 
 KS = (1, 5, 10, 20, 50)
-AGAINST = ("anchor", "lm, other prompt", "lm, constant hidden")
+HEADLINE, COMPARED = "anchor", ("all", "new")
+"""The LM is compared with the anchor in every segment, with all others in these."""
+AGAINST = (HEADLINE, "lm, other prompt", "lm, constant hidden")
 """What the LM is compared with, beside popularity and the baselines."""
 REQUESTS = "requests.safetensors"
 _CHUNK, _SAMPLE = 512, 0
@@ -189,7 +191,7 @@ def compared(requests: RequestValues, arm: str, against: tuple[str, ...]) -> lis
         )
         for other in against if of_arm == arm else ():
             other_R = requests.values.get(Measure(metric, other, segment, k))
-            if other_R is not None:
+            if other_R is not None and (other == HEADLINE or segment in COMPARED):
                 difference, name = paired_bootstrap(value_R, other_R, users), f"{arm} - {other}"
                 rows.append(Row.of(difference, section="forecast", metric=metric, arm=name, segment=segment, k=k))
     return rows
