@@ -10,7 +10,7 @@ Shapes: N values, G users, D bootstrap draws.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -129,6 +129,47 @@ def paired_bootstrap(
     a, groups = _aligned(a_N, groups_N)
     b, _ = _aligned(b_N, groups_N)
     return bootstrap_mean(a - b, groups, draws=draws, seed=seed)
+
+
+def bootstrap_over_seeds(
+    values_SN: Sequence[ArrayLike], groups_SN: Sequence[ArrayLike], *, draws: int = DRAWS, seed: int = 0
+) -> Interval:
+    """Mean over training seeds of a mean over requests, resampling users and seeds.
+
+    So the interval tells how far other users and other training runs would have moved the figure. Of one seed it is
+    `bootstrap_mean`.
+
+    Args:
+        values_SN: for each seed one value a request; NaN is left out.
+        groups_SN: for each seed the user of each value.
+        draws: number of bootstrap draws.
+        seed: seed of the draws.
+
+    Returns:
+        The mean and its interval; ``n`` counts the values of all seeds.
+
+    Raises:
+        ValueError: arrays differ in length.
+    """
+    seeds = [_aligned(values, groups) for values, groups in zip(values_SN, groups_SN, strict=True)]
+    seeds = [(values[~np.isnan(values)], groups[~np.isnan(values)]) for values, groups in seeds]
+    seeds = [(values, groups) for values, groups in seeds if len(values)]
+    if not seeds:
+        return Interval(np.nan, np.nan, np.nan, 0)
+    users = np.unique(np.concatenate([groups for _, groups in seeds]))
+    sums_SG, counts_SG = np.zeros((2, len(seeds), len(users)))
+    for number, (values, groups) in enumerate(seeds):
+        place = np.searchsorted(users, groups)
+        sums_SG[number] = np.bincount(place, values, len(users))
+        counts_SG[number] = np.bincount(place, minlength=len(users))
+    weights_DG = _draw(len(users), draws, seed)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means_DS = (weights_DG @ sums_SG.T) / (weights_DG @ counts_SG.T)
+    drawn_DS = np.random.default_rng(seed).integers(len(seeds), size=means_DS.shape)
+    means_D = np.take_along_axis(means_DS, drawn_DS, axis=1).mean(1)
+    low, high = _percentiles(means_D[np.isfinite(means_D)])
+    value = float(np.mean([values.mean() for values, _ in seeds]))
+    return Interval(value, low, high, sum(len(values) for values, _ in seeds))
 
 
 def bootstrap_statistic(

@@ -34,6 +34,8 @@ from retrieval.config import RetrievalConfig
 from semantic_ids.config import SemanticIdsConfig
 
 CONFIGS = "configs"
+STUDIES = "ablation"
+"""Folder of ``configs/`` that holds ablations (`pipeline.ablation`) and is no group."""
 
 
 @dataclass
@@ -109,7 +111,7 @@ class AdsidConfig:
                 UserError(
                     f"evaluate={self.evaluate}",
                     expected=" or ".join(EVALUATE),
-                    action=f"set evaluate to one of them{_nearest(self.evaluate, EVALUATE)}",
+                    action=f"set evaluate to one of them{nearest(self.evaluate, EVALUATE)}",
                 )
             )
         if self.seed < 0:
@@ -125,7 +127,7 @@ def groups() -> dict[str, list[str]]:
     root = importlib.resources.files(CONFIGS)
     found = {}
     for entry in sorted(root.iterdir(), key=lambda entry: entry.name):
-        if entry.is_dir() and not entry.name.startswith("_"):
+        if entry.is_dir() and not entry.name.startswith("_") and entry.name != STUDIES:
             names = sorted(file.name.removesuffix(".yaml") for file in entry.iterdir() if file.name.endswith(".yaml"))
             if names:
                 found[entry.name] = names
@@ -236,7 +238,7 @@ def _unknown_choice(one: Override, choices: Sequence[str]) -> list[UserError]:
         UserError(
             f"{one.key_or_group}={one.value()}",
             expected=f"{one.key_or_group} is one of {', '.join(choices)}",
-            action=f"choose one of them{_nearest(str(one.value()), choices)}",
+            action=f"choose one of them{nearest(str(one.value()), choices)}",
         )
     ]
 
@@ -259,7 +261,7 @@ def _check_value(one: Override, schema: DictConfig, choices: dict[str, list[str]
                 f"the unknown key {key}",
                 expected=f"one of the {kind}{' of ' + where if where else ''}: "
                 + ", ".join(siblings or sorted({entry.split(".")[0] for entry in every})),
-                action=f"correct the name{_nearest(key, every)}",
+                action=f"correct the name{nearest(key, every)}",
             )
         ]
     try:
@@ -363,7 +365,7 @@ def _instantiate(merged: DictConfig) -> AdsidConfig:
     return config
 
 
-def _nearest(given: str, valid: Sequence[str]) -> str:
+def nearest(given: str, valid: Sequence[str]) -> str:
     """``"; did you mean ...?"`` where something valid is near."""
     near = difflib.get_close_matches(given, valid, n=3, cutoff=0.5)
     tail = given.rpartition(".")[2]

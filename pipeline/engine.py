@@ -175,6 +175,39 @@ class Run(Generic[Config]):
             self._check_lineage(stage)
             return self._bring_up_to_date(stage, again=again)
 
+    def take_over(self, others: Sequence[Path], *, until: str | None = None) -> list[str]:
+        """Take from other run directories the artifacts that this configuration calls for too.
+
+        Files become hard links where the file system has them: an artifact is replaced, never written into.
+
+        Args:
+            others: run directories, the first that has an artifact gives it.
+            until: as of `execute`.
+
+        Returns:
+            Names of the stages whose artifacts were taken.
+
+        Raises:
+            UserError: as of `execute`.
+        """
+        taken: list[str] = []
+        fresh: set[str] = set()
+        with locked(self.directory):
+            for name in self.stages if until is None else self._needed(until):
+                stage = self.stages[name]
+                if not fresh.issuperset(stage.inputs):
+                    continue
+                key = self._key(stage, self._input_hashes(stage))
+                if self._finished(self.directory / name, key) is None:
+                    found = [other for other in others if self._finished(other / name, key) is not None]
+                    if not found:
+                        continue
+                    with atomic_directory(self.directory / name) as output:
+                        shutil.copytree(found[0] / name, output, dirs_exist_ok=True, copy_function=_link)
+                    taken.append(name)
+                fresh.add(name)
+        return taken
+
     def manifests(self) -> dict[str, Manifest]:
         """Manifests of the stages that are finished, in order."""
         return {
@@ -242,7 +275,7 @@ class Run(Generic[Config]):
     def _bring_up_to_date(self, stage: Stage[Config], *, again: bool = False) -> Outcome:
         inputs = self._input_hashes(stage)
         key = self._key(stage, inputs)
-        manifest = None if again else self._finished(stage.name, key)
+        manifest = None if again else self._finished(self.directory / stage.name, key)
         if manifest is not None:
             outcome = Outcome(stage.name, "skipped", manifest)
         else:
@@ -250,8 +283,7 @@ class Run(Generic[Config]):
         self.observer.on_end(outcome, stage)
         return outcome
 
-    def _finished(self, name: str, key: str) -> Manifest | None:
-        directory = self.directory / name
+    def _finished(self, directory: Path, key: str) -> Manifest | None:
         try:
             manifest = Manifest.read(directory)
         except UserError:
@@ -382,6 +414,13 @@ def _begin_attempt(work: Path) -> float | None:
             spent = 0.0
     atomic_write_text(path, json.dumps({"spent": spent or 0.0, "started": time.time()}))
     return spent
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
 
 
 def _without(value: Any, keys: frozenset[str]) -> Any:

@@ -32,7 +32,8 @@ from pipeline.engine import Context, Stage
 from pipeline.example import user_example
 from pipeline.ranker_ablation import write_ablation
 from pipeline.report import Curves, RunInfo, write_report
-from priors.evaluate import evaluate_forecast
+from priors.baselines import fit_baselines
+from priors.evaluate import evaluate_forecast, popularity_alone
 from priors.fit import PriorModel, fit_prior
 from priors.forecast import Forecast, TableForecast
 from priors.generate import generate_priors
@@ -91,6 +92,7 @@ def stages() -> list[Stage[AdsidConfig]]:
             lambda cfg: {"data": cfg.data, "prior": cfg.prior, "evaluate": cfg.evaluate},
             make_forecasts,
             ("users", "forecasts_made", "users_per_hour"),
+            version=2,
         ),
         Stage(
             "two_tower",
@@ -184,7 +186,12 @@ def make_forecasts(context: Work) -> dict[str, Any]:
     metrics = generate_priors(prior, log, cfg, out_dir=context.output, work_dir=context.work)
     table = PriorTable.load(context.output, log)
     forecasts = {arm: TableForecast(table, prior.base, arm=arm) for arm in ("anchor", "lm")}
-    evaluation = evaluate_forecast(prior, forecasts, log, cfg)
+    popularity = popularity_alone(prior.base.anchor)
+    baselines, chosen = fit_baselines(
+        log, popularity, cfg.baselines, seed=cfg.seed, work_dir=context.work / "baselines"
+    )
+    scorers = {name: baseline.log_probs for name, baseline in baselines.items()}
+    evaluation = evaluate_forecast(prior, forecasts, log, cfg, scorers)
     costs = [
         Row("cost", name, "lm", "all", None, float(metrics[name]), None, None, int(metrics["forecasts_made"]))
         for name in ("tokens_per_forecast", "seconds_per_forecast", "users_per_hour", "mass_in_list")
@@ -192,7 +199,8 @@ def make_forecasts(context: Work) -> dict[str, Any]:
     ]
     _write_rows(context.output, [*evaluation.rows, *costs])
     _write_facts(context.output, {"curves": evaluation.curves})
-    return metrics
+    evaluation.save_requests(context.output)
+    return {**metrics, "baselines": chosen}
 
 
 def make_two_tower(context: Work) -> dict[str, Any]:
@@ -308,7 +316,9 @@ def make_report(context: Work) -> dict[str, Any]:
 def _fitting(cfg: AdsidConfig) -> dict[str, Any]:
     """The prior's config without what only decoding and evaluation read."""
     plain = to_plain(cfg.prior)
-    return {key: value for key, value in plain.items() if key not in ("decode", "panel", "evaluation_prompts")}
+    return {
+        key: value for key, value in plain.items() if key not in ("decode", "panel", "evaluation_prompts", "baselines")
+    }
 
 
 def _towers(cfg: AdsidConfig) -> dict[str, Any]:

@@ -1,10 +1,13 @@
 """The anchor: how often, and how lately, users have converted with advertisers (DESIGN §4).
 
-    q_u(a) = λ · own(a) + (1 - λ) · pop(a)        pop alone where the user has no history
+    q_u(a) = λ · own(a) + μ · co(a) + (1 - λ - μ) · pop(a)    pop alone where the user has no history
     pop(a) ∝ s + Σ over promoted conversions with a before t of  ρ^(periods ago)
     own(a) ∝ g(a) · Σ over the user's purchases of a before t of  δ^(periods ago)
     g(a)   = sqrt(a's share of promoted conversions / a's share of all purchases)
+    co(a)    co-conversions with what the user bought, see `priors.coconversions`
 
+``prior.anchor.kind`` says which terms there are: λ and μ are 0 for ``popularity``, μ is 0 for
+``popularity+history``, and ``none`` is uniform over the legal children of every prefix.
 Everything is counted up to the as-of time, the start of the period asked for: never the period itself.
 
 The *tuned* anchor puts an exponent on q and a bias on each code, level by level, inside the softmax
@@ -20,6 +23,7 @@ Shapes: B user-periods, A advertisers, N_d trie nodes of depth d, V codes of a l
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
@@ -28,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.log import Log, Targets
+from priors.coconversions import CoConversions
 from priors.config import AnchorConfig
 from semantic_ids.trie import Trie
 
@@ -43,12 +48,14 @@ class AnchorConstants:
         own_decay: δ.
         popularity_decay: ρ.
         smoothing: s.
+        co_weight: μ.
     """
 
     own_weight: float = 0.5
     own_decay: float = 0.97
     popularity_decay: float = 1.0
     smoothing: float = 0.3
+    co_weight: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,7 @@ class Counts:
         bought_PA: purchases of each advertiser in each period, promoted or not.
         user_ptr: rows of user u below are ``user_ptr[u]:user_ptr[u + 1]``.
         period_R, advertiser_R, count_R: purchases by (user, period, advertiser), in that order.
+        target_period_T, target_user_T, target_advertiser_T: distinct label conversions, in that order.
     """
 
     promoted_PA: Float
@@ -68,6 +76,9 @@ class Counts:
     period_R: NDArray[np.int64]
     advertiser_R: NDArray[np.int64]
     count_R: Float
+    target_period_T: NDArray[np.int64]
+    target_user_T: NDArray[np.int64]
+    target_advertiser_T: NDArray[np.int64]
 
     @classmethod
     def of(cls, log: Log) -> Counts:
@@ -89,6 +100,12 @@ class Counts:
         cells, counts = np.unique(key, return_counts=True)
         rest, advertiser = np.divmod(cells, n_advertisers)
         row_user, row_period = np.divmod(rest, n_periods)
+        user = events.user[promoted].astype(np.int64)
+        key = (period[promoted].astype(np.int64) * len(log.user_ids) + user) * n_advertisers + events.advertiser[
+            promoted
+        ]
+        rest, target_advertiser = np.divmod(np.unique(key), n_advertisers)
+        target_period, target_user = np.divmod(rest, len(log.user_ids))
         return cls(
             promoted_PA=by_period(promoted),
             bought_PA=by_period(bought),
@@ -96,11 +113,30 @@ class Counts:
             period_R=row_period,
             advertiser_R=advertiser,
             count_R=counts.astype(float),
+            target_period_T=target_period,
+            target_user_T=target_user,
+            target_advertiser_T=target_advertiser,
         )
 
     @property
     def n_advertisers(self) -> int:
         return self.promoted_PA.shape[1]
+
+    def history(
+        self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Purchases of users before periods.
+
+        Returns:
+            Of each purchase its row of ``user_B``, its row of ``count_R``, and how many periods ago it was.
+        """
+        start_B, stop_B = self.user_ptr[user_B], self.user_ptr[user_B + 1]
+        length_B = stop_B - start_B
+        row_R = np.repeat(np.arange(len(user_B)), length_B)
+        index_R = np.arange(length_B.sum()) - np.repeat(np.cumsum(length_B) - length_B, length_B) + start_B[row_R]
+        ago_R = period_B[row_R] - self.period_R[index_R]
+        before_R = ago_R > 0
+        return row_R[before_R], index_R[before_R], ago_R[before_R]
 
 
 class Anchor:
@@ -127,6 +163,7 @@ class Anchor:
         floor = 0.5 / np.maximum(promoted_PA.sum(1, keepdims=True), 1.0)
         ratio_PA = np.where(np.isfinite(ratio_PA), np.maximum(ratio_PA, floor), 1.0)
         self._promotion_PA = np.vstack([np.ones((1, n_advertisers)), np.sqrt(ratio_PA)])
+        self.co_conversions = CoConversions(counts, decay=constants.own_decay)  # counted when first asked for
 
     def popularity(self, period_B: NDArray[np.integer]) -> Float:
         """pop(a) at the start of each period, ``(B, A)``; uniform before the first conversion."""
@@ -136,12 +173,7 @@ class Anchor:
     def own(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> Float:
         """own(a) of each user at the start of each period, ``(B, A)``; a zero row without a history."""
         counts, user_B = self.counts, np.asarray(user_B, dtype=np.int64)
-        start_B, stop_B = counts.user_ptr[user_B], counts.user_ptr[user_B + 1]
-        length_B = stop_B - start_B
-        row_R = np.repeat(np.arange(len(user_B)), length_B)
-        index_R = np.arange(length_B.sum()) - np.repeat(np.cumsum(length_B) - length_B, length_B) + start_B[row_R]
-        ago_R = np.asarray(period_B, dtype=np.int64)[row_R] - counts.period_R[index_R]
-        row_R, index_R, ago_R = (x[ago_R > 0] for x in (row_R, index_R, ago_R))
+        row_R, index_R, ago_R = counts.history(user_B, np.asarray(period_B, dtype=np.int64))
         weight_R = counts.count_R[index_R] * self.constants.own_decay**ago_R
         cell_R = row_R * counts.n_advertisers + counts.advertiser_R[index_R]
         mass_BA = np.bincount(cell_R, weight_R, minlength=len(user_B) * counts.n_advertisers)
@@ -159,12 +191,21 @@ class Anchor:
         Returns:
             ``(B, A)``; each row sums to 1.
         """
-        own_BA, popularity_BA = self.own(user_B, period_B), self.popularity(period_B)
-        weight_B1 = np.where(own_BA.any(1, keepdims=True), self.constants.own_weight, 0.0)
-        return weight_B1 * own_BA + (1 - weight_B1) * popularity_BA
+        constants = self.constants
+        popularity_BA = self.popularity(period_B)
+        own_BA = self.own(user_B, period_B) if constants.own_weight > 0 else np.zeros((1, 1))
+        co_BA = self.co_conversions.shares(user_B, period_B) if constants.co_weight > 0 else np.zeros((1, 1))
+        return mixture(own_BA, co_BA, popularity_BA, constants.own_weight, constants.co_weight)
 
     def _clip(self, period_B: NDArray[np.integer]) -> NDArray[np.int64]:
         return np.clip(np.asarray(period_B, dtype=np.int64), 0, len(self._popularity_PA) - 1)
+
+
+def mixture(own: Float, co: Float, popularity: Float, own_weight: float, co_weight: float) -> Float:
+    """q_u of its parts; a part that knows nothing of a user, a row of zeros, leaves its weight to popularity."""
+    own_B1 = np.where(own.any(-1, keepdims=True), own_weight, 0.0)
+    co_B1 = np.where(co.any(-1, keepdims=True), co_weight, 0.0)
+    return own_B1 * own + co_B1 * co + (1 - own_B1 - co_B1) * popularity
 
 
 @dataclass(frozen=True)
@@ -187,6 +228,11 @@ class TunedAnchor:
     def untuned(cls, anchor: Anchor, trie: Trie) -> TunedAnchor:
         """q itself."""
         return cls(anchor, trie, np.ones(trie.n_levels), [np.zeros(size) for size in trie.level_sizes])
+
+    @classmethod
+    def uniform(cls, anchor: Anchor, trie: Trie) -> TunedAnchor:
+        """No anchor: the same score for every legal child."""
+        return replace(cls.untuned(anchor, trie), exponent_L=np.zeros(trie.n_levels))
 
     def child_scores(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> list[Float]:
         """Base score of every node given its parent, before the softmax over siblings.
@@ -258,56 +304,65 @@ def choose_constants(
 ) -> tuple[AnchorConstants, list[dict[str, float]]]:
     """The constants with the lowest NLL on the given targets.
 
-    Popularity's constants are chosen first, for themselves; then λ and δ over it. The grid's order
-    settles ties.
+    Popularity's constants are chosen first, for themselves; then λ and δ over it; then λ and μ together. The
+    grid's order settles ties.
 
     Args:
         counts: of the log; each row of targets uses those before its period only.
         targets: user-periods of the selection span.
-        cfg: the grid.
+        cfg: which terms, and the grid.
 
     Returns:
         The constants and the trials with their NLL.
     """
-    row_T = targets.row
     trials: list[dict[str, float]] = []
 
-    def at_targets(values: Any) -> Float:
-        chunks = np.array_split(np.arange(len(targets.user)), max(1, len(targets.user) // 256))
-        picked = []
-        for rows in chunks:
-            inside = (row_T >= rows[0]) & (row_T <= rows[-1])
-            dense = values(targets.user[rows], targets.period[rows])
-            picked.append(dense[row_T[inside] - rows[0], targets.item[inside]])
-        return np.concatenate(picked)
+    def best_of(candidates: Iterable[tuple[AnchorConstants, Float]]) -> AnchorConstants:
+        best, best_nll = None, np.inf
+        for constants, probability_T in candidates:
+            nll = float(mean_target_nll(np.log(probability_T), targets).mean())
+            trials.append({**vars(constants), "nll": nll})
+            if best is None or nll < best_nll:
+                best, best_nll = constants, nll
+        assert best is not None
+        return best
 
-    def tried(constants: AnchorConstants, probability_T: Float) -> float:
-        nll = float(mean_target_nll(np.log(probability_T), targets).mean())
-        trials.append({**vars(constants), "nll": nll})
-        return nll
-
-    best, best_nll = AnchorConstants(own_weight=0.0), np.inf
-    for decay, smoothing in product(cfg.popularity_decay, cfg.smoothing):
-        constants = AnchorConstants(0.0, 1.0, decay, smoothing)
+    def popularity_of(constants: AnchorConstants) -> Float:
         anchor = Anchor(counts, constants)
-        nll = tried(constants, at_targets(lambda user, period, of=anchor: of.popularity(period)))
-        if nll < best_nll:
-            best, best_nll = constants, nll
-    popularity = Anchor(counts, best)
-    popularity_T = at_targets(lambda user, period: popularity.popularity(period))
-    best_nll = np.inf
-    for decay in cfg.own_decay:
-        anchor = Anchor(counts, replace(best, own_decay=decay))
-        own_T = at_targets(anchor.own)
-        has_own = at_targets(
-            lambda user, period, of=anchor: np.repeat(
-                of.own(user, period).any(1, keepdims=True), counts.n_advertisers, 1
-            )
-        )
-        for weight in cfg.own_weight:
-            constants = replace(best, own_decay=decay, own_weight=weight)
-            weight_T = np.where(has_own, weight, 0.0)
-            nll = tried(constants, weight_T * own_T + (1 - weight_T) * popularity_T)
-            if nll < best_nll:
-                chosen, best_nll = constants, nll
-    return chosen, trials
+        return _at_targets(lambda user, period: anchor.popularity(period), targets)[:, 0]
+
+    alone = [AnchorConstants(0.0, 1.0, rho, s) for rho, s in product(cfg.popularity_decay, cfg.smoothing)]
+    best = best_of((constants, popularity_of(constants)) for constants in alone)
+    if "history" not in cfg.kind:
+        return best, trials
+    popularity_T, no_co = popularity_of(best), np.zeros(2)
+    own = {decay: _at_targets(Anchor(counts, replace(best, own_decay=decay)).own, targets) for decay in cfg.own_decay}
+    best = best_of(
+        (replace(best, own_decay=decay, own_weight=weight), _mixed(own[decay], no_co, popularity_T, weight, 0.0))
+        for decay, weight in product(cfg.own_decay, cfg.own_weight)
+    )
+    if "cooccurrence" not in cfg.kind:
+        return best, trials
+    own_T, co_T = own[best.own_decay], _at_targets(Anchor(counts, best).co_conversions.shares, targets)
+    weights = [(own, co) for own, co in product(cfg.own_weight, cfg.co_weight) if own + co < 1]
+    return best_of(
+        (replace(best, own_weight=own, co_weight=co), _mixed(own_T, co_T, popularity_T, own, co)) for own, co in weights
+    ), trials
+
+
+def _at_targets(values: Callable[[NDArray, NDArray], Float], targets: Targets) -> Float:
+    """Values of a ``(B, A)`` function at every target, and whether its row has any: ``(T, 2)``."""
+    row_T, picked = targets.row, []
+    for rows in np.array_split(np.arange(len(targets)), max(1, len(targets) // 256)):
+        inside = (row_T >= rows[0]) & (row_T <= rows[-1])
+        dense_BA = values(targets.user[rows], targets.period[rows])
+        row_B = row_T[inside] - rows[0]
+        known_B = dense_BA.sum(1) > 0
+        picked.append(np.stack([dense_BA[row_B, targets.item[inside]], known_B[row_B]], axis=1))
+    return np.concatenate(picked)
+
+
+def _mixed(own_T2: Float, co_T2: Float, popularity_T: Float, own_weight: float, co_weight: float) -> Float:
+    """:func:`mixture` at targets alone."""
+    own_T, co_T = own_weight * own_T2[..., 1], co_weight * co_T2[..., 1]
+    return own_T * own_T2[..., 0] + co_T * co_T2[..., 0] + (1 - own_T - co_T) * popularity_T

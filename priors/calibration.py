@@ -59,7 +59,19 @@ def calibrated_nll(
         base_exponent_L: α.
         bias_LV: b.
     """
-    nll = []
+    log_probs = calibrated_log_prob(batches, lm_logits, lm_weight_L, base_exponent_L, bias_LV)
+    return torch.cat([row_nll(batch, log_prob_Y) for batch, log_prob_Y in zip(batches, log_probs, strict=True)])
+
+
+def calibrated_log_prob(
+    batches: Sequence[TreeBatch],
+    lm_logits: Sequence[list[Tensor]] | None,
+    lm_weight_L: Tensor,
+    base_exponent_L: Tensor,
+    bias_LV: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """Log-probability of every target, ``(Y,)`` a batch; arguments as of :func:`calibrated_nll`."""
+    found = []
     for number, batch in enumerate(batches):
         log_probs = []
         for level, decisions in enumerate(batch.levels):
@@ -70,8 +82,8 @@ def calibrated_nll(
             if bias_LV is not None:
                 score = score + bias_LV[level]
             log_probs.append(score.masked_fill(~legal, -torch.inf).log_softmax(-1))
-        nll.append(row_nll(batch, target_log_prob(batch, log_probs)))
-    return torch.cat(nll)
+        found.append(target_log_prob(batch, log_probs))
+    return found
 
 
 def fit_calibration(batches: Sequence[TreeBatch], lm_logits: Sequence[list[Tensor]]) -> Calibration:

@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 from data.errors import UserError
 from data.split import Span
 from models.prior_lm import HeadConfig, LoraSettings
+from models.sasrec import SasRecConfig
 from models.training import TrainerConfig
 from priors.prompt_config import PromptConfig
+
+ANCHORS = ("none", "popularity", "popularity+history", "popularity+history+cooccurrence")
 
 
 @dataclass
@@ -34,7 +37,10 @@ class AnchorConfig:
     """The counting model under the LM, and the grid its constants are chosen from (DESIGN §4).
 
     Attributes:
+        kind: its terms: ``none`` (uniform over the legal children), ``popularity``, ``popularity+history``, or
+            ``popularity+history+cooccurrence``.
         own_weight: values of λ, the weight of the user's own history against popularity.
+        co_weight: values of μ, the weight of co-conversions with what the user bought.
         own_decay: values of δ, by which a purchase's weight falls a period.
         popularity_decay: values of ρ, the same for popularity.
         smoothing: values of s, added to every advertiser's count.
@@ -42,12 +48,97 @@ class AnchorConfig:
         select_rows: user-periods of the selection span that the constants are chosen on, at the most.
     """
 
-    own_weight: list[float] = field(default_factory=lambda: [0.3, 0.4, 0.5, 0.6, 0.7])
+    kind: str = "popularity+history"
+    own_weight: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
+    co_weight: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
     own_decay: list[float] = field(default_factory=lambda: [0.94, 0.97, 0.99])
     popularity_decay: list[float] = field(default_factory=lambda: [0.8, 0.9, 0.97, 1.0])
-    smoothing: list[float] = field(default_factory=lambda: [0.03, 0.1, 0.3, 1.0])
+    smoothing: list[float] = field(default_factory=lambda: [0.03, 0.1, 0.3, 1.0, 3.0])
     bias_penalty: list[float] = field(default_factory=lambda: [0.003, 0.03, 0.3])
     select_rows: int = 2000
+
+    def __post_init__(self) -> None:
+        errors = []
+        if self.kind not in ANCHORS:
+            errors.append(
+                UserError(
+                    f"prior.anchor.kind={self.kind}",
+                    expected=f"one of {', '.join(ANCHORS)}",
+                    action="set prior.anchor.kind to one of them",
+                )
+            )
+        for name in ("own_weight", "co_weight", "own_decay", "popularity_decay", "smoothing", "bias_penalty"):
+            if not getattr(self, name):
+                errors.append(
+                    UserError(
+                        f"prior.anchor.{name}=[]",
+                        expected="at least one value to choose from",
+                        action=f"give prior.anchor.{name} a list of values",
+                    )
+                )
+        if self.own_weight and self.co_weight and min(self.own_weight) + min(self.co_weight) >= 1:
+            errors.append(
+                UserError(
+                    f"prior.anchor.own_weight={list(self.own_weight)}, prior.anchor.co_weight={list(self.co_weight)}",
+                    expected="at least one pair that leaves popularity a weight above 0",
+                    action="lower the values of one of them",
+                )
+            )
+        if errors:
+            raise UserError.collect(errors)
+
+
+BASELINES = ("own", "ease", "item_knn", "sasrec")
+
+
+@dataclass
+class BaselineConfig:
+    """What the forecast is compared with, beside anchor and popularity; see `priors.baselines`.
+
+    Attributes:
+        names: some of ``own``, ``ease``, ``item_knn``, ``sasrec``; the last one is trained for minutes.
+        ease_penalty: values of λ that EASE chooses from.
+        neighbours: values of K that item-kNN chooses from.
+        select_rows: user-periods of the selection span that they are chosen on, at the most.
+        sasrec: size and training of SASRec.
+    """
+
+    names: list[str] = field(default_factory=lambda: ["own", "ease", "item_knn"])
+    ease_penalty: list[float] = field(default_factory=lambda: [50.0, 200.0, 1000.0])
+    neighbours: list[int] = field(default_factory=lambda: [20, 100, 500])
+    select_rows: int = 2000
+    sasrec: SasRecConfig = field(default_factory=SasRecConfig)
+
+    def __post_init__(self) -> None:
+        errors = []
+        unknown = [name for name in self.names if name not in BASELINES]
+        if unknown or len(set(self.names)) < len(self.names):
+            errors.append(
+                UserError(
+                    f"prior.baselines.names={list(self.names)}",
+                    expected=f"some of {', '.join(BASELINES)}, each once",
+                    action="correct prior.baselines.names; [] compares with anchor and popularity alone",
+                )
+            )
+        for name, values in (("ease_penalty", self.ease_penalty), ("neighbours", self.neighbours)):
+            if not values or min(values) <= 0:
+                errors.append(
+                    UserError(
+                        f"prior.baselines.{name}={list(values)}",
+                        expected="at least one value, all above 0",
+                        action=f"give prior.baselines.{name} values to choose from",
+                    )
+                )
+        if self.select_rows < 1:
+            errors.append(
+                UserError(
+                    f"prior.baselines.select_rows={self.select_rows}",
+                    expected="a whole number, at least 1",
+                    action="raise prior.baselines.select_rows, e.g. to 2000",
+                )
+            )
+        if errors:
+            raise UserError.collect(errors)
 
 
 @dataclass
@@ -93,6 +184,7 @@ class PriorConfig:
     head: HeadConfig = field(default_factory=HeadConfig)
     lora: LoraSettings = field(default_factory=LoraSettings)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
+    baselines: BaselineConfig = field(default_factory=BaselineConfig)
     trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(max_epochs=4, patience=None))
     panel: int | None = 250
     prompts: int = 8000
@@ -144,15 +236,6 @@ class PriorConfig:
                     action="set prior.head.kind to one of them",
                 )
             )
-        for name in ("own_weight", "own_decay", "popularity_decay", "smoothing", "bias_penalty"):
-            if not getattr(self.anchor, name):
-                errors.append(
-                    UserError(
-                        f"prior.anchor.{name}=[]",
-                        expected="at least one value to choose from",
-                        action=f"give prior.anchor.{name} a list of values",
-                    )
-                )
         if errors:
             raise UserError.collect(errors)
 

@@ -229,13 +229,15 @@ def fit_anchor(
         The anchor and its metrics: constants, their trials, and those of the biases' penalty.
     """
     constants, trials = choose_constants(counts, select.targets, cfg)
+    metrics: dict[str, Any] = {"anchor_constants": vars(constants), "anchor_trials": trials, "anchor_level_trials": []}
+    if cfg.kind == "none":
+        return TunedAnchor.uniform(Anchor(counts, constants), trie), metrics
     untuned = TunedAnchor.untuned(Anchor(counts, constants), trie)
     collator = TreeCollator(untuned, first_id_token=0)
     exponent, bias, level_trials = fit_anchor_levels(
         list(batches(train, collator, 64)), list(batches(select, collator, 64)), cfg.bias_penalty
     )
-    metrics = {"anchor_constants": vars(constants), "anchor_trials": trials, "anchor_level_trials": level_trials}
-    return TunedAnchor(untuned.anchor, trie, exponent, bias), metrics
+    return TunedAnchor(untuned.anchor, trie, exponent, bias), metrics | {"anchor_level_trials": level_trials}
 
 
 def build_model(

@@ -12,6 +12,10 @@ from data.log import Targets
 
 Float = NDArray[np.float64]
 
+FLOOR, BINS = 1e-4, 15
+"""DESIGN §4: pairs of a user-period and an advertiser below this probability are left out of calibration's bins."""
+_TARGETS = 4096
+
 
 def target_ranks(
     score_RA: NDArray[np.floating], targets: Targets, allowed_RA: NDArray[np.bool_] | None = None
@@ -26,14 +30,18 @@ def target_ranks(
     Returns:
         ``(T,)``.
     """
-    score = np.asarray(score_RA, dtype=np.float64)
-    if allowed_RA is not None:
-        score = np.where(allowed_RA, score, -np.inf)
-    order = np.argsort(-score, axis=1, kind="stable")
-    rank = np.empty_like(order)
-    np.put_along_axis(rank, order, np.arange(score.shape[1])[None], axis=1)
-    rank_T = rank[targets.row, targets.item]
-    return np.where(np.isfinite(score[targets.row, targets.item]), rank_T, score.shape[1])
+    n, rank_T = score_RA.shape[1], np.empty(len(targets.item), dtype=np.int64)
+    index_A, row_T = np.arange(n), targets.row
+    for start in range(0, len(rank_T), _TARGETS):
+        part = slice(start, start + _TARGETS)
+        row_C, item_C = row_T[part], targets.item[part]
+        score_CA = score_RA[row_C].astype(np.float64)
+        if allowed_RA is not None:
+            score_CA[~allowed_RA[row_C]] = -np.inf
+        own_C1 = score_CA[np.arange(len(row_C)), item_C][:, None]
+        ahead_CA = (score_CA > own_C1) | ((score_CA == own_C1) & (index_A < item_C[:, None]))
+        rank_T[part] = np.where(np.isfinite(own_C1[:, 0]), ahead_CA.sum(1), n)
+    return rank_T
 
 
 def recall_at_k(rank_T: NDArray[np.int64], targets: Targets, k: int) -> Float:
@@ -52,38 +60,53 @@ def ndcg_at_k(rank_T: NDArray[np.int64], targets: Targets, k: int) -> Float:
     return np.where(possible > 0, gain / np.maximum(ideal[possible], 1e-12), np.nan)
 
 
-def reliability(
-    log_prob_RA: NDArray[np.floating], targets: Targets, *, bins: int = 15, floor: float = 1e-4
-) -> dict[str, list[float]]:
-    """Predicted against observed share, in bins that hold the same predicted mass.
+def reliability(log_prob_RA: NDArray[np.floating], targets: Targets) -> dict[str, list[float]]:
+    """:func:`reliability_of_pairs` of a whole forecast.
 
     Args:
         log_prob_RA: the forecast.
         targets: each target's observed share is 1 / number of targets of its row.
-        bins: number of bins.
-        floor: pairs below this probability are left out.
+    """
+    return reliability_of_pairs(*calibration_pairs(log_prob_RA, targets), n_rows=len(targets))
+
+
+def calibration_pairs(log_prob_RA: NDArray[np.floating], targets: Targets) -> tuple[Float, Float]:
+    """Predicted and observed share of every pair of a row and an advertiser above `FLOOR`, in no order."""
+    probability = np.exp(np.asarray(log_prob_RA, dtype=np.float64))
+    share = np.zeros(log_prob_RA.shape)
+    size_R = np.diff(targets.ptr)
+    share[targets.row, targets.item] = 1 / size_R[targets.row]
+    pairs = probability > FLOOR
+    return probability[pairs], share[pairs]
+
+
+def reliability_of_pairs(predicted: Float, observed: Float, *, n_rows: int) -> dict[str, list[float]]:
+    """Predicted against observed share, in `BINS` bins that hold the same predicted mass.
+
+    Args:
+        predicted, observed: of :func:`calibration_pairs`.
+        n_rows: user-periods they are of.
 
     Returns:
         ``predicted`` and ``observed``: mean of each bin; ``mass``: predicted mass of each, a mean over rows.
     """
-    share = np.zeros(log_prob_RA.shape)
-    share[targets.row, targets.item] = np.repeat(1 / np.diff(targets.ptr), np.diff(targets.ptr))
-    probability = np.exp(np.asarray(log_prob_RA, dtype=np.float64))
-    pairs = probability > floor
-    predicted, observed = probability[pairs], share[pairs]
+    if not len(predicted):
+        return {"predicted": [], "observed": [], "mass": []}
     order = np.argsort(predicted, kind="stable")
     predicted, observed = predicted[order], observed[order]
     cumulative = np.cumsum(predicted)
-    edge = np.searchsorted(cumulative, np.linspace(0, cumulative[-1], bins + 1)[1:-1])
+    edge = np.searchsorted(cumulative, np.linspace(0, cumulative[-1], BINS + 1)[1:-1])
     parts = [part for part in zip(np.split(predicted, edge), np.split(observed, edge), strict=True) if len(part[0])]
     return {
         "predicted": [float(p.mean()) for p, _ in parts],
         "observed": [float(o.mean()) for _, o in parts],
-        "mass": [float(p.sum() / len(targets)) for p, _ in parts],
+        "mass": [float(p.sum() / n_rows) for p, _ in parts],
     }
 
 
 def expected_calibration_error(curve: dict[str, list[float]]) -> float:
-    """Mean over the predicted mass of |predicted - observed| / predicted; .1 is ten percent off."""
+    """Mean over the predicted mass of |predicted - observed| / predicted; .1 is ten percent off, NaN without a pair."""
     predicted, observed, mass = (np.array(curve[name]) for name in ("predicted", "observed", "mass"))
+    if not len(mass):
+        return float("nan")
     return float((mass * np.abs(predicted - observed) / predicted).sum() / mass.sum())

@@ -1,21 +1,112 @@
-"""``adsid ablate``: what each part of the system adds, measured by leaving it out."""
+"""``adsid ablate``: arms that differ in a few overrides, run and compared by one command."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from data.errors import UserError
 from pipeline.commands.terminal import Debug, guarded, terminal_overrides
+
+if TYPE_CHECKING:
+    from pipeline.ablation import Kind
 
 app = typer.Typer(
     name="ablate",
-    help="What each part adds, measured by leaving it out: arms, seeds, controls, intervals.",
+    help="What each part is worth: arms that differ in a few overrides, run side by side and compared pair by pair.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Example:\n\n  adsid ablate ranker experiment=quickstart --seeds 3",
+    epilog="Examples:\n\n"
+    "  adsid ablate prior prior_head\n\n"
+    "  adsid ablate prior prior_sections experiment=smoke --out runs/sections\n\n"
+    "  adsid ablate ranker experiment=quickstart --seeds 3",
 )
+
+StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="Of configs/ablation/, or the path of a YAML file.")]
+StudyOverrides = Annotated[
+    list[str] | None, typer.Argument(help="group=choice or key=value of all arms; an arm's own go before them.")
+]
+Seeds = Annotated[
+    str | None, typer.Option(help="Seeds of training, e.g. 0,1,2; those of the study where none are given.")
+]
+Out = Annotated[
+    Path | None, typer.Option(help="Folder to write; runs/ablation/<STUDY> where none is given.", show_default=False)
+]
+Reuse = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="RUN_DIR", help="A run whose artifacts are taken where an arm calls for the very same."),
+]
+
+
+@app.command(
+    "prior",
+    epilog="Examples:\n\n"
+    "  adsid ablate prior prior_head\n\n"
+    "  adsid ablate prior prior_anchor --seeds 0,1,2 --reuse runs/full experiment=full\n\n"
+    "  adsid ablate prior my_study.yaml prior.prompts=2000 --out runs/mine\n\n"
+    "The same command goes on where it was interrupted; a finished arm is not trained again.",
+)
+def ablate_prior(
+    context: typer.Context,
+    study: StudyName,
+    overrides: StudyOverrides = None,
+    seeds: Seeds = None,
+    out: Out = None,
+    reuse: Reuse = None,
+    debug: Debug = False,
+) -> None:
+    """Train the forecaster in several arms and compare what they forecast."""
+
+    def work() -> None:
+        from pipeline.ablation_prior import PRIOR
+
+        ablate(PRIOR, study, overrides or [], seeds=seeds, out=out, reuse=reuse or [])
+
+    guarded(work, debug=debug or bool(context.obj))
+
+
+def ablate(
+    kind: Kind, name: str, overrides: list[str], *, seeds: str | None, out: Path | None, reuse: list[Path]
+) -> None:
+    """Run a study, print its tables, and write them with its page.
+
+    Args:
+        kind: what is run and measured.
+        name: of the study.
+        overrides: of all arms.
+        seeds: as given on the command line.
+        out: folder to write.
+        reuse: finished runs.
+
+    Raises:
+        UserError: seeds that are no whole numbers, and everything `pipeline.ablation.run_study` raises.
+    """
+    from rich.console import Console
+
+    from pipeline.ablation import load_study, run_study
+    from pipeline.ablation_page import PAGE, to_console, write_ablation
+
+    study = load_study(name)
+    if seeds is not None:
+        given = [seed.strip() for seed in seeds.split(",")]
+        if not all(seed.isdecimal() for seed in given):
+            raise UserError(
+                f"--seeds {seeds}", expected="whole numbers with commas between", action="e.g. --seeds 0,1,2"
+            )
+        study = replace(study, seeds=tuple(dict.fromkeys(map(int, given))))
+    folder = (out or Path("runs/ablation") / study.name).expanduser().absolute()
+    console = Console(soft_wrap=True)
+    result = run_study(
+        study, kind, folder, [*terminal_overrides(), *overrides], console=console,
+        reuse=[run.expanduser().absolute() for run in reuse],
+    )  # fmt: skip
+    write_ablation(result, folder)
+    console.print(to_console(result))
+    console.print(f"page: {folder / PAGE}", highlight=False)
 
 
 @app.command(

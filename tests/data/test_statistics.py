@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from data.statistics import bootstrap_mean, bootstrap_statistic, paired_bootstrap
+from data.statistics import bootstrap_mean, bootstrap_over_seeds, bootstrap_statistic, paired_bootstrap
 
 RNG = np.random.default_rng(0)
 
@@ -55,3 +55,27 @@ def test_any_statistic_by_weights() -> None:
 def test_unequal_lengths_are_told() -> None:
     with pytest.raises(ValueError, match="two equal lengths"):
         bootstrap_mean([1.0, 2.0], [0])
+
+
+def test_one_seed_is_the_bootstrap_over_users() -> None:
+    users = np.repeat(np.arange(30), 3)
+    values = RNG.normal(size=90)
+    values[5] = np.nan
+    assert bootstrap_over_seeds([values], [users]) == bootstrap_mean(values, users)
+
+
+def test_seeds_widen_the_interval_by_how_much_they_differ() -> None:
+    users = np.arange(200)
+    values = RNG.normal(size=200)
+    alike = bootstrap_over_seeds([values, values, values], [users] * 3)
+    apart = bootstrap_over_seeds([values - 1, values, values + 1], [users] * 3)
+    assert alike.value == pytest.approx(apart.value) == pytest.approx(values.mean())
+    assert apart.high - apart.low > 3 * (alike.high - alike.low)
+
+
+def test_seeds_may_have_other_users_or_none() -> None:
+    interval = bootstrap_over_seeds([[1.0, 3.0], [5.0], [np.nan]], [[0, 1], [2], [0]])
+    assert interval.value == pytest.approx(3.5)
+    assert interval.n == 3
+    assert interval.low <= interval.value <= interval.high
+    assert bootstrap_over_seeds([[]], [[]]).n == 0

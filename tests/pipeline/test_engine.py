@@ -74,6 +74,29 @@ def test_a_change_reruns_what_depends_on_it(tmp_path: Path) -> None:
     assert statuses(make(tmp_path, calls, second=5, third=4)) == "skipped skipped done"
 
 
+def test_artifacts_that_fit_are_taken_over(tmp_path: Path) -> None:
+    calls: list[str] = []
+    statuses(make(tmp_path / "one", calls))
+    statuses(make(tmp_path / "two", calls, second=7), until="second")
+    calls.clear()
+    run = make(tmp_path / "new", calls, second=7)
+    assert run.take_over([tmp_path / "nowhere", tmp_path / "one", tmp_path / "two"]) == ["first", "second"]
+    assert statuses(run) == "skipped skipped done"
+    assert calls == ["third"]
+    assert (tmp_path / "new" / "third" / "out").read_text() == "1+1+7+3"
+    assert run.take_over([tmp_path / "one"]) == []
+
+
+def test_a_damaged_or_stale_artifact_is_not_taken_over(tmp_path: Path) -> None:
+    calls: list[str] = []
+    statuses(make(tmp_path / "one", calls))
+    (tmp_path / "one" / "second" / "out").write_text("other")
+    assert make(tmp_path / "new", calls).take_over([tmp_path / "one"]) == ["first"]
+    # `second` is there but made with another value: `third` would be read beside it, so it stays where it is.
+    statuses(make(tmp_path / "mixed", calls, second=9), until="second")
+    assert make(tmp_path / "mixed", calls).take_over([tmp_path / "one"]) == []
+
+
 def test_why_a_stage_runs_is_told(tmp_path: Path) -> None:
     def reasons(**values: Any) -> list[str]:
         told: list[str] = []

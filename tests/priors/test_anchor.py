@@ -2,10 +2,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from data.errors import UserError
 from data.log import Log
 from priors.anchor import Anchor, AnchorConstants, Counts, TunedAnchor, choose_constants, path_log_probs
 from priors.config import AnchorConfig
@@ -101,3 +103,28 @@ def test_plain_form_gives_the_same_anchor_back(log: Log, tmp_path: Path) -> None
     again = TunedAnchor.from_plain(tuned.to_plain(), counts, trie)
     users, periods = np.arange(5), np.full(5, 5)
     np.testing.assert_array_equal(again.log_probs(users, periods), tuned.log_probs(users, periods))
+
+
+def test_without_an_anchor_every_legal_child_is_as_likely(log: Log) -> None:
+    ids = random_ids(log)
+    trie = Trie.from_codes(ids.codes_AL, ids.level_sizes)
+    uniform = TunedAnchor.uniform(Anchor(Counts.of(log), CONSTANTS), trie)
+    probability_BA = np.exp(uniform.log_probs(np.arange(5), np.full(5, 7)))
+    expected = np.ones(len(ids))
+    for advertiser, path in enumerate(trie.path_AL):
+        for depth, node in enumerate([0, *path[:-1]]):
+            expected[advertiser] /= np.diff(trie.child_ptr[depth])[node]
+    np.testing.assert_allclose(probability_BA, np.broadcast_to(expected, probability_BA.shape))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "everything"}, "prior.anchor.kind=everything"),
+        ({"co_weight": []}, r"prior\.anchor\.co_weight=\[\]"),
+        ({"own_weight": [0.7], "co_weight": [0.3, 0.5]}, "leaves popularity a weight"),
+    ],
+)
+def test_a_bad_grid_is_told(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        AnchorConfig(**changes)

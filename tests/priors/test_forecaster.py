@@ -18,7 +18,7 @@ from priors.calibration import Calibration, calibrated_nll, fit_calibration
 from priors.config import BaseModelConfig, DecodeConfig, PriorConfig
 from priors.dataset import Example, PromptDataset, TreeCollator
 from priors.decode import TreeDecoder
-from priors.evaluate import evaluate_forecast, exact_nll
+from priors.evaluate import exact_log_prob
 from priors.fit import PriorModel, batches, build_model, fit_prior
 from priors.forecast import PRIOR_FEATURES, TableForecast, prefix_feature
 from priors.generate import as_of_periods, generate_priors
@@ -171,7 +171,8 @@ def test_training_moves_the_forecast_and_validation_reports_it(fitted: Fitted) -
     targets = fitted.log.advertiser_targets("prior_select")
     tree = list(batches(PromptDataset(targets, fitted.prior.compiler), fitted.prior.collator, 16))
     base = torch.cat([-base_log_prob(batch) for batch in tree])
-    assert np.abs(exact_nll(fitted.prior.model, tree, fitted.prior.calibration).mean() - float(base.mean())) > 1e-6
+    log_prob = exact_log_prob(fitted.prior.model, tree, fitted.prior.calibration)
+    assert np.abs(log_prob + base.numpy()).max() > 1e-6
 
 
 def test_a_killed_fit_ends_like_an_undisturbed_one(
@@ -290,20 +291,6 @@ def test_a_finished_as_of_file_is_not_made_again(fitted: Fitted, tmp_path: Path)
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == first
 
 
-def test_evaluation_has_every_arm_control_and_difference(fitted: Fitted, table: PriorTable) -> None:
-    forecasts = {arm: TableForecast(table, fitted.prior.base, arm=arm) for arm in ("anchor", "lm")}
-    evaluation = evaluate_forecast(fitted.prior, forecasts, fitted.log, fitted.cfg)
-    nll = {row.arm: row for row in evaluation.rows if row.metric == "nll"}
-    assert set(nll) == {
-        "lm", "anchor", "anchor, untuned", "popularity", "lm, other prompt", "lm, constant hidden",
-        "lm - anchor", "lm - lm, other prompt", "lm - lm, constant hidden", "lm - popularity",
-    }  # fmt: skip
-    assert nll["lm - anchor"].value == pytest.approx(nll["lm"].value - nll["anchor"].value)
-    assert nll["anchor"].value < nll["popularity"].value
-    recall = {(row.arm, row.segment): row.value for row in evaluation.rows if row.metric == "recall" and row.k == 5}
-    assert {segment for _, segment in recall} == {"all", "new", "active", "sparse users"}
-    assert recall["anchor", "active"] >= recall["anchor", "all"]
-    assert set(evaluation.curves["reliability"]) == {"anchor", "lm"}
 
 
 BAD_CONFIGS = [

@@ -1,0 +1,133 @@
+"""What forecasts advertisers without a language model, on a data set's validation span.
+
+    python -m benchmarks.forecast                                        The Complete Journey, in a temporary folder
+    python -m benchmarks.forecast runs/data/complete_journey             tables prepared before
+    python -m benchmarks.forecast /data/beauty prior.baselines.names=[ease]    with any overrides of the configuration
+
+Popularity, the counting anchors of each `prior.anchor.kind` with their constants chosen on the selection span, own
+frequency, EASE, item-kNN and SASRec: all user-periods, the same as-of rule, the same measures. Prints one JSON
+object a row, and on the error stream what was chosen and the table of `docs/results/forecast.md`.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.measure import row
+from data.log import Log, load_log
+from data.prepare import prepare
+from data.statistics import Row
+from pipeline.config import AdsidConfig, compose
+from pipeline.dataset import config_of
+from pipeline.quiet import quiet_libraries
+from priors.anchor import Anchor, Counts, choose_constants
+from priors.baselines import fit_baselines
+from priors.config import ANCHORS, BASELINES
+from priors.evaluate import Measure, RequestValues, Scorer, compared, judge_lists, popularity_alone
+from priors.fit import sample_rows
+
+SHOWN = (
+    *(Measure("recall", "", "all", k) for k in (1, 5, 10, 20, 50)),
+    Measure("ndcg", "", "all", 20),
+    Measure("listed_nll", ""),
+    Measure("ece", ""),
+    *(Measure("recall", "", "new", k) for k in (10, 20, 50)),
+    Measure("listed_nll", "", "new"),
+    Measure("recall", "", "active", 10),
+    Measure("listed_nll", "", "active"),
+    Measure("recall", "", "sparse users", 10),
+    Measure("recall", "", "busy users", 10),
+)
+BEST = ANCHORS[-1]
+
+
+def main(arguments: list[str]) -> None:
+    """Measure and print."""
+    quiet_libraries()
+    folders = [argument for argument in arguments if "=" not in argument]
+    overrides = [argument for argument in arguments if "=" in argument]
+    with tempfile.TemporaryDirectory() as temporary:
+        config = _config(Path(folders[0]) if folders else None, overrides)
+        tables = Path(folders[0]) if folders else Path(temporary) / "tables"
+        if not folders:
+            tables.mkdir()
+            prepare(config.data, tables)
+        measure(load_log(tables, config.data, evaluate=config.evaluate), config, Path(temporary))
+
+
+def _config(folder: Path | None, overrides: list[str]) -> AdsidConfig:
+    """The folder's own data config, where a manifest tells it; else that of The Complete Journey."""
+    config = compose(
+        [
+            "data=complete_journey",
+            "trainer.progress_bar=false",
+            f"prior.baselines.names=[{','.join(BASELINES)}]",
+            *overrides,
+        ]
+    )
+    if folder is not None and (folder / "manifest.json").exists():
+        config.data = config_of(folder, [one for one in overrides if one.startswith("data.")]).data
+    return config
+
+
+def measure(log: Log, config: AdsidConfig, work_dir: Path) -> None:
+    """All forecasters, one after the other."""
+    prior, targets = config.prior, log.advertiser_targets(log.evaluate)
+    seconds: dict[str, float] = {}
+    scorers: dict[str, Scorer] = {}
+    counts = Counts.of(log)
+    select = sample_rows(log.advertiser_targets("prior_select"), prior.anchor.select_rows, prior.seed)
+    for kind in ANCHORS[1:]:
+        began = time.perf_counter()
+        prior.anchor.kind = kind
+        anchor = Anchor(counts, choose_constants(counts, select, prior.anchor)[0])
+        scorers[kind] = _log_of(anchor)
+        seconds[kind] = time.perf_counter() - began
+        print(f"{kind}: {anchor.constants}", file=sys.stderr)
+    popularity = popularity_alone(anchor)
+    for name in list(prior.baselines.names):
+        began = time.perf_counter()
+        prior.baselines.names = [name]
+        baselines, chosen = fit_baselines(log, popularity, prior.baselines, seed=prior.seed, work_dir=work_dir)
+        scorers[name] = baselines[name].log_probs
+        seconds[name] = time.perf_counter() - began
+        print(f"{name}: {chosen[name]}", file=sys.stderr)
+    lists, _, errors = judge_lists(scorers, log, targets)
+    _print(lists, [*compared(lists, BEST, tuple(scorers)), *errors], list(scorers), seconds, len(targets))
+
+
+def _log_of(anchor: Anchor) -> Scorer:
+    return lambda user_B, period_B: np.log(anchor.probabilities(user_B, period_B))
+
+
+def _print(lists: RequestValues, rows: list[Row], scorers: list[str], seconds: dict[str, float], n: int) -> None:
+    values = {(one.metric, one.arm, one.segment, one.k): one for one in rows}
+    lines = [["", *map(_title, SHOWN)], ["---"] * (1 + len(SHOWN))]
+    for arm in scorers:
+        found = [values.get((m.metric, arm, m.segment, m.k)) for m in SHOWN]
+        lines.append([arm, *("" if one is None else f"{one.value:.3f}" for one in found)])
+        for measure, one in zip(SHOWN, found, strict=True):
+            if one is not None:
+                row(f"{arm}: {_title(measure)}", one.value, "nat" if "nll" in measure.metric else "share")
+            difference = values.get((measure.metric, f"{BEST} - {arm}", measure.segment, measure.k))
+            if difference is not None:
+                low, high = difference.ci_low, difference.ci_high
+                row(f"{BEST} - {arm}: {_title(measure)} [{low:+.4f}, {high:+.4f}]", difference.value, "difference")
+        row(f"{arm}: fit", seconds[arm], "s")
+    print(f"\n{n} user-periods of {len(set(lists.user_R.tolist()))} users\n", file=sys.stderr)
+    print("\n".join(f"| {' | '.join(line)} |" for line in lines), file=sys.stderr)
+
+
+def _title(measure: Measure) -> str:
+    name = {"listed_nll": "NLL", "ece": "ECE", "ndcg": "NDCG"}.get(measure.metric, measure.metric)
+    at = "" if measure.k is None else f"@{measure.k}"
+    return f"{'' if measure.segment == 'all' else measure.segment + ' '}{name}{at}"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,282 @@
+"""An ablation: arms that differ in a few overrides, run side by side and compared request by request.
+
+    configs/ablation/<study>.yaml     arms by name, each a list of overrides; the first is what others are compared with
+            │
+            ▼  for every seed and arm
+    <out>/<arm>/seed=<seed>/          a run directory like any other: what is up to date is skipped, what was killed
+            │                         goes on; artifacts that coincide with those of another arm are taken over
+            ▼
+    <out>/ablation.json, .md, .html   figures, and paired differences over users and seeds
+
+What is run and measured is told by a `Kind`: `pipeline.ablation_prior` for the forecaster.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+import yaml
+from rich.console import Console
+
+from data.artifacts import Manifest
+from data.errors import UserError
+from data.statistics import Row
+from pipeline import config as configuration
+from pipeline.config import CONFIGS, STUDIES, AdsidConfig, compose, nearest
+from pipeline.console import ConsoleObserver
+from pipeline.engine import Run
+from pipeline.run import CONFIG_FILE
+from pipeline.stages import stages
+
+_NAME = re.compile(r"[\w+.,=()-][\w+.,=() -]*")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One figure of the tables.
+
+    Attributes:
+        title: its column.
+        metric, segment, k: which rows.
+        of: the forecast it is of, e.g. ``lm``, or a difference within the arm, e.g. ``lm - anchor``.
+    """
+
+    title: str
+    metric: str
+    of: str = "lm"
+    segment: str = "all"
+    k: int | None = None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What an ablation of one part of the pipeline runs and measures.
+
+    Attributes:
+        name: of the part.
+        until: the last stage that an arm needs.
+        stages: those whose cost is shown.
+        seed: the override that sets an arm's seed.
+        compare: from the run directories of each arm, one a seed and the first arm first, to rows whose arms are
+            ``<arm> / <forecast>`` and differences of two such.
+        levels: figures of each arm, and their differences with the first arm.
+        within: differences within each arm.
+    """
+
+    name: str
+    until: str
+    stages: tuple[str, ...]
+    seed: Callable[[int], str]
+    compare: Callable[[Mapping[str, Sequence[Path]]], list[Row]]
+    levels: tuple[Shown, ...]
+    within: tuple[Shown, ...]
+
+
+@dataclass(frozen=True)
+class Study:
+    """Arms to compare.
+
+    Attributes:
+        name: of the study.
+        about: the question, in a sentence.
+        overrides: of all arms.
+        arms: overrides of each; the first is compared with.
+        seeds: of training.
+    """
+
+    name: str
+    about: str
+    overrides: tuple[str, ...]
+    arms: dict[str, tuple[str, ...]]
+    seeds: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds that the stages of an arm took, a mean over its seeds; those taken over cost what they cost first."""
+
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an ablation found.
+
+    Attributes:
+        study, kind: what was compared, and how.
+        overrides: of the command line.
+        rows: figures and differences.
+        costs: of each arm.
+    """
+
+    study: Study
+    kind: Kind
+    overrides: tuple[str, ...]
+    rows: list[Row]
+    costs: dict[str, Cost]
+
+
+def load_study(name: str) -> Study:
+    """Read a study.
+
+    Args:
+        name: of a file in ``configs/ablation``, or the path of a YAML file.
+
+    Raises:
+        UserError: there is no such file, or it is no study; all that is wrong with it is told at once.
+    """
+    folder = importlib.resources.files(CONFIGS) / STUDIES
+    if name.endswith((".yaml", ".yml")):
+        path: Any = Path(name).expanduser()
+    else:
+        known = sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+        if name not in known:
+            raise UserError(
+                f"the study {name}",
+                expected=f"one of {', '.join(known)}, or the path of a YAML file",
+                action=f"name one of them{nearest(name, known)}",
+            )
+        path = folder / f"{name}.yaml"
+    try:
+        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(
+            f"{path} ({str(error).splitlines()[0]})",
+            expected="a YAML file with about, arms, and if need be overrides and seeds",
+            action="correct the path or the file",
+        ) from error
+    return _study(Path(name).stem, plain)
+
+
+def _study(name: str, plain: Any) -> Study:
+    errors = []
+
+    def wrong(given: str, expected: str) -> None:
+        errors.append(UserError(f"study {name}: {given}", expected=expected, action="correct the study's file"))
+
+    def overrides_of(where: str, value: Any) -> tuple[str, ...]:
+        if value is None:
+            return ()
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            wrong(f"{where}={value!r}", "a list of overrides, e.g. [prior.head.kind=free]")
+            return ()
+        return tuple(value)
+
+    if not isinstance(plain, dict):
+        wrong(f"{plain!r:.60}", "a mapping with about and arms")
+        raise UserError.collect(errors)
+    unknown = sorted(set(plain) - {"about", "overrides", "arms", "seeds"})
+    if unknown:
+        wrong(f"the key {', '.join(map(str, unknown))}", "about, overrides, arms, seeds")
+    arms = plain.get("arms")
+    if not isinstance(arms, dict) or not arms:
+        wrong(f"arms={arms!r}", "at least one arm: a name and its overrides")
+        arms = {}
+    for arm in arms:
+        if not isinstance(arm, str) or not _NAME.fullmatch(arm) or " - " in arm:
+            wrong(f"an arm named {arm!r}", "a name of letters, digits, spaces and any of + . , = ( ) - _")
+    seeds = plain.get("seeds", [0])
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        wrong(f"seeds={seeds!r}", "a list of whole numbers, at least one")
+        seeds = [0]
+    study = Study(
+        name=name,
+        about=str(plain.get("about", "")),
+        overrides=overrides_of("overrides", plain.get("overrides")),
+        arms={str(arm): overrides_of(f"arms.{arm}", value) for arm, value in arms.items()},
+        seeds=tuple(seeds),
+    )
+    if errors:
+        raise UserError.collect(errors)
+    return study
+
+
+def run_study(
+    study: Study,
+    kind: Kind,
+    out: Path,
+    overrides: Sequence[str] = (),
+    *,
+    console: Console,
+    reuse: Sequence[Path] = (),
+) -> Result:
+    """Run every arm with every seed, then compare.
+
+    Args:
+        study: the arms.
+        kind: what is run and measured.
+        out: folder of the arms' run directories.
+        overrides: of all arms; an arm's own go before them.
+        console: told what happens.
+        reuse: finished runs whose artifacts are taken where an arm calls for the very same.
+
+    Returns:
+        Rows and costs.
+
+    Raises:
+        UserError: an override is wrong, in any arm (all are told before anything runs), or a stage was given
+            something wrong.
+    """
+    configs = arm_configs(study, kind, out, overrides)
+    transformers.utils.logging.disable_progress_bar()
+    shared: dict[Any, Any] = {}
+    done: list[Path] = []
+    for (arm, seed), config in configs.items():
+        directory = Path(config.run.dir)
+        console.print(f"\n[bold]{arm}[/], seed {seed}: {directory}", highlight=False)
+        run = Run(directory, stages(), config, observer=ConsoleObserver(console))
+        run.shared = shared
+        run.take_over([*done, *reuse], until=kind.until)
+        run.execute(until=kind.until)
+        configuration.save(config, directory / CONFIG_FILE)
+        done.append(directory)
+    directories = {arm: [_directory(out, arm, seed) for seed in study.seeds] for arm in study.arms}
+    costs = {arm: _cost(kind, runs) for arm, runs in directories.items()}
+    return Result(study, kind, tuple(overrides), kind.compare(directories), costs)
+
+
+def arm_configs(study: Study, kind: Kind, out: Path, overrides: Sequence[str]) -> dict[tuple[str, int], AdsidConfig]:
+    """The configuration of every arm and seed.
+
+    Raises:
+        UserError: an override is wrong, in any arm; all are told at once.
+    """
+    configs, errors = {}, []
+    if any(override.startswith("run.") for override in overrides):
+        errors.append(
+            UserError(
+                " ".join(override for override in overrides if override.startswith("run.")),
+                expected="no run directory: every arm has its own, and runs as far as it is compared",
+                action="name the folder of all with --out",
+            )
+        )
+    for seed in study.seeds:
+        for arm, own in study.arms.items():
+            try:
+                config = compose([*study.overrides, *overrides, *own, kind.seed(seed)])
+            except UserError as error:
+                errors.append(
+                    UserError(f"arm {arm}: {error}", expected="overrides that compose", action="correct them")
+                )
+                continue
+            config.run.dir = str(_directory(out, arm, seed))
+            config.run.until = kind.until
+            configs[arm, seed] = config
+        if errors:
+            raise UserError.collect(errors)
+    return configs
+
+
+def _directory(out: Path, arm: str, seed: int) -> Path:
+    return out / arm.replace(" ", "_") / f"seed={seed}"
+
+
+def _cost(kind: Kind, runs: Sequence[Path]) -> Cost:
+    seconds = {name: [Manifest.read(run / name).seconds for run in runs] for name in kind.stages}
+    return Cost({name: sum(each) / len(each) for name, each in seconds.items()})

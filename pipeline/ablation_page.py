@@ -1,0 +1,192 @@
+"""An ablation (`pipeline.ablation`) as tables on the terminal, as Markdown, as JSON, and as a page with plots.
+
+All show the same grids: the figures of every arm, its differences with the first arm, differences within each arm, and
+what the arms cost.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from data.artifacts import atomic_write_text, to_plain
+from data.statistics import LEVEL, Row
+from pipeline import figures, verdict
+from pipeline.ablation import Result, Shown
+from pipeline.grids import NONE, Grid, Section, console_parts
+from pipeline.pages import template
+from pipeline.verdict import DIFFERENCE, Outcome, number
+
+JSON, MARKDOWN, PAGE = "ablation.json", "ablation.md", "ablation.html"
+
+
+@dataclass(frozen=True)
+class ForestLine:
+    """The difference of one arm with the first."""
+
+    arm: str
+    value: str
+    interval: str
+    plot: Markup
+    outcome: str
+    style: str
+
+
+@dataclass(frozen=True)
+class Forest:
+    """The differences of one figure on a common axis."""
+
+    label: str
+    axis: Markup
+    lines: list[ForestLine]
+
+
+def write_ablation(result: Result, out: Path) -> None:
+    """Write ``ablation.json``, ``ablation.md`` and ``ablation.html`` into a folder."""
+    atomic_write_text(out / JSON, json.dumps(to_plain(_document(result)), indent=1, allow_nan=False) + "\n")
+    atomic_write_text(out / MARKDOWN, to_markdown(result))
+    atomic_write_text(out / PAGE, render(result))
+
+
+def render(result: Result) -> str:
+    """The text of the page."""
+    return template("ablation.html.j2").render(
+        study=result.study,
+        scope=scope(result),
+        sections=sections(result),
+        forests=forests(result),
+        level=f"{LEVEL:.0%}",
+    )
+
+
+def to_console(result: Result) -> Group:
+    """The tables for the terminal."""
+    parts: list[Text | Table] = [Text(), Text(scope(result))]
+    for section in sections(result):
+        parts += console_parts(section)
+    return Group(*parts)
+
+
+def to_markdown(result: Result) -> str:
+    """The tables for a page of the docs."""
+    lines = [result.study.about, "", scope(result), ""]
+    for section in sections(result):
+        lines += [f"**{section.title}.** {' '.join(section.notes)}", ""]
+        for grid in section.grids:
+            lines += [_line(grid.columns), _line(["---"] * len(grid.columns))]
+            lines += [_line(line) for line in grid.lines] + [""]
+    return "\n".join(lines)
+
+
+def scope(result: Result) -> str:
+    """What the figures are of."""
+    study = result.study
+    seeds = ", ".join(map(str, study.seeds))
+    given = " ".join([*study.overrides, *result.overrides])
+    return (
+        f"Ablation {study.name} of the {result.kind.name}: {len(study.arms)} arms, training seed"
+        f"{'' if len(study.seeds) == 1 else 's'} {seeds}{f', {given}' if given else ''}."
+    )
+
+
+def sections(result: Result) -> tuple[Section, ...]:
+    """All figures, as text."""
+    kind, arms = result.kind, list(result.study.arms)
+    first, rows = arms[0], {(row.metric, row.arm, row.segment, row.k): row for row in result.rows}
+
+    def cells(arm: str, wanted: Sequence[Shown], base: str | None) -> list[str]:
+        found = [_find(rows, arm, shown, base) for shown in wanted]
+        return [
+            _difference(row) if base or DIFFERENCE in shown.of else _level(row)
+            for row, shown in zip(found, wanted, strict=True)
+        ]
+
+    levels = tuple((arm, *cells(arm, kind.levels, None)) for arm in arms)
+    against = tuple((arm, *cells(arm, kind.levels, first)) for arm in arms[1:])
+    within = tuple((arm, *cells(arm, kind.within, None)) for arm in arms)
+    overrides = tuple((arm, " ".join(own) or "as it is") for arm, own in result.study.arms.items())
+    cost = tuple((arm, *(number(cost.seconds[name], 0) for name in kind.stages)) for arm, cost in result.costs.items())
+    titles = tuple(shown.title for shown in kind.levels)
+    found = [
+        Section("arms", "Arms", ("Overrides of each.",), (Grid(("arm", "overrides"), overrides),)),
+        Section("figures", "Figures", ("Means over user-periods and seeds.",), (Grid(("arm", *titles), levels),)),
+    ]
+    if against:
+        note = (
+            f"Paired, with {LEVEL:.0%} intervals over users and seeds; ▲ better, ▼ worse, none where zero lies inside."
+        )
+        found.append(Section("against", f"Less {first}", (note,), (Grid(("arm", *titles), against),)))
+    if kind.within:
+        columns = ("arm", *(shown.title for shown in kind.within))
+        found.append(Section("within", "Within each arm", ("Paired in the same way.",), (Grid(columns, within),)))
+    note = "Seconds of each stage, a mean over seeds; a stage taken over from another arm costs what it cost there."
+    found.append(Section("cost", "Cost", (note,), (Grid(("arm", *kind.stages), cost),)))
+    return tuple(found)
+
+
+def forests(result: Result) -> list[Forest]:
+    """The differences with the first arm, figure by figure."""
+    arms = list(result.study.arms)
+    rows = {(row.metric, row.arm, row.segment, row.k): row for row in result.rows}
+    found = []
+    for shown in result.kind.levels:
+        own = {arm: row for arm in arms[1:] if (row := _find(rows, arm, shown, arms[0])) is not None}
+        if not own:
+            continue
+        scale, metric = figures.forest_scale(list(own.values())), verdict.metric_of(shown.metric)
+        lines = []
+        for arm, row in own.items():
+            outcome, digits = verdict.judge(row), metric.difference_digits
+            interval = f"[{number(row.ci_low, digits, signed=True)}, {number(row.ci_high, digits, signed=True)}]"
+            plot = figures.forest_cell(row, scale)
+            words = f"{figures.outcome_mark(outcome)} {outcome.value}"
+            value = number(row.value, digits, signed=True)
+            lines.append(ForestLine(arm, value, interval, plot, words, outcome.name.lower()))
+        found.append(Forest(shown.title, figures.forest_axis(scale, metric.better), lines))
+    return found
+
+
+def _find(rows: dict[tuple[Any, ...], Row], arm: str, shown: Shown, base: str | None) -> Row | None:
+    parts = [f"{arm} / {of}" for of in shown.of.split(DIFFERENCE, 1)]
+    if base is not None:
+        parts.append(f"{base} / {shown.of}")
+    return rows.get((shown.metric, DIFFERENCE.join(parts), shown.segment, shown.k))
+
+
+def _level(row: Row | None) -> str:
+    return NONE if row is None else number(row.value, verdict.metric_of(row.metric).digits)
+
+
+def _difference(row: Row | None) -> str:
+    if row is None:
+        return NONE
+    digits, outcome = verdict.metric_of(row.metric).difference_digits, verdict.judge(row)
+    mark = {Outcome.GAIN: " ▲", Outcome.LOSS: " ▼"}.get(outcome, "")
+    low, high = (number(end, digits, signed=True) for end in (row.ci_low, row.ci_high))
+    return f"{number(row.value, digits, signed=True)} [{low}, {high}]{mark}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _document(result: Result) -> dict[str, Any]:
+    study = result.study
+    return {
+        "study": study.name,
+        "about": study.about,
+        "kind": result.kind.name,
+        "overrides": [*study.overrides, *result.overrides],
+        "arms": study.arms,
+        "seeds": study.seeds,
+        "seconds": {arm: cost.seconds for arm, cost in result.costs.items()},
+        "rows": result.rows,
+    }

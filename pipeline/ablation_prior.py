@@ -1,0 +1,117 @@
+"""Ablations of the forecaster: what each arm's LM forecasts, against the first arm's and against its own anchor.
+
+Every user-period has a value of every measure (`priors.evaluate`), so arms are compared pair by pair: an interval is
+over users, and over training seeds where there are several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.errors import UserError
+from data.statistics import Interval, Row, bootstrap_over_seeds
+from pipeline.ablation import Kind, Shown
+from pipeline.verdict import DIFFERENCE
+from priors.evaluate import Measure, RequestValues, load_requests
+
+STAGE = "forecasts"
+FORECASTS = ("lm", "anchor")
+CONTROLS = ("lm, other prompt", "lm, constant hidden")
+
+Float = NDArray[np.float64]
+
+
+def compare_forecasts(runs: Mapping[str, Sequence[Path]]) -> list[Row]:
+    """Figures of every arm, differences within each, and differences with the first.
+
+    Args:
+        runs: run directories of each arm, one a seed, the same seeds in all.
+
+    Returns:
+        Rows whose arms are ``<arm> / lm`` and its like.
+
+    Raises:
+        UserError: arms were judged on different user-periods.
+    """
+    first = next(iter(runs))
+    seeds = {arm: [load_requests(run / STAGE) for run in of_seeds] for arm, of_seeds in runs.items()}
+    rows: list[Row] = []
+    for arm, of_seeds in seeds.items():
+        for number, _ in enumerate(of_seeds[0]):  # of the evaluation prompts, and of all user-periods
+            own = [requests[number] for requests in of_seeds]
+            others = [requests[number] for requests in seeds[first]]
+            if arm != first:
+                _check_same(arm, own, first, others)
+            rows += _rows(arm, own, first, others, exact=number == 0)
+    return rows
+
+
+def _rows(
+    arm: str, own: Sequence[RequestValues], first: str, others: Sequence[RequestValues], *, exact: bool
+) -> list[Row]:
+    users, rows = [one.user_R for one in own], []
+
+    def row(values: Sequence[Float], measure: Measure, name: str) -> None:
+        interval: Interval = bootstrap_over_seeds(values, users)
+        of = {"metric": measure.metric, "segment": measure.segment, "k": measure.k, "arm": name}
+        rows.append(Row.of(interval, section="forecast", seeds=len(own), **of))  # type: ignore[arg-type]
+
+    for measure in own[0].values:
+        forecast = measure.arm
+        values = [one.values[measure] for one in own]
+        # The evaluation prompts' lists are there to be compared with those of the controls alone.
+        leads = not exact or measure.metric == "nll" or forecast in CONTROLS
+        if forecast in (*FORECASTS, *CONTROLS) and leads:
+            row(values, measure, f"{arm} / {forecast}")
+        if forecast in FORECASTS and leads and arm != first and all(measure in one.values for one in others):
+            differences = [a - one.values[measure] for a, one in zip(values, others, strict=True)]
+            row(differences, measure, f"{arm} / {forecast}{DIFFERENCE}{first} / {forecast}")
+        for against in ("anchor", *CONTROLS) if forecast == "lm" else ():
+            base = measure._replace(arm=against)
+            if (leads or against in CONTROLS) and base in own[0].values:
+                differences = [a - one.values[base] for a, one in zip(values, own, strict=True)]
+                row(differences, measure, f"{arm} / lm{DIFFERENCE}{arm} / {against}")
+    return rows
+
+
+def _check_same(arm: str, own: Sequence[RequestValues], first: str, others: Sequence[RequestValues]) -> None:
+    for one, other in zip(own, others, strict=True):
+        same = np.array_equal(one.user_R, other.user_R) and np.array_equal(one.period_R, other.period_R)
+        if not same:
+            raise UserError(
+                f"arms {arm} and {first}, judged on {len(one.user_R)} and {len(other.user_R)} other user-periods",
+                expected="the same user-periods in all arms",
+                action="leave data, prior.panel and prior.evaluation_prompts the same in all arms",
+            )
+
+
+PRIOR = Kind(
+    name="prior",
+    until=STAGE,
+    stages=("prior", STAGE),
+    seed=lambda seed: f"prior.seed={seed}",
+    compare=compare_forecasts,
+    levels=(
+        Shown("NLL", "nll"),
+        Shown("new NLL", "nll", segment="new"),
+        Shown("recall@1", "recall", k=1),
+        Shown("recall@5", "recall", k=5),
+        Shown("recall@10", "recall", k=10),
+        Shown("recall@20", "recall", k=20),
+        Shown("recall@50", "recall", k=50),
+        Shown("new recall@10", "recall", segment="new", k=10),
+        Shown("active recall@10", "recall", segment="active", k=10),
+        Shown("anchor's NLL", "nll", of="anchor"),
+    ),
+    within=(
+        Shown("NLL, LM − anchor", "nll", of="lm - anchor"),
+        Shown("LM − other prompt", "nll", of="lm - lm, other prompt"),
+        Shown("LM − constant hidden", "nll", of="lm - lm, constant hidden"),
+        Shown("recall@10, LM − anchor", "recall", of="lm - anchor", k=10),
+        Shown("LM − other prompt", "recall", of="lm - lm, other prompt", k=10),
+    ),
+)

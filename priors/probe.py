@@ -1,0 +1,202 @@
+"""Fits the head on hidden states of the frozen base model, before the adapters are trained.
+
+Linear probing, then fine-tuning (Kumar et al. 2022, arXiv 2202.10054): the adapters start from a head that reads what
+the base model already says, instead of from one that says nothing. A frozen model needs no backward pass, and its
+hidden states are computed once for all epochs, so a prompt costs a sixth of a training step and is read many times.
+
+    prompts ─► frozen LM ─► hidden states at all decisions ─► level 1 of the head ─► stop by the selection prompts
+                                                          ├─► level 2 …
+                                                          └─► level 3 …
+
+The levels share no weights, so each is fitted by itself and keeps its own best epoch; one that never beats the base on
+the selection prompts stays at zero, and its forecast stays the base.
+
+*Period effects.* What is promoted changes from period to period, and a head can learn the periods it was shown instead
+of the users. So each period has a free bias a code while the head is fitted, which takes up what all its users have in
+common (fixed effects of a panel: Wooldridge 2010, ch. 10), and is thrown away after.
+
+Shapes: N decisions of one level, H hidden size, V codes of that level, Y targets that decide there, P periods.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.prior_lm import PriorLM
+from priors.dataset import PromptDataset, TreeCollator
+
+
+@dataclass
+class ProbeConfig:
+    """How the head is fitted on the frozen base model.
+
+    Attributes:
+        prompts: training prompts that are read, at the most; 0 leaves the head at zero.
+        epochs: passes over their hidden states at the most; each level keeps its best one.
+        learning_rate: of the head.
+        period_learning_rate: of the period effects; 0 leaves them out.
+        weight_decay: AdamW's, of the head.
+        dropout: share of a standardised hidden state's features that are hidden from the head.
+        batch_size: decisions a step.
+    """
+
+    prompts: int = 0
+    epochs: int = 12
+    learning_rate: float = 1e-3
+    period_learning_rate: float = 1e-2
+    weight_decay: float = 0.01
+    dropout: float = 0.1
+    batch_size: int = 64
+
+
+@dataclass(frozen=True)
+class LevelStates:
+    """All decisions of one level.
+
+    Attributes:
+        hidden_NH: hidden state at each decision.
+        base_NV: base score of each code, ``-inf`` where illegal.
+        period_N: as-of period of the decision's prompt.
+        decision_Y, code_Y, weight_Y: decision, code and weight of each target.
+    """
+
+    hidden_NH: Tensor
+    base_NV: Tensor
+    period_N: Tensor
+    decision_Y: Tensor
+    code_Y: Tensor
+    weight_Y: Tensor
+
+    def target_NV(self) -> Tensor:
+        """Weight of each code among the targets of each decision."""
+        target_NV = torch.zeros(len(self.hidden_NH), self.base_NV.shape[1])
+        return target_NV.index_put((self.decision_Y, self.code_Y), self.weight_Y, accumulate=True)
+
+
+@torch.inference_mode()
+def read_states(
+    model: PriorLM, dataset: PromptDataset, collator: TreeCollator, *, rows: list[int], batch_size: int
+) -> list[LevelStates]:
+    """Hidden states of the model at all decisions of some prompts.
+
+    Args:
+        model: in evaluation mode.
+        dataset: the prompts with their targets.
+        collator: builds their trees.
+        rows: rows of ``dataset`` to read; they are read in the order of their prompts' lengths.
+        batch_size: prompts of a forward pass.
+
+    Returns:
+        One entry a level.
+    """
+    examples = sorted((dataset[row] for row in rows), key=lambda example: len(example.token_ids))
+    device = next(model.parameters()).device
+    parts: list[list[LevelStates]] = []
+    for start in range(0, len(examples), batch_size):
+        chunk = examples[start : start + batch_size]
+        batch = collator(chunk)
+        hidden_BTH = model.hidden(batch.to(device))
+        period_B = torch.tensor([example.period for example in chunk])
+        levels = []
+        for decisions in batch.levels:
+            decided = decisions.target_node_Y >= 0
+            levels.append(
+                LevelStates(
+                    hidden_NH=hidden_BTH[decisions.row_N, decisions.position_N].cpu(),
+                    base_NV=decisions.base_NV,
+                    period_N=period_B[decisions.row_N],
+                    decision_Y=decisions.target_node_Y[decided],
+                    code_Y=decisions.target_code_Y[decided],
+                    weight_Y=batch.target_weight_Y[decided],
+                )
+            )
+        parts.append(levels)
+    return [_joined([part[level] for part in parts]) for level in range(len(parts[0]))]
+
+
+def fit_probe(model: PriorLM, train: list[LevelStates], select: list[LevelStates], cfg: ProbeConfig) -> dict[str, Any]:
+    """Fit the head, level by level; the rest of the model is not touched.
+
+    Args:
+        model: whose head is fitted in place; its standardisation is set from ``train``.
+        train: decisions of training prompts.
+        select: decisions of selection prompts, that choose each level's epoch.
+        cfg: passes and rates.
+
+    Returns:
+        For each level the NLL of its decisions on the selection prompts before and after, and the epoch chosen (0 where
+        the head stays at zero).
+    """
+    model.head.standardise_by([level.hidden_NH for level in train])
+    report: dict[str, Any] = {"nll_before": [], "nll_after": [], "epoch": []}
+    for level in range(model.head.n_levels):
+        before, after, epoch = _fit_level(model.head, level, train[level], select[level], cfg)
+        for name, value in (("nll_before", before), ("nll_after", after), ("epoch", epoch)):
+            report[name].append(value)
+    return report
+
+
+def _fit_level(
+    head: nn.Module, level: int, train: LevelStates, select: LevelStates, cfg: ProbeConfig
+) -> tuple[float, float, int]:
+    weights = [weight for name, weight in head.named_parameters() if name.endswith(f".{level}")]
+    if not len(train.hidden_NH) or not len(select.hidden_NH):
+        return 0.0, 0.0, 0
+    device = weights[0].device
+    before = best = _nll(head, level, select, device)
+    kept, best_epoch = copy.deepcopy([weight.detach() for weight in weights]), 0
+    period_PV = torch.zeros(int(train.period_N.max()) + 1, train.base_NV.shape[1], device=device, requires_grad=True)
+    groups = [
+        {"params": weights, "lr": cfg.learning_rate, "weight_decay": cfg.weight_decay},
+        {"params": [period_PV], "lr": cfg.period_learning_rate, "weight_decay": cfg.weight_decay},
+    ]
+    optimizer = torch.optim.AdamW(groups)
+    target_NV, generator = train.target_NV(), torch.Generator().manual_seed(level)
+    for epoch in range(1, cfg.epochs + 1):
+        for rows_B in torch.randperm(len(train.hidden_NH), generator=generator).split(cfg.batch_size):
+            scores_BV = head(
+                train.hidden_NH[rows_B].to(device), level, dropout=cfg.dropout, generator=generator
+            ) + train.base_NV[rows_B].to(device)
+            if cfg.period_learning_rate:
+                scores_BV = scores_BV + period_PV[train.period_N[rows_B].to(device)]
+            loss = _cross_entropy(scores_BV, target_NV[rows_B].to(device)) / len(rows_B)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        nll = _nll(head, level, select, device)
+        if nll < best:
+            best, best_epoch, kept = nll, epoch, copy.deepcopy([weight.detach() for weight in weights])
+    with torch.no_grad():
+        for weight, value in zip(weights, kept, strict=True):
+            weight.copy_(value)
+    return before, best, best_epoch
+
+
+@torch.no_grad()
+def _nll(head: nn.Module, level: int, states: LevelStates, device: torch.device) -> float:
+    total, target_NV = 0.0, states.target_NV()
+    for rows in torch.arange(len(states.hidden_NH)).split(4096):
+        scores_BV = head(states.hidden_NH[rows].to(device), level) + states.base_NV[rows].to(device)
+        total += float(_cross_entropy(scores_BV, target_NV[rows].to(device)))
+    return total / float(states.weight_Y.sum())
+
+
+def _cross_entropy(scores_BV: Tensor, target_BV: Tensor) -> Tensor:
+    """Summed over the batch; illegal codes have no weight, and no say in the sum."""
+    log_probs_BV = scores_BV.log_softmax(-1).masked_fill(scores_BV.isneginf(), 0.0)
+    return -(target_BV * log_probs_BV).sum()
+
+
+def _joined(parts: list[LevelStates]) -> LevelStates:
+    offset, decision = 0, []
+    for part in parts:
+        decision.append(part.decision_Y + offset)
+        offset += len(part.hidden_NH)
+    names = ("hidden_NH", "base_NV", "period_N", "code_Y", "weight_Y")
+    joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    return LevelStates(decision_Y=torch.cat(decision), **joined)

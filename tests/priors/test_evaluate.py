@@ -1,0 +1,123 @@
+"""The figures of the forecast against plain computations of the same thing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.errors import UserError
+from priors.dataset import PromptDataset
+from priors.evaluate import (
+    ForecastEvaluation,
+    Measure,
+    Segments,
+    constant_log_probs,
+    evaluate_forecast,
+    exact_log_prob,
+    judge_lists,
+    load_requests,
+)
+from priors.fit import batches
+from priors.forecast import TableForecast
+from priors.generate import generate_priors
+from priors.table import PriorTable
+from tests.priors.conftest import Fitted
+
+SEGMENTS = {"all", "new", "active", "sparse users", "middle users", "busy users"}
+
+
+@pytest.fixture(scope="module")
+def evaluation(fitted: Fitted, tmp_path_factory: pytest.TempPathFactory) -> ForecastEvaluation:
+    directory = tmp_path_factory.mktemp("table")
+    (directory / "out").mkdir()
+    generate_priors(fitted.prior, fitted.log, fitted.cfg, out_dir=directory / "out", work_dir=directory / "work")
+    table = PriorTable.load(directory / "out", fitted.log)
+    forecasts = {arm: TableForecast(table, fitted.prior.base, arm=arm) for arm in ("anchor", "lm")}
+    return evaluate_forecast(fitted.prior, forecasts, fitted.log, fitted.cfg, {"untuned": untuned(fitted)})
+
+
+def untuned(fitted: Fitted):  # type: ignore[no-untyped-def]
+    return lambda user_B, period_B: np.log(fitted.prior.base.anchor.probabilities(user_B, period_B))
+
+
+def test_every_arm_control_segment_and_difference_is_there(evaluation: ForecastEvaluation) -> None:
+    found = {(row.metric, row.arm, row.segment): row for row in evaluation.rows}
+    for segment in SEGMENTS:
+        for arm in ("lm", "anchor", "popularity", "lm, other prompt", "lm, constant hidden"):
+            assert ("nll", arm, segment) in found
+        compared = ("lm - popularity", "lm - untuned") if segment in ("all", "new") else ()
+        for arm in ("lm", "anchor", "popularity", "untuned", "lm - anchor", *compared):
+            assert {("recall", arm, segment), ("ndcg", arm, segment), ("listed_nll", arm, segment)} <= set(found)
+    for control in ("lm, other prompt", "lm, constant hidden"):
+        assert {
+            ("recall", control, "all"),
+            ("recall", f"lm - {control}", "all"),
+            ("nll", f"lm - {control}", "all"),
+        } <= set(found)
+    assert {segment for metric, arm, segment in found if (metric, arm) == ("ece", "lm")} == {"all", "new", "active"}
+    assert found["nll", "anchor", "all"].value < found["nll", "popularity", "all"].value
+    assert found["nll", "lm - anchor", "all"].value == pytest.approx(
+        found["nll", "lm", "all"].value - found["nll", "anchor", "all"].value
+    )
+    assert set(evaluation.curves["reliability"]) == {"anchor", "lm"}
+
+
+def test_one_figure_of_each_kind(evaluation: ForecastEvaluation) -> None:
+    keys = [(row.metric, row.arm, row.segment, row.k) for row in evaluation.rows]
+    assert len(set(keys)) == len(keys)
+
+
+def test_values_of_single_user_periods_are_kept(evaluation: ForecastEvaluation, tmp_path: Path) -> None:
+    evaluation.save_requests(tmp_path)
+    for ours, theirs in zip(evaluation.requests, load_requests(tmp_path), strict=True):
+        np.testing.assert_array_equal(ours.user_R, theirs.user_R)
+        np.testing.assert_array_equal(ours.period_R, theirs.period_R)
+        assert set(ours.values) == set(theirs.values)
+        for measure, value_R in ours.values.items():
+            np.testing.assert_allclose(value_R, theirs.values[measure], rtol=1e-6)
+    with pytest.raises(UserError, match=r"run\.until=forecasts"):
+        load_requests(tmp_path / "nowhere")
+
+
+def test_segments_by_hand(fitted: Fitted) -> None:
+    """Recall and likelihood of one forecaster in every segment, row by row."""
+    log, targets = fitted.log, fitted.log.advertiser_targets("validation")
+    lists, _, errors = judge_lists({"untuned": untuned(fitted)}, log, targets)
+    segments, k, n = Segments(log, targets), 5, len(log.advertiser_ids)
+    purchases = [log.is_purchase[log.history(u, p)].sum() for u, p in zip(targets.user, targets.period, strict=True)]
+    low, high = np.quantile(purchases, [1 / 3, 2 / 3])
+    for row in range(0, len(targets), 7):
+        user, period, wanted = int(targets.user[row]), int(targets.period[row]), set(targets.of(row).tolist())
+        q_A = fitted.prior.base.anchor.probabilities(np.array([user]), np.array([period]))[0]
+        history = log.history(user, period)
+        bought = set(log.events.advertiser[history][log.is_purchase[history]].tolist())
+        visited = log.requests((period, period), np.array([user])).market
+        active = {a for market in visited for a in log.active_advertisers(int(market), period).tolist()}
+        for segment, (allowed, of_segment) in {
+            "all": (set(range(n)), wanted),
+            "new": (set(range(n)) - bought, wanted - bought),
+            "active": (active, wanted if active else set()),
+            "sparse users": (set(range(n)), wanted if purchases[row] <= low else set()),
+            "busy users": (set(range(n)), wanted if purchases[row] > high else set()),
+        }.items():
+            top = sorted(allowed, key=lambda a: (-q_A[a], a))[:k]
+            recall = len(of_segment & set(top)) / min(k, len(of_segment)) if of_segment else np.nan
+            assert lists.values[Measure("recall", "untuned", segment, k)][row] == pytest.approx(recall, nan_ok=True)
+            total = sum(q_A[a] for a in allowed)
+            nll = [-np.log(q_A[a] / total) for a in of_segment & allowed]
+            expected = np.mean(nll) if nll else np.nan
+            assert lists.values[Measure("listed_nll", "untuned", segment)][row] == pytest.approx(expected, nan_ok=True)
+    assert all(0 <= error.value < 5 for error in errors)
+    assert segments.targets_of("all").ptr[-1] == len(targets.item)
+
+
+def test_the_constant_control_is_exact_over_all_advertisers(fitted: Fitted) -> None:
+    """The dense form, a bias a code, gives what teacher forcing of the same control gives."""
+    targets, prior = fitted.log.advertiser_targets("prior_select"), fitted.prior
+    tree = list(batches(PromptDataset(targets, prior.compiler), prior.collator, 16))
+    forced_T = exact_log_prob(prior.model, tree, prior.calibration, constant_LH=prior.constant_LH)
+    dense_RA = constant_log_probs(prior, targets.user, targets.period)
+    np.testing.assert_allclose(np.exp(dense_RA).sum(1), 1.0, atol=1e-9)
+    np.testing.assert_allclose(dense_RA[targets.row, targets.item], forced_T, atol=1e-4)
