@@ -26,7 +26,7 @@ that level, H hidden size, D codebook dimension, K query tokens, Y target advert
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import lightning as L
@@ -96,10 +96,15 @@ class HeadConfig:
     Attributes:
         kind: ``tied`` to the codebook, a ``free`` row a code, or ``tied+free``.
         learning_rate: of the head; the LoRA weights have their own.
+        dropout: share of a standardised hidden state's features that are hidden from the head in training.
+        period_learning_rate: of a free bias for each period and code, which takes up what all users of a period have
+            in common (a fixed effect) while the LM is trained, and is thrown away after; 0 has none.
     """
 
     kind: str = "tied"
     learning_rate: float = 1e-3
+    dropout: float = 0.1
+    period_learning_rate: float = 1e-2
 
 
 @dataclass
@@ -131,6 +136,7 @@ class IdHead(nn.Module):
         codebooks: vectors of each level's codes, ``(V_l, D)`` each.
         hidden_size: H.
         kind: see :class:`HeadConfig`.
+        dropout: likewise.
 
     Example:
         >>> head = IdHead([torch.randn(4, 8), torch.randn(6, 8)], hidden_size=16)
@@ -138,10 +144,11 @@ class IdHead(nn.Module):
         torch.Size([3, 6])
     """
 
-    def __init__(self, codebooks: list[Tensor], hidden_size: int, kind: str = "tied") -> None:
+    def __init__(self, codebooks: list[Tensor], hidden_size: int, kind: str = "tied", *, dropout: float = 0.0) -> None:
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.tied, self.free = "tied" in kind, "free" in kind
-        self.n_levels = len(codebooks)
+        self.n_levels, self.level_sizes = len(codebooks), [len(codes_VD) for codes_VD in codebooks]
         for level, codes_VD in enumerate(codebooks):
             # One length for all levels: residuals shrink with depth, the rate of learning should not.
             length = codes_VD.norm(dim=-1).mean().clamp_min(1e-8)
@@ -183,7 +190,7 @@ class IdHead(nn.Module):
 
     def forward(self, hidden_NH: Tensor, level: int) -> Tensor:
         """Scores ``(N, V_level)`` in float32."""
-        unit_NH = (hidden_NH.float() - self.mean_LH[level]) / self.scale_L[level]
+        unit_NH = self.dropout((hidden_NH.float() - self.mean_LH[level]) / self.scale_L[level])
         codes_VD = getattr(self, f"codes_{level}")
         scores_NV = torch.zeros(len(unit_NH), len(codes_VD), device=unit_NH.device)
         if self.tied:
@@ -202,6 +209,7 @@ class PriorLM(nn.Module):
         id_rows: input embedding of every ID token, all levels after one another, ``(sum V_l, H)``.
         first_id_token: number of the first ID token.
         head: kind of the head.
+        dropout: of the head.
         train_input_rows: let the ID tokens' input rows learn. The gradient then goes through all layers.
 
     Raises:
@@ -216,6 +224,7 @@ class PriorLM(nn.Module):
         id_rows: Tensor,
         first_id_token: int,
         head: str = "tied",
+        dropout: float = 0.0,
         train_input_rows: bool = False,
     ) -> None:
         super().__init__()
@@ -225,7 +234,7 @@ class PriorLM(nn.Module):
         if tuple(id_rows.shape) != expected:
             raise ValueError(f"{tuple(id_rows.shape)} input rows of ID tokens; codes and decoder ask {expected}")
         self.id_rows = nn.Embedding.from_pretrained(id_rows.float(), freeze=not train_input_rows)
-        self.head = IdHead(codebooks, id_rows.shape[1], head)
+        self.head = IdHead(codebooks, id_rows.shape[1], head, dropout=dropout)
         self.level_offset = [0]
         for codes_VD in codebooks[:-1]:
             self.level_offset.append(self.level_offset[-1] + len(codes_VD))
@@ -334,6 +343,8 @@ class PriorLMModule(L.LightningModule):
         total_steps: optimiser steps of the whole fit; the rate warms up over a tenth and falls as a cosine.
         prompts_per_batch: what a batch's sum over its prompts is divided by; None: its own number. Where batches
             differ in number, one divisor for all lets every prompt weigh the same.
+        periods: number of periods that have a bias of their own; 0: none has.
+        period_learning_rate: of these biases.
         weight_decay: AdamW's.
     """
 
@@ -347,21 +358,34 @@ class PriorLMModule(L.LightningModule):
         head_learning_rate: float = 1e-3,
         total_steps: int = 100,
         prompts_per_batch: float | None = None,
+        periods: int = 0,
+        period_learning_rate: float = 0.0,
         weight_decay: float = 0.01,
     ) -> None:
         super().__init__()
         self.model = model
-        self.rates = (lora_learning_rate, head_learning_rate)
+        self.rates = (lora_learning_rate, head_learning_rate, period_learning_rate)
+        sizes = model.head.level_sizes if periods and period_learning_rate else []
+        self.period_PV = nn.ParameterList(nn.Parameter(torch.zeros(periods, size)) for size in sizes)
         self.total_steps, self.weight_decay = max(1, total_steps), weight_decay
         self.prompts_per_batch = prompts_per_batch
 
     def training_step(self, batch: TreeBatch, batch_idx: int) -> Tensor:
-        log_probs = self.model.log_probs(batch)
+        log_probs = self.model.log_probs(self._with_period_effects(batch))
         nll_B = row_nll(batch, target_log_prob(batch, log_probs))
         base_B = row_nll(batch, base_log_prob(batch))
         self.log("train_nll", nll_B.detach().mean(), batch_size=batch.n_prompts)
         self.log("train_residual", (nll_B.detach() - base_B).mean(), batch_size=batch.n_prompts, prog_bar=True)
         return nll_B.sum() / (self.prompts_per_batch or batch.n_prompts)
+
+    def _with_period_effects(self, batch: TreeBatch) -> TreeBatch:
+        if not len(self.period_PV):
+            return batch
+        levels = [
+            replace(decisions, base_NV=decisions.base_NV + period_PV[batch.period_B[decisions.row_N]])
+            for decisions, period_PV in zip(batch.levels, self.period_PV, strict=True)
+        ]
+        return replace(batch, levels=levels)
 
     def validation_step(self, batch: TreeBatch, batch_idx: int) -> None:
         nll_B = row_nll(batch, target_log_prob(batch, self.model.log_probs(batch)))
@@ -377,7 +401,9 @@ class PriorLMModule(L.LightningModule):
         head = [p for p in self.model.head.parameters() if p.requires_grad]
         head += [p for p in self.model.id_rows.parameters() if p.requires_grad]
         groups = [
-            {"params": params, "lr": rate} for params, rate in zip((lora, head), self.rates, strict=True) if params
+            {"params": params, "lr": rate}
+            for params, rate in zip((lora, head, [*self.period_PV]), self.rates, strict=True)
+            if params
         ]
         optimizer = torch.optim.AdamW(groups, weight_decay=self.weight_decay)
         warm_up = max(1, self.total_steps // 10)

@@ -38,6 +38,23 @@ class BaseModelConfig:
 
 
 @dataclass
+class ProbeConfig:
+    """How the head is fitted on hidden states of the frozen base model, before the adapters are trained.
+
+    Attributes:
+        prompts: training prompts that are read, at the most; 0 starts from a head of zeros.
+        epochs: passes over their hidden states, at the most; each level of the head keeps its best one.
+        weight_decay: AdamW's.
+        batch_size: decisions a step.
+    """
+
+    prompts: int = 0
+    epochs: int = 10
+    weight_decay: float = 0.01
+    batch_size: int = 64
+
+
+@dataclass
 class AnchorConfig:
     """The counting model under the LM, and the grid its constants are chosen from (DESIGN §4).
 
@@ -192,6 +209,7 @@ class PriorConfig:
     prompt: PromptConfig = field(default_factory=PromptConfig)
     anchor: AnchorConfig = field(default_factory=AnchorConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
     lora: LoraSettings = field(default_factory=LoraSettings)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     baselines: BaselineConfig = field(default_factory=BaselineConfig)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -42,13 +43,16 @@ from priors.base_model import BaseModel, load_base_model
 from priors.calibration import Calibration, calibrated_nll, fit_anchor_levels, fit_calibration
 from priors.config import AnchorConfig, BaseModelConfig, PriorConfig, PromptConfig
 from priors.dataset import PromptDataset, TreeCollator
+from priors.probe import fit_probe, read_states
 from priors.prompt import PromptCompiler
 from semantic_ids.advertiser_ids import AdvertiserIds
 from semantic_ids.change import compare
 from semantic_ids.trie import Trie
 
 IDS = "ids"
-_STANDARDISE_BATCHES = 4
+START = "start.safetensors"
+_STANDARDISE = 32
+"""Prompts that the head's constants are taken from where there is no probe."""
 
 
 @dataclass
@@ -220,7 +224,11 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
 
     model = build_model(base_model, ids, log, compiler, cfg)
     sampler = _sampler(train_set, collator, cfg)
+    start = _start(model, train_set, select_set, collator, log, cfg, work_dir)
     result, module = _fit_lm(model, train_set, select_set, sampler, collator, log, cfg, work_dir)
+    trained_is_better = result.best_score is not None and result.best_score <= start["select_nll"]
+    if not trained_is_better:
+        _load_start(model, work_dir)
     select_batches = list(batches(select_set, collator, cfg.batch_size))
     logits, constant_LH = _logits(module.model, select_batches)
     calibration = fit_calibration(select_batches, logits)
@@ -236,7 +244,8 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
         "steps": result.steps,
         "prompts_a_part": round(sampler.per_epoch * sampler.mean_batch),
         "batch_tokens": sampler.budget,
-        "best_part": result.best_epoch,
+        "best_part": result.best_epoch if trained_is_better else None,
+        "start": start,
         "select_nll_by_part": result.history,
         "select_nll_anchor": select_anchor,
         "calibration": to_plain(calibration),
@@ -292,6 +301,7 @@ def build_model(
         id_rows=word_rows(base_model, ids, log),
         first_id_token=compiler.first_id_token,
         head=cfg.head.kind,
+        dropout=cfg.head.dropout,
         train_input_rows=cfg.base.train_input_rows,
     )
 
@@ -384,8 +394,6 @@ def _fit_lm(
     cfg: PriorConfig,
     work_dir: Path,
 ) -> tuple[FitResult, PriorLMModule]:
-    if not (work_dir / "checkpoints" / "last.ckpt").exists():
-        _standardise(model, train, collator, cfg)
     steps_a_part = -(-len(sampler) // cfg.trainer.accumulate)
     module = PriorLMModule(
         model.train(),
@@ -393,6 +401,8 @@ def _fit_lm(
         head_learning_rate=cfg.head.learning_rate,
         total_steps=cfg.trainer.max_epochs * steps_a_part,
         prompts_per_batch=sampler.mean_batch,
+        periods=int(train.targets.period.max()) + 1,
+        period_learning_rate=cfg.head.period_learning_rate,
     )
     train_loader: DataLoader = DataLoader(train, batch_sampler=sampler, collate_fn=collator)
 
@@ -408,17 +418,47 @@ def _fit_lm(
     return result, module
 
 
-@torch.inference_mode()
-def _standardise(model: PriorLM, train: PromptDataset, collator: TreeCollator, cfg: PriorConfig) -> None:
-    """Fix the head's constants on a sample of training prompts."""
-    rows = EpochSampler(train, seed=cfg.seed + 1, per_epoch=min(len(train), _STANDARDISE_BATCHES * cfg.batch_size))
-    loader: DataLoader = DataLoader(train, batch_size=cfg.batch_size, sampler=rows, collate_fn=collator)
-    by_level: list[list[Tensor]] = [[] for _ in range(model.head.n_levels)]
-    for batch in loader:
-        hidden = model.hidden(batch)
-        for level, decisions in enumerate(batch.levels):
-            by_level[level].append(hidden[decisions.row_N, decisions.position_N])
-    model.head.standardise_by([torch.cat(parts) for parts in by_level])
+def _start(
+    model: PriorLM,
+    train: PromptDataset,
+    select: PromptDataset,
+    collator: TreeCollator,
+    log: Log,
+    cfg: PriorConfig,
+    work_dir: Path,
+) -> dict[str, Any]:
+    """What training starts from: the head's constants, and the head as the frozen model's hidden states fit it.
+
+    Kept in ``work_dir``, so that a fit that goes on starts from the same bytes.
+
+    Returns:
+        NLL of the start on the selection prompts, and what the probe of each level did.
+    """
+    if not (work_dir / START).exists():
+        model.eval()
+        size, probe = 4 * cfg.batch_size, cfg.probe if cfg.probe.prompts else replace(cfg.probe, epochs=0)
+        if cfg.probe.prompts:
+            targets = log.advertiser_targets(cfg.prompt_span(log.split.prior_fit))
+            sample = sample_rows(targets, cfg.probe.prompts, cfg.seed)
+            train = PromptDataset(sample, train.compiler, max_targets=cfg.max_targets, seed=cfg.seed)
+        n_read = min(len(train), cfg.probe.prompts or _STANDARDISE)
+        rows = list(EpochSampler(train, seed=cfg.seed + 1, per_epoch=n_read))
+        states = read_states(model, train, collator, rows=rows, batch_size=size)
+        of_select = read_states(model, select, collator, rows=list(range(len(select))), batch_size=size)
+        report = fit_probe(model, states, of_select, probe, cfg.head, seed=cfg.seed)
+        report["select_nll"] = sum(report["nll_after"])
+        work_dir.mkdir(parents=True, exist_ok=True)
+        trained = {name: value.detach().contiguous() for name, value in model.named_parameters() if value.requires_grad}
+        heads = {f"head.{name}": value.contiguous() for name, value in model.head.state_dict().items()}
+        save_file(trained | heads, work_dir / START, {"report": json.dumps(report)})
+    return _load_start(model, work_dir)
+
+
+def _load_start(model: PriorLM, work_dir: Path) -> dict[str, Any]:
+    with safe_open(work_dir / START, framework="pt") as file:
+        model.load_state_dict({name: file.get_tensor(name) for name in file.keys()}, strict=False)  # noqa: SIM118
+        report: dict[str, Any] = json.loads(file.metadata()["report"])
+    return report
 
 
 def _same_codes(directory: Path, version: str, ids: AdvertiserIds) -> AdvertiserIds:

@@ -20,38 +20,15 @@ Shapes: N decisions of one level, H hidden size, V codes of that level, Y target
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.prior_lm import PriorLM
+from models.prior_lm import HeadConfig, IdHead, PriorLM
+from priors.config import ProbeConfig
 from priors.dataset import PromptDataset, TreeCollator
-
-
-@dataclass
-class ProbeConfig:
-    """How the head is fitted on the frozen base model.
-
-    Attributes:
-        prompts: training prompts that are read, at the most; 0 leaves the head at zero.
-        epochs: passes over their hidden states at the most; each level keeps its best one.
-        learning_rate: of the head.
-        period_learning_rate: of the period effects; 0 leaves them out.
-        weight_decay: AdamW's, of the head.
-        dropout: share of a standardised hidden state's features that are hidden from the head.
-        batch_size: decisions a step.
-    """
-
-    prompts: int = 0
-    epochs: int = 12
-    learning_rate: float = 1e-3
-    period_learning_rate: float = 1e-2
-    weight_decay: float = 0.01
-    dropout: float = 0.1
-    batch_size: int = 64
 
 
 @dataclass(frozen=True)
@@ -63,6 +40,7 @@ class LevelStates:
         base_NV: base score of each code, ``-inf`` where illegal.
         period_N: as-of period of the decision's prompt.
         decision_Y, code_Y, weight_Y: decision, code and weight of each target.
+        n_prompts: prompts that they are of.
     """
 
     hidden_NH: Tensor
@@ -71,8 +49,9 @@ class LevelStates:
     decision_Y: Tensor
     code_Y: Tensor
     weight_Y: Tensor
+    n_prompts: int
 
-    def target_NV(self) -> Tensor:
+    def target_weights(self) -> Tensor:
         """Weight of each code among the targets of each decision."""
         target_NV = torch.zeros(len(self.hidden_NH), self.base_NV.shape[1])
         return target_NV.index_put((self.decision_Y, self.code_Y), self.weight_Y, accumulate=True)
@@ -101,7 +80,6 @@ def read_states(
         chunk = examples[start : start + batch_size]
         batch = collator(chunk)
         hidden_BTH = model.hidden(batch.to(device))
-        period_B = torch.tensor([example.period for example in chunk])
         levels = []
         for decisions in batch.levels:
             decided = decisions.target_node_Y >= 0
@@ -109,68 +87,78 @@ def read_states(
                 LevelStates(
                     hidden_NH=hidden_BTH[decisions.row_N, decisions.position_N].cpu(),
                     base_NV=decisions.base_NV,
-                    period_N=period_B[decisions.row_N],
+                    period_N=batch.period_B[decisions.row_N],
                     decision_Y=decisions.target_node_Y[decided],
                     code_Y=decisions.target_code_Y[decided],
                     weight_Y=batch.target_weight_Y[decided],
+                    n_prompts=len(chunk),
                 )
             )
         parts.append(levels)
     return [_joined([part[level] for part in parts]) for level in range(len(parts[0]))]
 
 
-def fit_probe(model: PriorLM, train: list[LevelStates], select: list[LevelStates], cfg: ProbeConfig) -> dict[str, Any]:
+def fit_probe(
+    model: PriorLM,
+    train: list[LevelStates],
+    select: list[LevelStates],
+    cfg: ProbeConfig,
+    head: HeadConfig,
+    *,
+    seed: int,
+) -> dict[str, Any]:
     """Fit the head, level by level; the rest of the model is not touched.
 
     Args:
         model: whose head is fitted in place; its standardisation is set from ``train``.
         train: decisions of training prompts.
         select: decisions of selection prompts, that choose each level's epoch.
-        cfg: passes and rates.
+        cfg: passes.
+        head: rates of the head and of the period effects.
+        seed: of the order of the decisions.
 
     Returns:
-        For each level the NLL of its decisions on the selection prompts before and after, and the epoch chosen (0 where
-        the head stays at zero).
+        For each level its part of the selection prompts' NLL before and after, and the epoch chosen (0 where the head
+        stays at zero).
     """
+    torch.manual_seed(seed)
     model.head.standardise_by([level.hidden_NH for level in train])
     report: dict[str, Any] = {"nll_before": [], "nll_after": [], "epoch": []}
     for level in range(model.head.n_levels):
-        before, after, epoch = _fit_level(model.head, level, train[level], select[level], cfg)
+        before, after, epoch = _fit_level(model.head, level, train[level], select[level], cfg, head)
         for name, value in (("nll_before", before), ("nll_after", after), ("epoch", epoch)):
             report[name].append(value)
     return report
 
 
 def _fit_level(
-    head: nn.Module, level: int, train: LevelStates, select: LevelStates, cfg: ProbeConfig
+    head: IdHead, level: int, train: LevelStates, select: LevelStates, cfg: ProbeConfig, rates: HeadConfig
 ) -> tuple[float, float, int]:
     weights = [weight for name, weight in head.named_parameters() if name.endswith(f".{level}")]
     if not len(train.hidden_NH) or not len(select.hidden_NH):
         return 0.0, 0.0, 0
     device = weights[0].device
     before = best = _nll(head, level, select, device)
-    kept, best_epoch = copy.deepcopy([weight.detach() for weight in weights]), 0
+    kept, best_epoch = [weight.detach().clone() for weight in weights], 0
     period_PV = torch.zeros(int(train.period_N.max()) + 1, train.base_NV.shape[1], device=device, requires_grad=True)
-    groups = [
-        {"params": weights, "lr": cfg.learning_rate, "weight_decay": cfg.weight_decay},
-        {"params": [period_PV], "lr": cfg.period_learning_rate, "weight_decay": cfg.weight_decay},
-    ]
-    optimizer = torch.optim.AdamW(groups)
-    target_NV, generator = train.target_NV(), torch.Generator().manual_seed(level)
+    groups = [{"params": weights, "lr": rates.learning_rate}]
+    if rates.period_learning_rate:
+        groups.append({"params": [period_PV], "lr": rates.period_learning_rate})
+    optimizer = torch.optim.AdamW(groups, weight_decay=cfg.weight_decay)
+    weight_NV = train.target_weights()
     for epoch in range(1, cfg.epochs + 1):
-        for rows_B in torch.randperm(len(train.hidden_NH), generator=generator).split(cfg.batch_size):
-            scores_BV = head(
-                train.hidden_NH[rows_B].to(device), level, dropout=cfg.dropout, generator=generator
-            ) + train.base_NV[rows_B].to(device)
-            if cfg.period_learning_rate:
-                scores_BV = scores_BV + period_PV[train.period_N[rows_B].to(device)]
-            loss = _cross_entropy(scores_BV, target_NV[rows_B].to(device)) / len(rows_B)
+        head.train()
+        for rows_B in torch.randperm(len(train.hidden_NH)).split(cfg.batch_size):
+            scores_BV = head(train.hidden_NH[rows_B].to(device), level) + train.base_NV[rows_B].to(device)
+            scores_BV = scores_BV + period_PV[train.period_N[rows_B].to(device)]
+            loss = _cross_entropy(scores_BV, weight_NV[rows_B].to(device)) / len(rows_B)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+        head.eval()
         nll = _nll(head, level, select, device)
         if nll < best:
-            best, best_epoch, kept = nll, epoch, copy.deepcopy([weight.detach() for weight in weights])
+            best, best_epoch, kept = nll, epoch, [weight.detach().clone() for weight in weights]
     with torch.no_grad():
         for weight, value in zip(weights, kept, strict=True):
             weight.copy_(value)
@@ -178,12 +166,12 @@ def _fit_level(
 
 
 @torch.no_grad()
-def _nll(head: nn.Module, level: int, states: LevelStates, device: torch.device) -> float:
-    total, target_NV = 0.0, states.target_NV()
+def _nll(head: IdHead, level: int, states: LevelStates, device: torch.device) -> float:
+    total, target_NV = 0.0, states.target_weights()
     for rows in torch.arange(len(states.hidden_NH)).split(4096):
         scores_BV = head(states.hidden_NH[rows].to(device), level) + states.base_NV[rows].to(device)
         total += float(_cross_entropy(scores_BV, target_NV[rows].to(device)))
-    return total / float(states.weight_Y.sum())
+    return total / states.n_prompts
 
 
 def _cross_entropy(scores_BV: Tensor, target_BV: Tensor) -> Tensor:
@@ -199,4 +187,4 @@ def _joined(parts: list[LevelStates]) -> LevelStates:
         offset += len(part.hidden_NH)
     names = ("hidden_NH", "base_NV", "period_N", "code_Y", "weight_Y")
     joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
-    return LevelStates(decision_Y=torch.cat(decision), **joined)
+    return LevelStates(decision_Y=torch.cat(decision), n_prompts=sum(part.n_prompts for part in parts), **joined)

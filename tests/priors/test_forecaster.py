@@ -291,8 +291,6 @@ def test_a_finished_as_of_file_is_not_made_again(fitted: Fitted, tmp_path: Path)
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == first
 
 
-
-
 BAD_CONFIGS = [
     ({"panel": 0}, "prior.panel=0"),
     ({"prompts": -1}, "prior.prompts=-1"),
