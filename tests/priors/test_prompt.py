@@ -121,7 +121,7 @@ def test_each_section_can_be_left_out(rich: Log, fitted: Fitted, name: str) -> N
 
 
 def test_budgets_are_kept_and_the_frame_survives(rich: Log, fitted: Fitted) -> None:
-    for budget in (12, 20, 40, 120, 600):
+    for budget in (16, 20, 40, 120, 600):
         for user in range(0, 60, 7):
             prompt = compiler(rich, fitted, everything(max_tokens=budget)).compile(user, 9)
             assert len(prompt.token_ids) == sum(prompt.sections.values()) <= budget
