@@ -7,7 +7,7 @@
 The section that lists events is one class: visits, searches, mailings, purchases and advertisers differ in their
 configuration alone. Only events of periods before the one asked for are read.
 
-Shapes: N events of the section's kinds, E events of one user before the as-of time, G entries.
+Shapes: E events of one user before the as-of time, G entries.
 """
 
 from __future__ import annotations
@@ -67,7 +67,10 @@ class ProfileSection:
 
     def __init__(self, log: Log, encode: InertTokenizer, cfg: ProfileConfig) -> None:
         self._features, self._cfg = log.user_features, cfg
-        self._values = {column: [one_line(value) for value in names] for column, names in log.user_vocabularies.items()}
+        self._values = {
+            column: [encode.shortened(one_line(value), cfg.text_tokens) for value in names]
+            for column, names in log.user_vocabularies.items()
+        }
         self._pattern = Pattern(cfg.entry, encode)
         self._head, self._between, self._tail = (encode(text) for text in (cfg.head, cfg.separator, cfg.tail))
         self.frame = len(self._head) + len(self._tail)
