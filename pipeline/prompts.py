@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -35,11 +36,13 @@ class SectionUse:
     Attributes:
         name: of the section, or `priors.prompt.FRAME`.
         tokens: it takes; 0 where the user has nothing to show or nothing fits.
+        wanted: it would take if there were no budget.
         budget: it may take.
     """
 
     name: str
     tokens: int
+    wanted: int
     budget: int
 
 
@@ -104,7 +107,16 @@ def prompt_of(run: Path, user: str, as_of: str, overrides: Sequence[str] = ()) -
     compiler = PromptCompiler(log, ids, base_model.tokenizer, cfg, window=base_model.window)
     prompt = compiler.compile(index, period)
     past = log.history(index, period)
-    budgets = {name: one.max_tokens or cfg.max_tokens for name, one in cfg.sections().items()}
+    uses = [
+        SectionUse(
+            name,
+            prompt.sections.get(name, 0),
+            len(compiler.sections[name].tokens(index, period, sys.maxsize)),
+            one.max_tokens or cfg.max_tokens,
+        )
+        for name, one in cfg.sections().items()
+    ]
+    frame = prompt.sections[FRAME]
     return ShownPrompt(
         user=user,
         period=period,
@@ -116,10 +128,7 @@ def prompt_of(run: Path, user: str, as_of: str, overrides: Sequence[str] = ()) -
         max_tokens=cfg.max_tokens,
         window=base_model.window,
         base_model=base_model.reference,
-        sections=[
-            SectionUse(name, prompt.sections.get(name, 0), budgets.get(name, cfg.max_tokens))
-            for name in [*budgets, FRAME]
-        ],
+        sections=[*uses, SectionUse(FRAME, frame, frame, cfg.max_tokens)],
     )
 
 
@@ -172,11 +181,13 @@ def _period(calendar: Calendar, as_of: str) -> int | None:
 
 def to_console(shown: ShownPrompt) -> Group:
     """The prompt for people."""
-    table = Table("section", "tokens", "budget", title=f"{shown.tokens} of {shown.max_tokens} tokens", title_style="")
+    table = Table(
+        "section", "tokens", "wanted", "budget", title=f"{shown.tokens} of {shown.max_tokens} tokens", title_style=""
+    )
     for column in table.columns[1:]:
         column.justify = "right"
     for use in shown.sections:
-        table.add_row(use.name, str(use.tokens) if use.tokens else "-", str(use.budget))
+        table.add_row(use.name, *(str(number) if number else "-" for number in (use.tokens, use.wanted, use.budget)))
     window = f", {shown.window} positions" if shown.window else ""
     past = f"{shown.events} events before it" if shown.events else "no event before it"
     return Group(

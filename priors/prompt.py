@@ -47,6 +47,8 @@ class Prompt:
 class PromptCompiler:
     """Writes prompts.
 
+    ``sections`` holds those that the config shows, by name, in their order.
+
     Args:
         log: the events; only those of periods before the one asked for are read.
         ids: semantic IDs of the advertisers.
@@ -125,13 +127,13 @@ class PromptCompiler:
     def _check_budgets(self, window: int | None) -> None:
         errors = []
         given, following = self.cfg.max_tokens, len(self.ids.level_sizes) - 1
-        needed = len(self._next) + min((section.frame for section in self.sections.values()), default=0)
+        needed = len(self._next) + max((section.frame for section in self.sections.values()), default=0)
         if needed >= given:
             errors.append(
                 UserError(
                     f"prior.prompt.max_tokens={given}",
-                    expected=f"more than {needed}, the tokens of an empty prompt",
-                    action="raise prior.prompt.max_tokens, e.g. to 64",
+                    expected=f"more than {needed}, the words before the forecast and those of the wordiest section",
+                    action="raise prior.prompt.max_tokens, e.g. to 64, or shorten the words",
                 )
             )
         if window is not None and given + following > window:
@@ -143,7 +145,7 @@ class PromptCompiler:
                 )
             )
         for name, section in self.sections.items():
-            if self._limits[name] <= section.frame and given > section.frame:
+            if self._limits[name] <= section.frame < given:
                 errors.append(
                     UserError(
                         f"prior.prompt.{name}.max_tokens={self._limits[name]}",

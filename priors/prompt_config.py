@@ -77,6 +77,7 @@ class ProfileConfig(SectionConfig):
         separator: between columns.
         tail: words after them.
         names: what a column is called, where it is not its own name.
+        text_tokens: tokens of one value, at the most.
     """
 
     head: str = "Household:"
@@ -84,6 +85,7 @@ class ProfileConfig(SectionConfig):
     separator: str = ","
     tail: str = ".\n"
     names: dict[str, str] = field(default_factory=dict)
+    text_tokens: int = 24
 
 
 @dataclass
@@ -290,6 +292,8 @@ class PromptConfig:
                         yield _wrong(f"{part.name}.{name}", getattr(section, name), f"{count} names")
             elif isinstance(section, ProfileConfig):
                 yield from _pattern(f"{part.name}.entry", section.entry, PROFILE_FIELDS)
+                if section.text_tokens < 1:
+                    yield _wrong(f"{part.name}.text_tokens", section.text_tokens, "a whole number, at least 1")
             elif isinstance(section, EventsConfig):
                 yield from _problems_of_events(part.name, section)
 

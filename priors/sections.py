@@ -7,7 +7,7 @@
 The section that lists events is one class: visits, searches, mailings, purchases and advertisers differ in their
 configuration alone. Only events of periods before the one asked for are read.
 
-Shapes: N events of the section's kinds, E events of one user before the as-of time, G entries.
+Shapes: E events of one user before the as-of time, G entries.
 """
 
 from __future__ import annotations
@@ -67,7 +67,10 @@ class ProfileSection:
 
     def __init__(self, log: Log, encode: InertTokenizer, cfg: ProfileConfig) -> None:
         self._features, self._cfg = log.user_features, cfg
-        self._values = {column: [one_line(value) for value in names] for column, names in log.user_vocabularies.items()}
+        self._values = {
+            column: [encode.shortened(one_line(value), cfg.text_tokens) for value in names]
+            for column, names in log.user_vocabularies.items()
+        }
         self._pattern = Pattern(cfg.entry, encode)
         self._head, self._between, self._tail = (encode(text) for text in (cfg.head, cfg.separator, cfg.tail))
         self.frame = len(self._head) + len(self._tail)
@@ -99,7 +102,7 @@ class Catalogue:
 
 
 class _Entry(NamedTuple):
-    """The newest row of an entry, how many events it stands for, and when it is shown."""
+    """The newest event of an entry, by its row in the log, how many there are, and the period that is asked for."""
 
     row: int
     events: int
@@ -118,63 +121,60 @@ class EventsSection:
 
     def __init__(self, log: Log, catalogue: Catalogue, encode: InertTokenizer, cfg: EventsConfig) -> None:
         self._catalogue, self._encode, self._cfg, self._calendar = catalogue, encode, cfg, log.calendar
-        rows = _rows(log, cfg)
-        events = log.events
-        self._period, self._timestamp = events.period[rows].astype(np.int64), events.timestamp[rows]
-        self._code = {name: getattr(events, name)[rows] for name in ("advertiser", "ad", "category", "market")}
-        self._user_ptr = np.searchsorted(events.user[rows], np.arange(len(log.user_ids) + 1)).tolist()
+        self._events, self._rows = log.events, _rows(log, cfg)
+        self._user_ptr = np.searchsorted(log.events.user[self._rows], np.arange(len(log.user_ids) + 1))
         self._head, self._entry = Pattern(cfg.head, encode), Pattern(cfg.entry, encode)
         self._between, self._tail, self._empty = (encode(text) for text in (cfg.separator, cfg.tail, cfg.empty))
         self._texts: dict[tuple[str, int], str] = {}
         self.frame = len(self._head.tokens(lambda name: "1")) + len(self._tail)
 
     def tokens(self, user: int, period: int, room: int) -> list[int]:
-        first, stop = self._user_ptr[user], self._user_ptr[user + 1]
-        stop = first + int(self._period[first:stop].searchsorted(period))
-        if self._cfg.periods is not None:
-            first += int(self._period[first:stop].searchsorted(period - self._cfg.periods))
-        if first == stop:
+        row_E = self._rows[self._user_ptr[user] : self._user_ptr[user + 1]]
+        ago_E = period - self._events.period[row_E].astype(np.int64)  # falls along the user's events
+        first = 0 if self._cfg.periods is None else np.searchsorted(-ago_E, -self._cfg.periods)
+        past = slice(first, np.searchsorted(-ago_E, 0))
+        row_E, ago_E = row_E[past], ago_E[past]
+        if not len(row_E):
             return self._empty if len(self._empty) <= room else []
-        head = self._head.tokens(partial(self._number, _Entry(stop - 1, stop - first, period)))
-        entries = filter(None, map(self._words, self._entries(first, stop, period)))
+        head = self._head.tokens(partial(self._number, _Entry(int(row_E[-1]), len(row_E), period)))
+        entries = filter(None, map(self._words, self._entries(row_E, ago_E, period)))
         return _framed(head, islice(entries, self._cfg.entries), self._between, self._tail, room)
 
-    def _entries(self, first: int, stop: int, period: int) -> Iterator[_Entry]:
-        """Rows ``first`` to ``stop``, all of one user and in order of time, gathered; what comes first at the front."""
+    def _entries(self, row_E: NDArray[np.int64], ago_E: NDArray[np.int64], period: int) -> Iterator[_Entry]:
+        """Events of one user in order of time, gathered; what comes first at the front."""
         cfg = self._cfg
         if cfg.group == "event":  # the decayed weight falls with time, so both orders are one
-            return (_Entry(row, 1, period) for row in range(stop - 1, first - 1, -1))
-        backwards_E = self._code[cfg.group][first:stop][::-1]
-        key_G, newest_G, group_E, count_G = np.unique(
-            backwards_E, return_index=True, return_inverse=True, return_counts=True
+            return (_Entry(int(row), 1, period) for row in row_E[::-1])
+        code_E = getattr(self._events, cfg.group)[row_E[::-1]]
+        code_G, newest_G, group_E, count_G = np.unique(
+            code_E, return_index=True, return_inverse=True, return_counts=True
         )
         if cfg.first == "newest":
             order_G = np.argsort(newest_G)
         else:
-            ago_E = period - self._period[first:stop][::-1]
-            order_G = np.lexsort((key_G, -np.bincount(group_E, self._cfg.decay**ago_E)))
-        return (_Entry(stop - 1 - int(newest_G[g]), int(count_G[g]), period) for g in order_G)
+            order_G = np.lexsort((code_G, -np.bincount(group_E, cfg.decay ** ago_E[::-1])))
+        return (_Entry(int(row_E[-1 - newest_G[g]]), int(count_G[g]), period) for g in order_G)
 
     def _words(self, entry: _Entry) -> list[int]:
         return self._entry.tokens(partial(self._value, entry), partial(self._id, entry))
 
     def _id(self, entry: _Entry) -> list[int]:
-        advertiser = int(self._code["advertiser"][entry.row])
+        advertiser = int(self._events.advertiser[entry.row])
         return self._catalogue.id_tokens(advertiser) if self._cfg.ids and advertiser >= 0 else []
 
     def _number(self, entry: _Entry, name: str) -> str:
         if name == "count":
             return str(entry.events)
         if name == "ago":
-            return str(entry.period - self._period[entry.row])
+            return str(entry.period - int(self._events.period[entry.row]))
         start_us = self._calendar.origin_us + (entry.period - 1) * self._calendar.length_us
-        return str((start_us - int(self._timestamp[entry.row])) // _US_PER_DAY)
+        return str((start_us - int(self._events.timestamp[entry.row])) // _US_PER_DAY)
 
     def _value(self, entry: _Entry, name: str) -> str:
         """Text of a field, ``""`` where it is not known."""
         if name in NUMBER_FIELDS:
             return self._number(entry, name)
-        code = int(self._code[_COLUMN[name]][entry.row])
+        code = int(getattr(self._events, _COLUMN[name])[entry.row])
         text = self._texts.get((name, code))
         if text is None:
             text = self._texts[name, code] = self._text(name, code)

@@ -66,14 +66,16 @@ def test_a_date_means_the_last_start_of_a_period_up_to_it(run: Path, as_of: str)
 
 
 def test_people_see_text_ids_and_budgets(run: Path) -> None:
-    more = ("prior.prompt.max_tokens=90", "prior.prompt.conversions.show=true", "prior.prompt.search.show=true")
+    more = [f"prior.prompt.{one}" for one in ("max_tokens=90", "search.show=true", "conversions.show=true")]
+    more.append("prior.prompt.conversions.entries=20")
     result = prompt(run, "--user", "u003", "--as-of", "9", *more)
     assert result.exit_code == 0
     for part in ("user u003, as of 2024-02-26 (start of period 9)", "of 90 tokens", "token ids:", "next :", "last :"):
         assert part in result.stdout
-    rows = {line.split("│")[1].strip(): line.split("│")[2:4] for line in result.stdout.splitlines() if "│" in line}
-    assert [cell.strip() for cell in rows["search"]] == ["-", "24"], "a log without searches"
-    assert int(rows["conversions"][0]) <= int(rows["conversions"][1]) == 48
+    rows = {line.split("│")[1].strip(): line.split("│")[2:5] for line in result.stdout.splitlines() if "│" in line}
+    assert [cell.strip() for cell in rows["search"]] == ["-", "-", "24"], "a log without searches"
+    tokens, wanted, budget = map(int, rows["conversions"])
+    assert tokens <= budget == 48 < wanted
 
 
 def test_a_user_without_history_is_told(run: Path) -> None:
@@ -89,7 +91,7 @@ BAD_INPUT = [
     (("--user", "u003", "--as-of", "2023-12-31"), ["--as-of 2023-12-31", "the first begins on 2024-01-01"]),
     (("--user", "u003", "--as-of", "2031-01-01"), ["--as-of 2031-01-01", "the last on 2024-03-18"]),
     (("--user", "u003", "--as-of", "soon"), ["--as-of soon", "a date in one of them"]),
-    (("--user", "u003", "--as-of", "9", "prior.prompt.max_tokens=3"), ["prior.prompt.max_tokens=3", "more than 4"]),
+    (("--user", "u003", "--as-of", "9", "prior.prompt.max_tokens=3"), ["prior.prompt.max_tokens=3", "more than 5"]),
     (("--user", "u003", "--as-of", "9", "prior.prompt.max_tokens=1024"), ["1024 positions", "at most 1022"]),
     (("--user", "u003", "--as-of", "9", "prior.prompt.serch.show=true"), ["did you mean prior.prompt.search"]),
     (("--user", "u003", "--as-of", "9", "prior=tiny"), ["overrides of single keys"]),
