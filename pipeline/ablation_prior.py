@@ -109,9 +109,9 @@ PRIOR = Kind(
     ),
     within=(
         Shown("NLL, LM − anchor", "nll", of="lm - anchor"),
-        Shown("LM − other prompt", "nll", of="lm - lm, other prompt"),
-        Shown("LM − constant hidden", "nll", of="lm - lm, constant hidden"),
+        Shown("NLL, LM − other prompt", "nll", of="lm - lm, other prompt"),
+        Shown("NLL, LM − constant hidden", "nll", of="lm - lm, constant hidden"),
         Shown("recall@10, LM − anchor", "recall", of="lm - anchor", k=10),
-        Shown("LM − other prompt", "recall", of="lm - lm, other prompt", k=10),
+        Shown("recall@10, LM − other prompt", "recall", of="lm - lm, other prompt", k=10),
     ),
 )
