@@ -19,7 +19,7 @@ from pipeline.ablation import Result, Study, arm_configs, load_study, run_study
 from pipeline.ablation_page import JSON, MARKDOWN, PAGE, render, to_markdown, write_ablation
 from pipeline.ablation_prior import PRIOR
 from pipeline.commands.terminal import USER_MISTAKE
-from priors.evaluate import Measure, load_requests
+from priors.judge import Measure, load_requests
 from tests.logs import tiny_tables
 from tests.pipeline.test_stages import TINY
 
