@@ -28,8 +28,8 @@ from pipeline.quiet import quiet_libraries
 from priors.anchor import Anchor, Counts, choose_constants
 from priors.baselines import fit_baselines
 from priors.config import ANCHORS, BASELINES
-from priors.evaluate import Measure, RequestValues, Scorer, compared, judge_lists, popularity_alone
 from priors.fit import sample_rows
+from priors.judge import Measure, RequestValues, Scorer, compared, judge_lists
 
 SHOWN = (
     *(Measure("recall", "", "all", k) for k in (1, 5, 10, 20, 50)),
@@ -89,7 +89,7 @@ def measure(log: Log, config: AdsidConfig, work_dir: Path) -> None:
         scorers[kind] = _log_of(anchor)
         seconds[kind] = time.perf_counter() - began
         print(f"{kind}: {anchor.constants}", file=sys.stderr)
-    popularity = popularity_alone(anchor)
+    popularity = anchor.popularity_alone()
     for name in list(prior.baselines.names):
         began = time.perf_counter()
         prior.baselines.names = [name]

@@ -25,6 +25,7 @@ from pipeline.grids import NONE, Grid, Section, console_parts
 from pipeline.pages import template
 from pipeline.verdict import DIFFERENCE, Outcome, number
 
+_ARMS = 4
 JSON, MARKDOWN, PAGE = "ablation.json", "ablation.md", "ablation.html"
 
 
@@ -90,7 +91,7 @@ def scope(result: Result) -> str:
     """What the figures are of."""
     study = result.study
     seeds = ", ".join(map(str, study.seeds))
-    given = " ".join([*study.overrides, *result.overrides])
+    given = " ".join(one for one in (*study.overrides, *result.overrides) if not one.startswith("trainer."))
     return (
         f"Ablation {study.name} of the {result.kind.name}: {len(study.arms)} arms, training seed"
         f"{'' if len(study.seeds) == 1 else 's'} {seeds}{f', {given}' if given else ''}."
@@ -102,32 +103,29 @@ def sections(result: Result) -> tuple[Section, ...]:
     kind, arms = result.kind, list(result.study.arms)
     first, rows = arms[0], {(row.metric, row.arm, row.segment, row.k): row for row in result.rows}
 
-    def cells(arm: str, wanted: Sequence[Shown], base: str | None) -> list[str]:
-        found = [_find(rows, arm, shown, base) for shown in wanted]
-        return [
-            _difference(row) if base or DIFFERENCE in shown.of else _level(row)
-            for row, shown in zip(found, wanted, strict=True)
-        ]
+    def grids(wanted: Sequence[Shown], of_arms: Sequence[str], base: str | None = None) -> tuple[Grid, ...]:
+        """Figures by line, arms by column, a few arms at a time so that a line fits."""
+        found = []
+        for start in range(0, len(of_arms), _ARMS):
+            some = of_arms[start : start + _ARMS]
+            lines = tuple((shown.title, *(_cell(rows, arm, shown, base) for arm in some)) for shown in wanted)
+            found.append(Grid(("", *some), lines))
+        return tuple(found)
 
-    levels = tuple((arm, *cells(arm, kind.levels, None)) for arm in arms)
-    against = tuple((arm, *cells(arm, kind.levels, first)) for arm in arms[1:])
-    within = tuple((arm, *cells(arm, kind.within, None)) for arm in arms)
     overrides = tuple((arm, " ".join(own) or "as it is") for arm, own in result.study.arms.items())
     cost = tuple((arm, *(number(cost.seconds[name], 0) for name in kind.stages)) for arm, cost in result.costs.items())
-    titles = tuple(shown.title for shown in kind.levels)
     found = [
         Section("arms", "Arms", ("Overrides of each.",), (Grid(("arm", "overrides"), overrides),)),
-        Section("figures", "Figures", ("Means over user-periods and seeds.",), (Grid(("arm", *titles), levels),)),
+        Section("figures", "Figures", ("Means over user-periods and seeds.",), grids(kind.levels, arms)),
     ]
-    if against:
+    if len(arms) > 1:
         note = (
-            f"Paired, with {LEVEL:.0%} intervals over users and seeds; ▲ better, ▼ worse, none where zero lies inside."
+            f"Paired, with {LEVEL:.0%} intervals over users and seeds; ▲ better, ▼ worse, no mark where zero is inside."
         )
-        found.append(Section("against", f"Less {first}", (note,), (Grid(("arm", *titles), against),)))
+        found.append(Section("against", f"Less {first}", (note,), grids(kind.levels, arms[1:], first)))
     if kind.within:
-        columns = ("arm", *(shown.title for shown in kind.within))
-        found.append(Section("within", "Within each arm", ("Paired in the same way.",), (Grid(columns, within),)))
-    note = "Seconds of each stage, a mean over seeds; a stage taken over from another arm costs what it cost there."
+        found.append(Section("within", "Within each arm", ("Paired in the same way.",), grids(kind.within, arms)))
+    note = "Seconds of each stage, a mean over seeds; a stage taken over from another run costs what it cost there."
     found.append(Section("cost", "Cost", (note,), (Grid(("arm", *kind.stages), cost),)))
     return tuple(found)
 
@@ -159,6 +157,11 @@ def _find(rows: dict[tuple[Any, ...], Row], arm: str, shown: Shown, base: str | 
     if base is not None:
         parts.append(f"{base} / {shown.of}")
     return rows.get((shown.metric, DIFFERENCE.join(parts), shown.segment, shown.k))
+
+
+def _cell(rows: dict[tuple[Any, ...], Row], arm: str, shown: Shown, base: str | None) -> str:
+    row = _find(rows, arm, shown, base)
+    return _difference(row) if base or DIFFERENCE in shown.of else _level(row)
 
 
 def _level(row: Row | None) -> str:

@@ -1,6 +1,6 @@
 """Ablations of the forecaster: what each arm's LM forecasts, against the first arm's and against its own anchor.
 
-Every user-period has a value of every measure (`priors.evaluate`), so arms are compared pair by pair: an interval is
+Every user-period has a value of every measure (`priors.judge`), so arms are compared pair by pair: an interval is
 over users, and over training seeds where there are several.
 """
 
@@ -16,7 +16,7 @@ from data.errors import UserError
 from data.statistics import Interval, Row, bootstrap_over_seeds
 from pipeline.ablation import Kind, Shown
 from pipeline.verdict import DIFFERENCE
-from priors.evaluate import Measure, RequestValues, load_requests
+from priors.judge import Measure, RequestValues, load_requests
 
 STAGE = "forecasts"
 FORECASTS = ("lm", "anchor")
@@ -109,9 +109,9 @@ PRIOR = Kind(
     ),
     within=(
         Shown("NLL, LM − anchor", "nll", of="lm - anchor"),
-        Shown("LM − other prompt", "nll", of="lm - lm, other prompt"),
-        Shown("LM − constant hidden", "nll", of="lm - lm, constant hidden"),
+        Shown("NLL, LM − other prompt", "nll", of="lm - lm, other prompt"),
+        Shown("NLL, LM − constant hidden", "nll", of="lm - lm, constant hidden"),
         Shown("recall@10, LM − anchor", "recall", of="lm - anchor", k=10),
-        Shown("LM − other prompt", "recall", of="lm - lm, other prompt", k=10),
+        Shown("recall@10, LM − other prompt", "recall", of="lm - lm, other prompt", k=10),
     ),
 )

@@ -48,7 +48,7 @@ def console_parts(section: Section) -> list[Text | Table]:
     for grid in section.grids:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(grid.columns))
         for place, column in enumerate(grid.columns):
-            table.add_column(Text(column, style="dim"), justify="right" if place else "left")
+            table.add_column(Text(column, style="dim"), justify="right" if place else "left", overflow="fold")
         for line in grid.lines:
             table.add_row(*(Text(cell, style="dim" if cell in (NONE, CLOSED) else "") for cell in line))
         parts.append(table)

@@ -33,10 +33,11 @@ from pipeline.example import user_example
 from pipeline.ranker_ablation import write_ablation
 from pipeline.report import Curves, RunInfo, write_report
 from priors.baselines import fit_baselines
-from priors.evaluate import evaluate_forecast, popularity_alone
+from priors.evaluate import evaluate_forecast
 from priors.fit import PriorModel, fit_prior
 from priors.forecast import Forecast, TableForecast
 from priors.generate import generate_priors
+from priors.judge import save_requests
 from priors.table import PriorTable
 from ranking.ablation import ORACLE, TRUE_CHANCE, compare, grid, predictions_of, run_ablation
 from ranking.features import FeatureBuilder
@@ -186,7 +187,7 @@ def make_forecasts(context: Work) -> dict[str, Any]:
     metrics = generate_priors(prior, log, cfg, out_dir=context.output, work_dir=context.work)
     table = PriorTable.load(context.output, log)
     forecasts = {arm: TableForecast(table, prior.base, arm=arm) for arm in ("anchor", "lm")}
-    popularity = popularity_alone(prior.base.anchor)
+    popularity = prior.base.anchor.popularity_alone()
     baselines, chosen = fit_baselines(
         log, popularity, cfg.baselines, seed=cfg.seed, work_dir=context.work / "baselines"
     )
@@ -199,7 +200,7 @@ def make_forecasts(context: Work) -> dict[str, Any]:
     ]
     _write_rows(context.output, [*evaluation.rows, *costs])
     _write_facts(context.output, {"curves": evaluation.curves})
-    evaluation.save_requests(context.output)
+    save_requests(evaluation.requests, context.output)
     return {**metrics, "baselines": chosen}
 
 

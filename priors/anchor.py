@@ -165,6 +165,10 @@ class Anchor:
         self._promotion_PA = np.vstack([np.ones((1, n_advertisers)), np.sqrt(ratio_PA)])
         self.co_conversions = CoConversions(counts, decay=constants.own_decay)  # counted when first asked for
 
+    def popularity_alone(self) -> Anchor:
+        """The anchor without what it knows of the user."""
+        return Anchor(self.counts, replace(self.constants, own_weight=0.0, co_weight=0.0))
+
     def popularity(self, period_B: NDArray[np.integer]) -> Float:
         """pop(a) at the start of each period, ``(B, A)``; uniform before the first conversion."""
         mass_BA = self._popularity_PA[self._clip(period_B)] + self.constants.smoothing

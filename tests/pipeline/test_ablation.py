@@ -19,7 +19,7 @@ from pipeline.ablation import Result, Study, arm_configs, load_study, run_study
 from pipeline.ablation_page import JSON, MARKDOWN, PAGE, render, to_markdown, write_ablation
 from pipeline.ablation_prior import PRIOR
 from pipeline.commands.terminal import USER_MISTAKE
-from priors.evaluate import Measure, load_requests
+from priors.judge import Measure, load_requests
 from tests.logs import tiny_tables
 from tests.pipeline.test_stages import TINY
 
@@ -99,11 +99,13 @@ def test_tables_page_and_json_say_the_same(result: Result, out: Path) -> None:
     markdown, page = (out / MARKDOWN).read_text(), (out / PAGE).read_text()
     assert markdown == to_markdown(result)
     assert page == render(result)
-    shown = [line for line in markdown.splitlines() if line.startswith("| no anchor |")]
-    assert len(shown) == 5, "overrides, figures, differences with the first, within, cost"
-    for figure in shown[1].split("|")[2:-1]:
-        assert figure.strip() in page
-    assert "none" not in shown[1]
+    shown = {line.split(" | ")[0]: line for line in markdown.splitlines() if line.startswith("| ")}
+    for title in ("recall@10", "NLL, LM − anchor", "NLL, LM − other prompt"):
+        figures = [cell.strip() for cell in shown[f"| {title}"].strip("|").split("|")[1:]]
+        assert len(figures) > 0
+        assert "none" not in figures
+        assert all(figure in page for figure in figures)
+    assert markdown.count("| NLL |") == 2, "of every arm, and less the first"
     assert "<svg" in page
     assert "<b>rows</b>" not in page, "texts of a study are escaped"
 

@@ -9,19 +9,11 @@ import pytest
 
 from data.errors import UserError
 from priors.dataset import PromptDataset
-from priors.evaluate import (
-    ForecastEvaluation,
-    Measure,
-    Segments,
-    constant_log_probs,
-    evaluate_forecast,
-    exact_log_prob,
-    judge_lists,
-    load_requests,
-)
+from priors.evaluate import ForecastEvaluation, constant_log_probs, evaluate_forecast, exact_log_prob
 from priors.fit import batches
 from priors.forecast import TableForecast
 from priors.generate import generate_priors
+from priors.judge import Measure, Segments, judge_lists, load_requests, save_requests
 from priors.table import PriorTable
 from tests.priors.conftest import Fitted
 
@@ -70,7 +62,7 @@ def test_one_figure_of_each_kind(evaluation: ForecastEvaluation) -> None:
 
 
 def test_values_of_single_user_periods_are_kept(evaluation: ForecastEvaluation, tmp_path: Path) -> None:
-    evaluation.save_requests(tmp_path)
+    save_requests(evaluation.requests, tmp_path)
     for ours, theirs in zip(evaluation.requests, load_requests(tmp_path), strict=True):
         np.testing.assert_array_equal(ours.user_R, theirs.user_R)
         np.testing.assert_array_equal(ours.period_R, theirs.period_R)
