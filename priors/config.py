@@ -58,6 +58,7 @@ class DecodeConfig:
         beam: prefixes of each level that are followed.
         top_k: advertisers stored for every user.
         frontier_floor: pruned prefixes above this probability are stored by themselves.
+        exact: widen each list until it is proven to hold the most probable advertisers of all.
         batch_size: prompts decoded at once.
         every: periods between two forecasts of a user; a request takes the newest one at or before it.
     """
@@ -65,6 +66,7 @@ class DecodeConfig:
     beam: int = 16
     top_k: int = 50
     frontier_floor: float = 1e-4
+    exact: bool = False
     batch_size: int = 16
     every: int = 1
 

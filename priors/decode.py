@@ -1,38 +1,44 @@
 """From prompts to advertisers with exact probabilities, at about the cost of the prompts alone.
 
-The prompts of a batch are prefilled once. The beams of a user are further query tokens of the user's
-own row under a tree mask, never copies of the cache, and only the rows of one level of the head are
-multiplied:
+The prompts of a batch are read once, then the prefixes that are worth it (see :mod:`priors.tree_reader`); the head
+multiplies the rows of one level only, and every step runs over the children of all prefixes of all users at once:
 
-    level 1   hidden of the prompt's end            → all level-1 codes of the user
-    level 2   best K prefixes as K query tokens     → the legal codes below each
-    level 3   best K of those as K query tokens     → advertisers
+    level 1   hidden of the prompt's end            ─► all level-1 codes of the user
+    level 2   best K prefixes as K query tokens     ─► the legal codes below each
+    level 3   best K of those as K query tokens     ─► advertisers
+    exact     best prefixes left, whatever level    ─► until none can hold an advertiser of the list
 
-A prefix with a single advertiser below it needs no token: its probability is the advertiser's. Every
-probability is a product of softmaxes over legal children, as in training; what a beam leaves behind
-is kept as the *frontier*: pruned prefixes with their exact mass. Frontier and advertisers found are
-disjoint and together sum to one.
+A prefix with a single advertiser below it needs no token: its probability is the advertiser's. Every probability is a
+product of softmaxes over legal children, as in training; what a beam leaves behind is kept as the *frontier*: pruned
+prefixes with their exact mass. Frontier and advertisers found are disjoint and together sum to one.
 
-Shapes: B prompts, T prompt tokens, K beams, C children of a prefix, Q query tokens, N_d nodes of
-depth d.
+A prefix's probability bounds that of every advertiser below it, so the first n advertisers are *certified* to be the n
+most probable of all as soon as no pruned prefix is more probable than the nth.
+
+Shapes: B prompts, E prefixes, M children of theirs, N nodes of all depths, V codes of a level, L levels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import DynamicCache
 
 from data.errors import UserError
 from models.prior_lm import PriorLM
 from priors.anchor import TunedAnchor
+from priors.anchor_tree import AnchorTree, DenseAnchor, OpenAnchor
 from priors.calibration import Calibration
 from priors.config import DecodeConfig
+from priors.flat_trie import ActiveSets, FlatTrie
+from priors.tree_reader import Prompts, Reading, reader_of
+
+_READ_AT_ONCE = 256
+"""Prefixes of one prompt that are read in one pass where all are wanted: bounds the memory of the mask."""
 
 
 @dataclass(frozen=True)
@@ -42,25 +48,36 @@ class Decoded:
     Attributes:
         advertiser_K: advertisers found, best first.
         log_prob_K: their exact log-probabilities.
-        level1_log_prob_N: log-probability of every level-1 prefix, in trie order.
+        anchor_log_prob_K: what the tuned anchor alone gives them.
+        level1_log_prob_N: log-probability of every level-1 prefix, in trie order; ``-inf`` where nothing is active.
         frontier_depth_F: depth of each stored pruned prefix, at least 2.
         frontier_node_F: its node of the trie.
         frontier_log_prob_F: its log-probability.
-        tokens: tokens computed for it, the prompt's included.
+        bound: log-probability of the likeliest pruned prefix; ``-inf`` where none is left.
+        certified: whether the list is proven to be the most probable advertisers of all.
+        tokens: tokens computed for it, those of its prompt included.
     """
 
     advertiser_K: NDArray[np.int64]
     log_prob_K: NDArray[np.float64]
+    anchor_log_prob_K: NDArray[np.float64]
     level1_log_prob_N: NDArray[np.float64]
     frontier_depth_F: NDArray[np.int64]
     frontier_node_F: NDArray[np.int64]
     frontier_log_prob_F: NDArray[np.float64]
+    bound: float
+    certified: bool
     tokens: int
 
     @property
     def mass(self) -> float:
         """Probability covered by the advertisers found."""
         return float(np.exp(self.log_prob_K).sum())
+
+    @property
+    def n_certified(self) -> int:
+        """How many of the first advertisers are proven to be the most probable ones."""
+        return int((self.log_prob_K >= self.bound).sum())
 
 
 class TreeDecoder:
@@ -74,20 +91,24 @@ class TreeDecoder:
     """
 
     def __init__(self, model: PriorLM, base: TunedAnchor, calibration: Calibration, cfg: DecodeConfig) -> None:
-        self.model, self.base, self.trie, self.cfg = model.eval(), base, base.trie, cfg
-        self.calibration = calibration
-        device = self.device = next(model.parameters()).device
-        trie = self.trie
-        self._child_ptr = [torch.from_numpy(ptr).to(device) for ptr in trie.child_ptr]
-        self._child_code = [torch.from_numpy(code).to(device) for code in trie.child_code]
-        self._parent = [torch.from_numpy(parent).to(device) for parent in trie.parent]
-        self._leaf_ptr = [torch.from_numpy(ptr).to(device) for ptr in trie.leaf_ptr]
-        self._leaf_advertiser = torch.from_numpy(trie.leaf_advertiser).to(device)
-        self._widest = [int(np.diff(ptr).max()) for ptr in trie.child_ptr]
+        self.model, self.cfg = model.eval(), cfg
+        self.device = next(model.parameters()).device
+        self.flat = FlatTrie.of(base.trie, self.device)
+        self.anchor = AnchorTree(base, self.flat)
+        self.reader = reader_of(model)
+        self.lm_weight_L = torch.tensor(calibration.lm_weight, dtype=torch.float64, device=self.device)
+        self.base_exponent_L = torch.tensor(calibration.base_exponent, dtype=torch.float64, device=self.device)
+        self._path_ND = self._paths()
 
     @torch.inference_mode()
     def decode(
-        self, prompts: Sequence[NDArray[np.int64]], user_B: NDArray[np.integer], period_B: NDArray[np.integer]
+        self,
+        prompts: Prompts,
+        user_B: NDArray[np.integer],
+        period_B: NDArray[np.integer],
+        *,
+        active_GA: NDArray[np.bool_] | None = None,
+        group_B: NDArray[np.integer] | None = None,
     ) -> list[Decoded]:
         """Forecast a batch.
 
@@ -95,174 +116,351 @@ class TreeDecoder:
             prompts: token ids of each prompt.
             user_B: whose anchor is the base of each.
             period_B: as-of periods.
+            active_GA: True for the advertisers that a forecast may name: ``(A,)`` for all prompts, or one row a
+                prompt; None for everyone. Probabilities are among them.
+            group_B: row of ``active_GA`` of each prompt, where prompts share them.
 
         Returns:
             One forecast a prompt, in their order; none for no prompt.
 
         Raises:
-            UserError: an empty prompt.
+            UserError: an empty prompt, or active advertisers that do not fit.
             FloatingPointError: the model gives no number for a prompt.
         """
         if not len(prompts):
             return []
+        search = self._begin(prompts, user_B, period_B, active_GA, group_B)
+        entries, hidden_EH = search.root(), search.reading.end_BH
+        found, pruned = _Prefixes.none(self.device, self.flat.n_levels), _Prefixes.none(self.device, self.flat.n_levels)
+        level1_BN = torch.empty(0)
+        for depth in range(self.flat.n_levels):
+            children, alone = self._expand(search, entries, hidden_EH, range(depth, depth + 1))
+            if depth == 0:
+                first = self.flat.offset[1]
+                level1_BN = torch.full((len(prompts), self.flat.offset[2] - first), -torch.inf, dtype=torch.float64)
+                level1_BN[children.row_E.cpu(), children.node_E.cpu() - first] = children.log_prob_E.cpu()
+            found = found.joined(children.select(alone)).best(self.cfg.top_k)[0]
+            entries, rest = children.select(~alone).best(self.cfg.beam)
+            pruned = pruned.joined(rest)
+            if not len(entries):
+                break
+            hidden_EH = self._read(search, entries, keep=self.cfg.exact or depth + 2 < self.flat.n_levels)
+        if self.cfg.exact:
+            found, pruned = self._widen(search, found, pruned)
+        return self._collect(search, found, pruned, level1_BN)
+
+    @torch.inference_mode()
+    def score(
+        self,
+        prompts: Prompts,
+        user_B: NDArray[np.integer],
+        period_B: NDArray[np.integer],
+        advertisers: Sequence[NDArray[np.integer]],
+        *,
+        active_GA: NDArray[np.bool_] | None = None,
+        group_B: NDArray[np.integer] | None = None,
+    ) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+        """Exact log-probabilities of given advertisers; nothing else is decoded.
+
+        Args:
+            prompts, user_B, period_B, active_GA, group_B: as of :meth:`decode`.
+            advertisers: indexes asked for, for each prompt.
+
+        Returns:
+            For each prompt the log-probability of each advertiser, and what the tuned anchor alone gives it;
+            ``-inf`` for one that is not active.
+
+        Raises:
+            UserError: as of :meth:`decode`; or an advertiser that is not there.
+        """
+        if not len(prompts):
+            return []
+        n_levels, n_nodes = self.flat.n_levels, self.flat.n_nodes
+        asked = [np.asarray(part, dtype=np.int64) for part in advertisers]
+        row_T, advertiser_T = np.repeat(np.arange(len(asked)), [len(part) for part in asked]), np.concatenate(asked)
+        n_advertisers = self.flat.trie.n_advertisers
+        if len(asked) != len(prompts) or ((advertiser_T < 0) | (advertiser_T >= n_advertisers)).any():
+            raise UserError(
+                f"{len(asked)} lists of advertisers for {len(prompts)} prompts, between "
+                f"{advertiser_T.min(initial=0)} and {advertiser_T.max(initial=0)}",
+                expected=f"one list a prompt, of indexes below {n_advertisers}",
+                action="give indexes of this log's advertisers",
+            )
+        search = self._begin(prompts, user_B, period_B, active_GA, group_B)
+        wanted_TL = torch.from_numpy(row_T[:, None] * n_nodes + self.flat.path_nodes(advertiser_T)).to(self.device)
+        pair_T = torch.from_numpy(row_T * n_advertisers + advertiser_T).to(self.device)
+        log_prob_T = torch.full((2, len(pair_T)), -torch.inf, dtype=torch.float64, device=self.device)
+        entries, hidden_EH = search.root(), search.reading.end_BH
+        for depth in range(n_levels):
+            on_the_way = wanted_TL[:, depth].unique()
+            deeper = _Prefixes.none(self.device, n_levels)
+            part_E = rank_within(entries.row_E) // _READ_AT_ONCE
+            for number in range(int(part_E.max()) + 1):
+                part = entries.select(part_E == number)
+                if depth:
+                    hidden_EH = self._read(search, part, keep=depth + 1 < n_levels)
+                children, alone = self._expand(search, part, hidden_EH, range(depth, depth + 1))
+                wanted = torch.isin(children.row_E * n_nodes + children.node_E, on_the_way)
+                deeper = deeper.joined(children.select(wanted & ~alone))
+                ends = children.select(wanted & alone)
+                end_E = ends.row_E * n_advertisers + search.active.only_advertiser(ends.row_E, ends.node_E)
+                end_E, order = end_E.sort()
+                if len(end_E):
+                    place_T = torch.searchsorted(end_E, pair_T).clamp_max(len(end_E) - 1)
+                    hit_T = (end_E[place_T] == pair_T).nonzero()[:, 0]
+                    values = torch.stack([ends.log_prob_E, ends.anchor_log_prob_E])[:, order]
+                    log_prob_T[:, hit_T] = values[:, place_T[hit_T]]
+            if not len(deeper):
+                break
+            entries = deeper.best(len(deeper))[0]
+        bounds = np.cumsum([len(part) for part in asked])[:-1]
+        ours, anchors = log_prob_T.cpu().numpy()
+        return list(zip(np.split(ours, bounds), np.split(anchors, bounds), strict=True))
+
+    def _begin(
+        self,
+        prompts: Prompts,
+        user_B: NDArray[np.integer],
+        period_B: NDArray[np.integer],
+        active_GA: NDArray[np.bool_] | None,
+        group_B: NDArray[np.integer] | None,
+    ) -> _Search:
         if min(len(prompt) for prompt in prompts) == 0:
             raise UserError("an empty prompt", expected="at least one token", action="raise prior.prompt.max_tokens")
-        base = [torch.from_numpy(score).to(self.device) for score in self.base.child_scores(user_B, period_B)]
-        state = self._prefill(prompts)
-        node_BK = torch.zeros(len(prompts), 1, dtype=torch.long, device=self.device)
-        log_prob_BK = torch.zeros(len(prompts), 1, dtype=torch.float64, device=self.device)
-        found: list[tuple[Tensor, Tensor]] = []
-        frontier: list[tuple[int, Tensor, Tensor]] = []
-        level1 = torch.empty(0)
-        for depth in range(self.trie.n_levels):
-            child_BKC, child_log_prob_BKC = self._expand(depth, node_BK, log_prob_BK, state, base[depth])
-            if depth == 0:
-                level1 = child_log_prob_BKC[:, 0]
-            flat_node, flat_log_prob = child_BKC.flatten(1), child_log_prob_BKC.flatten(1)
-            if depth + 1 == self.trie.n_levels:
-                found.append((self._leaf_advertiser[flat_node], flat_log_prob))
-                break
-            keep = min(self.cfg.beam, flat_log_prob.shape[1])
-            ranked, order = flat_log_prob.sort(dim=1, descending=True, stable=True)
-            node_BK, log_prob_BK = flat_node.gather(1, order[:, :keep]), ranked[:, :keep]
-            if depth > 0:
-                frontier.append((depth + 1, flat_node.gather(1, order[:, keep:]), ranked[:, keep:]))
-            self._read(depth + 1, node_BK, log_prob_BK, state)
-        return self._collect(found[0], level1, frontier, state)
-
-    def _prefill(self, prompts: Sequence[NDArray[np.int64]]) -> _State:
-        lengths = np.array([len(prompt) for prompt in prompts])
-        width = int(lengths.max())
-        input_ids = np.zeros((len(prompts), width), dtype=np.int64)
-        for row, prompt in enumerate(prompts):
-            input_ids[row, : len(prompt)] = prompt
-        length_B = torch.from_numpy(lengths).to(self.device)
-        real_BT = torch.arange(width, device=self.device) < length_B[:, None]
-        causal_TT = torch.ones(width, width, dtype=torch.bool, device=self.device).tril()
-        itself_TT = torch.eye(width, dtype=torch.bool, device=self.device)
-        cache = DynamicCache()
-        hidden_BTH = self.model.extend(
-            cache,
-            torch.from_numpy(input_ids).to(self.device),
-            torch.arange(width, device=self.device).expand(len(prompts), width),
-            (causal_TT & real_BT[:, None]) | itself_TT,
-        )
-        hidden_BKH = hidden_BTH.gather(1, (length_B - 1)[:, None, None].expand(-1, 1, hidden_BTH.shape[-1]))
-        return _State(
-            cache=cache,
-            length_B=length_B,
-            visible_BT=real_BT,
-            hidden_BKH=hidden_BKH,
-            seen_BKT=real_BT[:, None],
-            tokens_B=length_B.clone(),
-            nodes_BK=torch.zeros(len(prompts), 1, dtype=torch.long, device=self.device),
+        active = ActiveSets(self.flat, active_GA, group_B, len(prompts))
+        return _Search(
+            reading=self.reader.prefill(prompts),
+            active=active,
+            anchor=self.anchor.open(user_B, period_B, active),
+            tokens_B=torch.tensor([len(prompt) for prompt in prompts], device=self.device),
+            n_levels=self.flat.n_levels,
+            place_B=torch.arange(len(prompts), device=self.device),
         )
 
     def _expand(
-        self, depth: int, node_BK: Tensor, log_prob_BK: Tensor, state: _State, base_BN: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Children of every beam with their log-probabilities; ``-inf`` past a prefix's last child."""
-        first_BK, stop_BK = self._child_ptr[depth][node_BK], self._child_ptr[depth][node_BK + 1]
-        child_BKC = first_BK[..., None] + torch.arange(self._widest[depth], device=self.device)
-        legal_BKC = (child_BKC < stop_BK[..., None]) & log_prob_BK.isfinite()[..., None]
-        child_BKC = child_BKC.clamp_max(len(self._child_code[depth]) - 1)
-        logits_BKV = self.model.head(state.hidden_BKH.flatten(0, 1), depth).view(*node_BK.shape, -1)
-        if not logits_BKV.isfinite().all():
-            row = int((~logits_BKV.isfinite()).flatten(1).any(1).nonzero()[0])
-            raise FloatingPointError(f"the LM gives no number for prompt {row} of the batch at level {depth + 1}")
-        lm_BKC = logits_BKV.gather(2, self._child_code[depth][child_BKC]).double()
-        base_BKC = base_BN.gather(1, child_BKC.flatten(1)).view_as(child_BKC)
-        score_BKC = self.calibration.lm_weight[depth] * lm_BKC + self.calibration.base_exponent[depth] * base_BKC
-        score_BKC = score_BKC.masked_fill(~legal_BKC, -torch.inf)
-        total_BK1 = score_BKC.logsumexp(-1, keepdim=True)
-        conditional_BKC = torch.where(legal_BKC, score_BKC - total_BK1, -torch.inf)
-        return child_BKC, log_prob_BK[..., None] + conditional_BKC
-
-    def _read(self, depth: int, node_BK: Tensor, log_prob_BK: Tensor, state: _State) -> None:
-        """Let the LM read the beams that have something to decide; the others' hidden state is zero."""
-        leaves_BK = self._leaf_ptr[depth][node_BK + 1] - self._leaf_ptr[depth][node_BK]
-        asks_BK = (leaves_BK > 1) & log_prob_BK.isfinite()
-        n_beams, n_query = node_BK.shape[1], max(1, int(asks_BK.sum(1).max()))
-        # The beams that ask, moved to the front, are the query tokens; the rest of a row is padding.
-        query_BQ = asks_BK.long().argsort(dim=1, descending=True, stable=True)[:, :n_query]
-        real_BQ = asks_BK.gather(1, query_BQ)
-        code_BQ = self._child_code[depth - 1][node_BK.gather(1, query_BQ)]
-        parent_BK = self._beam_parents(depth, node_BK, state)
-        context_BQT = state.seen_BKT.gather(
-            1, parent_BK.gather(1, query_BQ)[..., None].expand(-1, -1, state.seen_BKT.shape[-1])
+        self, search: _Search, entries: _Prefixes, hidden_EH: Tensor, depths: range
+    ) -> tuple[_Prefixes, Tensor]:
+        """Legal children of prefixes of some depths, and which of them have one advertiser below."""
+        entry_M, child_M = self.flat.children(entries.node_E)
+        leaves_M = search.active.n_leaves(entries.row_E[entry_M], child_M)
+        if not search.active.everyone:
+            legal = (leaves_M > 0).nonzero()[:, 0]
+            entry_M, child_M, leaves_M = entry_M[legal], child_M[legal], leaves_M[legal]
+        depth_E = self.flat.depth_N[entries.node_E].long()
+        base_M = search.anchor.scores(entries.row_E, entries.node_E, entry_M, child_M)
+        lm_M = self._logits(entries, hidden_EH, depth_E, entry_M, child_M, depths)
+        score_M = self.lm_weight_L[depth_E][entry_M] * lm_M + self.base_exponent_L[depth_E][entry_M] * base_M
+        children = _Prefixes(
+            row_E=entries.row_E[entry_M],
+            node_E=child_M,
+            log_prob_E=entries.log_prob_E[entry_M] + segment_log_softmax(score_M, entry_M, len(entries)),
+            anchor_log_prob_E=entries.anchor_log_prob_E[entry_M] + segment_log_softmax(base_M, entry_M, len(entries)),
+            chain_ED=entries.chain_ED[entry_M],
         )
-        itself_BQQ = torch.eye(n_query, dtype=torch.bool, device=self.device).expand(len(node_BK), -1, -1)
-        visible_BQT = torch.cat([context_BQT, itself_BQQ], -1)
-        position_BQ = (state.length_B[:, None] + depth - 1).expand_as(code_BQ)
-        hidden_BQH = self.model.extend(state.cache, self.model.id_token(depth - 1, code_BQ), position_BQ, visible_BQT)
-        shape = (len(node_BK), n_beams, hidden_BQH.shape[-1])
-        hidden_BKH = hidden_BQH.new_zeros(shape)
-        seen_BKT = torch.zeros(*shape[:2], visible_BQT.shape[-1], dtype=torch.bool, device=self.device)
-        state.hidden_BKH = hidden_BKH.scatter(
-            1, query_BQ[..., None].expand_as(hidden_BQH), hidden_BQH * real_BQ[..., None]
-        )
-        state.seen_BKT = seen_BKT.scatter(
-            1, query_BQ[..., None].expand_as(visible_BQT), visible_BQT & real_BQ[..., None]
-        )
-        state.nodes_BK = node_BK
-        state.tokens_B = state.tokens_B + real_BQ.sum(1)
+        return children, leaves_M == 1
 
-    def _beam_parents(self, depth: int, node_BK: Tensor, state: _State) -> Tensor:
-        """Index of each beam's parent among the beams of the level before."""
-        parent_BK = self._parent[depth - 1][node_BK]
-        return (parent_BK[:, :, None] == state.nodes_BK[:, None, :]).long().argmax(-1)
-
-    def _collect(
+    def _logits(
         self,
-        found: tuple[Tensor, Tensor],
-        level1: Tensor,
-        frontier: list[tuple[int, Tensor, Tensor]],
-        state: _State,
-    ) -> list[Decoded]:
-        advertiser, log_prob = (part.cpu().numpy() for part in found)
-        pruned = [(depth, node.cpu().numpy(), value.cpu().numpy()) for depth, node, value in frontier]
-        floor = np.log(self.cfg.frontier_floor)
+        entries: _Prefixes,
+        hidden_EH: Tensor,
+        depth_E: Tensor,
+        entry_M: Tensor,
+        child_M: Tensor,
+        depths: range,
+    ) -> Tensor:
+        """The head's score of each child."""
+        code_M = self.flat.code_N[child_M].long()
+        lm_M = torch.empty(len(child_M), dtype=torch.float64, device=self.device)
+        for depth in depths:
+            at_E = (depth_E == depth).nonzero()[:, 0]
+            logits_EV = self.model.head(hidden_EH[at_E], depth)
+            if not logits_EV.isfinite().all():
+                bad = int(at_E[(~logits_EV.isfinite()).any(1).nonzero()[0, 0]])
+                row = int(entries.row_E[bad])
+                raise FloatingPointError(f"the LM gives no number for prompt {row} of the batch at level {depth + 1}")
+            if len(depths) == 1:
+                return logits_EV[entry_M, code_M].double()
+            here = (depth_E[entry_M] == depth).nonzero()[:, 0]
+            lm_M[here] = logits_EV[torch.searchsorted(at_E, entry_M[here]), code_M[here]].double()
+        return lm_M
+
+    def _read(self, search: _Search, entries: _Prefixes, *, keep: bool) -> Tensor:
+        """Let the LM read prefixes; where ``keep``, their columns are noted for those read later."""
+        path_ED = self._path_ND[entries.node_E]
+        place_E = search.place_B[entries.row_E]
+        hidden_EH, column_E = search.reading.read(place_E, path_ED, entries.chain_ED, keep=keep)
+        if keep:
+            depth_E = self.flat.depth_N[entries.node_E].long()
+            entries.chain_ED.scatter_(1, depth_E[:, None] - 1, column_E[:, None])
+        search.tokens_B += torch.bincount(entries.row_E, minlength=len(search.tokens_B))
+        return hidden_EH
+
+    def _paths(self) -> Tensor:
+        """Tokens of every prefix that may be read, -1 after its end."""
+        flat = self.flat
+        path_ND = torch.full((flat.offset[-2], flat.n_levels - 1), -1, dtype=torch.long, device=self.device)
+        for depth in range(1, flat.n_levels):
+            nodes = slice(flat.offset[depth], flat.offset[depth + 1])
+            path_ND[nodes] = path_ND[flat.parent_N[nodes].long()]
+            path_ND[nodes, depth - 1] = self.model.id_token(depth - 1, flat.code_N[nodes].long())
+        return path_ND
+
+    def _widen(self, search: _Search, found: _Prefixes, pruned: _Prefixes) -> tuple[_Prefixes, _Prefixes]:
+        """Read the likeliest prefixes left, until none can hold an advertiser of the list."""
+        n_rows, top_k = len(search.tokens_B), self.cfg.top_k
+        while True:
+            count_B = torch.bincount(found.row_E, minlength=n_rows)
+            last_B = (count_B.cumsum(0) - 1).clamp_min(0)
+            least_B = torch.where(count_B >= top_k, found.log_prob_E[last_B], -torch.inf)
+            open_E = pruned.log_prob_E > least_B[pruned.row_E]
+            if not open_E.any():
+                return found, pruned
+            entries, rest = pruned.select(open_E).best(self.cfg.beam)
+            search.narrow(entries.row_E.unique())
+            hidden_EH = self._read(search, entries, keep=True)
+            children, alone = self._expand(search, entries, hidden_EH, range(1, self.flat.n_levels))
+            found = found.joined(children.select(alone)).best(top_k)[0]
+            pruned = pruned.select(~open_E).joined(rest).joined(children.select(~alone))
+
+    def _collect(self, search: _Search, found: _Prefixes, pruned: _Prefixes, level1_BN: Tensor) -> list[Decoded]:
+        n_rows, floor = len(search.tokens_B), np.log(self.cfg.frontier_floor)
+        bound_B = torch.full((n_rows,), -torch.inf, dtype=torch.float64, device=self.device)
+        bound_B = bound_B.scatter_reduce(0, pruned.row_E, pruned.log_prob_E, "amax")
+        deep = pruned.node_E >= self.flat.offset[2]
+        stored = pruned.select((pruned.log_prob_E > floor) & deep).best(len(pruned))[0]
+        frontier_depth, frontier_node = (part.cpu().numpy() for part in self.flat.within_depth(stored.node_E))
+        advertiser_E = search.active.only_advertiser(found.row_E, found.node_E).cpu().numpy()
+        log_prob_E, anchor_E = found.log_prob_E.cpu().numpy(), found.anchor_log_prob_E.cpu().numpy()
+        frontier_E, level1 = stored.log_prob_E.cpu().numpy(), level1_BN.numpy()
+        of_found, of_frontier = (
+            np.searchsorted(part.row_E.cpu().numpy(), np.arange(n_rows + 1)) for part in (found, stored)
+        )
+        n_active, tokens = search.active.n_active(), search.tokens_B.cpu().numpy()
         decoded = []
-        for row in range(len(advertiser)):
-            order = np.argsort(-log_prob[row], kind="stable")[: self.cfg.top_k]
-            order = order[np.isfinite(log_prob[row, order])]
-            kept = [(depth, node[row], value[row], value[row] > floor) for depth, node, value in pruned]
+        for row in range(n_rows):
+            ours, rest = slice(*of_found[row : row + 2]), slice(*of_frontier[row : row + 2])
+            whole = ours.stop - ours.start == min(self.cfg.top_k, n_active[row])
             decoded.append(
                 Decoded(
-                    advertiser_K=advertiser[row, order],
-                    log_prob_K=log_prob[row, order],
-                    level1_log_prob_N=level1[row].cpu().numpy(),
-                    frontier_depth_F=np.concatenate(
-                        [np.full(int(mask.sum()), depth) for depth, _, _, mask in kept] or [np.zeros(0, np.int64)]
-                    ),
-                    frontier_node_F=np.concatenate(
-                        [node[mask] for _, node, _, mask in kept] or [np.zeros(0, np.int64)]
-                    ),
-                    frontier_log_prob_F=np.concatenate([value[mask] for _, _, value, mask in kept] or [np.zeros(0)]),
-                    tokens=int(state.tokens_B[row]),
+                    advertiser_K=advertiser_E[ours],
+                    log_prob_K=log_prob_E[ours],
+                    anchor_log_prob_K=anchor_E[ours],
+                    level1_log_prob_N=level1[row],
+                    frontier_depth_F=frontier_depth[rest],
+                    frontier_node_F=frontier_node[rest],
+                    frontier_log_prob_F=frontier_E[rest],
+                    bound=float(bound_B[row]),
+                    certified=bool(whole and log_prob_E[ours.stop - 1] >= float(bound_B[row])),
+                    tokens=int(tokens[row]),
                 )
             )
         return decoded
 
 
 @dataclass
-class _State:
-    """What decoding carries from level to level.
+class _Search:
+    """What decoding a batch carries along.
 
     Attributes:
-        cache: keys and values of prompts and beams.
-        length_B: tokens of each prompt.
-        visible_BT: real tokens of the prompts.
-        hidden_BKH: hidden state at each beam.
-        seen_BKT: cached tokens that each beam sees, itself included.
+        reading: the prompts, read.
+        active: advertisers that may be named.
+        anchor: base scores of the batch.
         tokens_B: tokens computed so far.
-        nodes_BK: nodes of the beams.
+        n_levels: levels of the trie.
+        place_B: row of ``reading`` of each prompt; rows that are done leave it.
     """
 
-    cache: DynamicCache
-    length_B: Tensor
-    visible_BT: Tensor
-    hidden_BKH: Tensor
-    seen_BKT: Tensor
+    reading: Reading
+    active: ActiveSets
+    anchor: OpenAnchor | DenseAnchor
     tokens_B: Tensor
-    nodes_BK: Tensor
+    n_levels: int
+    place_B: Tensor
+
+    def root(self) -> _Prefixes:
+        """The empty prefix of every prompt."""
+        rows = torch.arange(len(self.tokens_B), device=self.tokens_B.device)
+        zeros = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+        chain_ED = torch.full((len(rows), self.n_levels - 1), -1, dtype=torch.long, device=rows.device)
+        return _Prefixes(rows, torch.zeros_like(rows), zeros, zeros, chain_ED)
+
+    def narrow(self, rows: Tensor) -> None:
+        """Keep in the cache the prompts that have something left to read."""
+        if len(rows) < int((self.place_B >= 0).sum()):
+            self.reading = self.reading.only(self.place_B[rows])
+            self.place_B = torch.full_like(self.place_B, -1)
+            self.place_B[rows] = torch.arange(len(rows), device=rows.device)
+
+
+@dataclass(frozen=True)
+class _Prefixes:
+    """Prefixes of the prompts of a batch, one after the other.
+
+    Attributes:
+        row_E: prompt.
+        node_E: node of the flat trie.
+        log_prob_E: log-probability.
+        anchor_log_prob_E: what the tuned anchor alone gives it.
+        chain_ED: columns of the cache with the prefixes above it and, once read, with itself; -1 for none.
+    """
+
+    row_E: Tensor
+    node_E: Tensor
+    log_prob_E: Tensor
+    anchor_log_prob_E: Tensor
+    chain_ED: Tensor
+
+    @classmethod
+    def none(cls, device: torch.device, n_levels: int) -> _Prefixes:
+        """No prefix."""
+        number = torch.zeros(0, dtype=torch.long, device=device)
+        value = torch.zeros(0, dtype=torch.float64, device=device)
+        return cls(number, number, value, value, number.view(0, n_levels - 1))
+
+    def __len__(self) -> int:
+        return len(self.row_E)
+
+    def select(self, chosen: Tensor) -> _Prefixes:
+        """Some of them, by mask or index."""
+        if chosen.dtype == torch.bool:
+            chosen = chosen.nonzero()[:, 0]
+        return _Prefixes(*(getattr(self, column.name)[chosen] for column in fields(self)))
+
+    def joined(self, other: _Prefixes) -> _Prefixes:
+        """These, then those."""
+        if not len(other):
+            return self
+        return _Prefixes(*(torch.cat([getattr(self, c.name), getattr(other, c.name)]) for c in fields(self)))
+
+    def best(self, k: int) -> tuple[_Prefixes, _Prefixes]:
+        """The ``k`` likeliest of each prompt, best first, and the others; ties keep their order."""
+        order = self.log_prob_E.argsort(descending=True, stable=True)
+        order = order[self.row_E[order].argsort(stable=True)]
+        chosen = rank_within(self.row_E[order]) < k
+        return self.select(order[chosen]), self.select(order[~chosen])
+
+
+def rank_within(row_E: Tensor) -> Tensor:
+    """Place of each entry among those of its row, for rows that stand together."""
+    if not len(row_E):
+        return row_E
+    count_R = torch.unique_consecutive(row_E, return_counts=True)[1]
+    start_R = count_R.cumsum(0) - count_R
+    return torch.arange(len(row_E), device=row_E.device) - torch.repeat_interleave(start_R, count_R)
+
+
+def segment_log_softmax(score_M: Tensor, segment_M: Tensor, n_segments: int) -> Tensor:
+    """Log-probabilities within segments of any lengths.
+
+    Args:
+        score_M: scores.
+        segment_M: segment of each.
+        n_segments: number of segments.
+
+    Returns:
+        ``(M,)``; the exponentials of a segment sum to 1.
+    """
+    top_E = score_M.new_full((n_segments,), -torch.inf).scatter_reduce(0, segment_M, score_M, "amax")
+    below_M = score_M - top_E[segment_M]
+    total_E = score_M.new_zeros(n_segments).index_add(0, segment_M, below_M.exp())
+    return below_M - total_E.log()[segment_M]
