@@ -156,7 +156,7 @@ class ActiveSets:
         place = np.where(leaf_mask_GA, np.arange(n_leaves, dtype=np.int32), np.int32(n_leaves - 1))
         following = np.minimum.accumulate(place[:, ::-1], axis=1)[:, ::-1]
         self._count_GA = torch.from_numpy(count).to(device)
-        self._next_GA = torch.from_numpy(np.ascontiguousarray(following)).to(device)
+        self._next_GA = torch.from_numpy(following.copy()).to(device)
 
     def n_leaves(self, row_E: Tensor, node_E: Tensor) -> Tensor:
         """Active advertisers below each node."""

@@ -62,9 +62,7 @@ def generate_priors(prior: PriorModel, log: Log, cfg: PriorConfig, *, out_dir: P
                     for index, one in zip(batch, made, strict=True):
                         rows[index] = one
                     progress.advance(task, len(batch))
-                anchor_BA = prior.base.log_probs(users, np.full(len(users), period))
-                anchor = [anchor_BA[row, one.advertiser_K] for row, one in enumerate(rows)]
-                write_shard(path, log, users, period, rows, anchor, trie=version)
+                write_shard(path, log, users, period, rows, trie=version)
                 seconds += time.perf_counter() - started
                 tokens += [one.tokens for one in rows]
                 mass += [one.mass for one in rows]

@@ -159,7 +159,6 @@ def write_shard(
     user_R: NDArray[np.integer],
     period: int,
     decoded: Sequence[Decoded],
-    anchor_log_prob: Sequence[NDArray[np.float64]],
     *,
     trie: str | None = None,
 ) -> None:
@@ -171,7 +170,6 @@ def write_shard(
         user_R: user of each forecast.
         period: its start is the as-of time.
         decoded: the forecasts.
-        anchor_log_prob: the anchor's log-probability of the same advertisers.
         trie: :func:`trie_version` of the trie they were decoded in.
     """
     ids = log.advertiser_ids
@@ -179,7 +177,7 @@ def write_shard(
     columns = {
         "advertiser_id": [ids[one.advertiser_K].tolist() for one in decoded],
         "log_prob": [one.log_prob_K.tolist() for one in decoded],
-        "anchor_log_prob": [values.tolist() for values in anchor_log_prob],
+        "anchor_log_prob": [one.anchor_log_prob_K.tolist() for one in decoded],
         "level1_log_prob": [one.level1_log_prob_N.tolist() for one in decoded],
         "frontier_depth": [one.frontier_depth_F.tolist() for one in decoded],
         "frontier_node": [one.frontier_node_F.tolist() for one in decoded],

@@ -1,0 +1,136 @@
+"""Forecasters of random weights over random IDs, and what they say by plain computation: one sequence at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from models.prior_lm import PriorLM
+from priors.anchor import Anchor, AnchorConstants, Counts, TunedAnchor
+from priors.base_model import load_base_model
+from priors.calibration import Calibration
+from priors.config import BaseModelConfig, DecodeConfig
+from priors.decode import TreeDecoder
+from semantic_ids.trie import Trie
+
+N_USERS, N_PERIODS = 6, 5
+
+
+@dataclass
+class World:
+    """A forecaster and prompts to ask it.
+
+    Attributes:
+        model, base, calibration: the forecaster.
+        prompts, user_B, period_B: what it is asked.
+    """
+
+    model: PriorLM
+    base: TunedAnchor
+    calibration: Calibration
+    prompts: list[NDArray[np.int64]]
+    user_B: NDArray[np.int64]
+    period_B: NDArray[np.int64]
+    rng: np.random.Generator = field(repr=False)
+
+    @property
+    def n_advertisers(self) -> int:
+        return self.base.trie.n_advertisers
+
+    def decoder(self, **changes: Any) -> TreeDecoder:
+        return TreeDecoder(self.model, self.base, self.calibration, DecodeConfig(**changes))
+
+    @property
+    def asked(self) -> tuple[list[NDArray[np.int64]], NDArray[np.int64], NDArray[np.int64]]:
+        return self.prompts, self.user_B, self.period_B
+
+
+@cache
+def tiny_decoder() -> Any:
+    return load_base_model(BaseModelConfig("packaged:tiny", dtype="float32")).decoder
+
+
+def world(
+    codes_AL: NDArray[np.integer],
+    sizes: tuple[int, ...],
+    *,
+    seed: int = 0,
+    lengths: tuple[int, ...] = (5, 1, 12),
+    decoder: Any = None,
+) -> World:
+    """A forecaster whose LM, anchor, exponents, biases and temperatures are all random."""
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    decoder = tiny_decoder() if decoder is None else decoder
+    width, vocabulary = decoder.config.hidden_size, decoder.config.vocab_size
+    model = PriorLM(
+        decoder,
+        codebooks=[torch.randn(size, 6, generator=generator) for size in sizes],
+        id_rows=torch.randn(sum(sizes), width, generator=generator),
+        first_id_token=vocabulary,
+        head="tied+free",
+    ).eval()
+    for parameter in [*model.head.projections, *model.head.rows.values()]:
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    trie = Trie.from_codes(codes_AL, sizes)
+    base = TunedAnchor(
+        anchor=Anchor(counts(len(codes_AL), rng), AnchorConstants(0.4, 0.9, 0.8, 0.3)),
+        trie=trie,
+        exponent_L=rng.uniform(0.5, 1.5, len(sizes)),
+        bias_LV=[rng.normal(size=size) for size in sizes],
+    )
+    calibration = Calibration(tuple(rng.uniform(0.5, 1.5, len(sizes))), tuple(rng.uniform(0.5, 1.5, len(sizes))))
+    prompts = [rng.integers(0, vocabulary, length) for length in lengths]
+    user_B, period_B = rng.integers(0, N_USERS, len(lengths)), rng.integers(0, N_PERIODS + 2, len(lengths))
+    return World(model, base, calibration, prompts, user_B, period_B, rng)
+
+
+def counts(n_advertisers: int, rng: np.random.Generator) -> Counts:
+    """Random conversions and purchases; user 0 has no history."""
+    bought_UPA = rng.poisson(0.2, (N_USERS, N_PERIODS, n_advertisers)).astype(float)
+    bought_UPA[0], bought_UPA[:, 0] = 0.0, 0.0
+    user_R, period_R, advertiser_R = np.nonzero(bought_UPA)
+    promoted_PA = rng.binomial(bought_UPA.sum(0).astype(int), 0.6).astype(float)
+    return Counts(
+        promoted_PA=promoted_PA,
+        bought_PA=bought_UPA.sum(0),
+        user_ptr=np.searchsorted(user_R, np.arange(N_USERS + 1)),
+        period_R=period_R,
+        advertiser_R=advertiser_R,
+        count_R=bought_UPA[user_R, period_R, advertiser_R],
+    )
+
+
+@torch.inference_mode()
+def brute_force(w: World, active_BA: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
+    """Log-probability of every advertiser, ``(B, A)``: every prefix is a sequence of its own, without a cache."""
+    trie, n_rows = w.base.trie, len(w.prompts)
+    active_BA = np.ones((n_rows, trie.n_advertisers), bool) if active_BA is None else active_BA
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scores = w.base.scores_of(w.base.anchor.probabilities(w.user_B, w.period_B) * active_BA)
+    log_prob_BN = np.zeros((n_rows, 1))
+    paths = np.zeros((1, 0), np.int64)
+    for depth in range(trie.n_levels):
+        below_BN = np.full((n_rows, trie.n_nodes(depth + 1)), -np.inf)
+        legal_BN = trie.node_mass(active_BA.astype(float), depth + 1) > 0
+        for row, prompt in enumerate(w.prompts):
+            sequences = torch.from_numpy(np.column_stack([np.tile(prompt, (len(paths), 1)), paths]))
+            hidden = w.model.decoder(inputs_embeds=w.model.embed(sequences), use_cache=False).last_hidden_state[:, -1]
+            logits_NV = w.model.head(hidden, depth).double().numpy()
+            for node in range(trie.n_nodes(depth)):
+                children = np.arange(trie.child_ptr[depth][node], trie.child_ptr[depth][node + 1])
+                children = children[legal_BN[row, children]]
+                if not len(children):
+                    continue
+                score = w.calibration.lm_weight[depth] * logits_NV[node, trie.child_code[depth][children]]
+                score = score + w.calibration.base_exponent[depth] * scores[depth][row, children]
+                total = np.log(np.exp(score - score.max()).sum()) + score.max()
+                below_BN[row, children] = log_prob_BN[row, node] + score - total
+        tokens = w.model.id_token(depth, torch.from_numpy(trie.child_code[depth])).numpy()
+        paths = np.column_stack([paths[trie.parent[depth]], tokens])
+        log_prob_BN = below_BN
+    return log_prob_BN[:, trie.advertiser_leaf]
