@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands import data, ids
+from pipeline.commands import bench, data, ids
 from pipeline.commands.terminal import Debug, guarded, terminal_overrides
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
 
 app.add_typer(data.app)
 app.add_typer(ids.app)
+app.add_typer(bench.app)
 
 
 def _version(wanted: bool) -> None:

@@ -65,6 +65,8 @@ def test_help_is_there_for_every_command() -> None:
         ["ids", "report"],
         ["ids", "assign"],
         ["ids", "refit"],
+        ["bench"],
+        ["bench", "retrieval"],
     ):
         result = CliRunner().invoke(cli.app, [*names, "--help"])
         assert result.exit_code == 0
