@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands import ablate, data, ids, priors
+from pipeline.commands import ablate, bench, data, ids, priors
 from pipeline.commands.terminal import Debug, guarded, terminal_overrides
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.add_typer(data.app)
 app.add_typer(ids.app)
 app.add_typer(priors.app)
 app.add_typer(ablate.app)
+app.add_typer(bench.app)
 
 
 def _version(wanted: bool) -> None:

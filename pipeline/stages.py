@@ -43,7 +43,8 @@ from ranking.ablation import ORACLE, TRUE_CHANCE, compare, grid, predictions_of,
 from ranking.features import FeatureBuilder
 from ranking.oracle import OracleForecast, true_chance
 from ranking.ranker import Ranker, RankerSpans
-from retrieval.evaluate import evaluate_retrieval
+from retrieval.benchmark import RetrievalBenchmark, bench_retrieval
+from retrieval.evaluate import NONE, evaluate_retrieval
 from retrieval.retriever import Retriever
 from retrieval.tuning import Plan
 from retrieval.two_tower import TrainedTwoTower, train_two_tower
@@ -61,6 +62,8 @@ FACTS = "facts.json"
 TEXT = "text_embeddings.safetensors"
 TOWERS = "towers"
 RANKERS = "rankers"
+TRAINED = ("seed", "model", "pairs", "trainer")
+"""Keys of ``retrieval`` that the towers are trained by; all others can be swapped beside trained ones."""
 
 
 def stages() -> list[Stage[AdsidConfig]]:
@@ -101,6 +104,7 @@ def stages() -> list[Stage[AdsidConfig]]:
             lambda cfg: {"data": cfg.data, "retrieval": _towers(cfg), "encoder": cfg.semantic_ids.embedding.encoder},
             make_two_tower,
             ("epochs", "val_recall"),
+            version=2,
         ),
         Stage(
             "retrieval",
@@ -311,6 +315,13 @@ def make_report(context: Work) -> dict[str, Any]:
     return {"rows": len(rows)}
 
 
+def retrieval_bench(context: Work) -> RetrievalBenchmark:
+    """The benchmark of the configured retrieval; forecasts are read only where a channel follows one."""
+    cfg = context.config.retrieval
+    arms: dict[str, Forecast | None] = _forecasts(context) if cfg.forecast_channels else {NONE: None}
+    return bench_retrieval(_retriever(context), arms, users=_panel(context))
+
+
 # --- what stages share -------------------------------------------------------------------------------------
 
 
@@ -323,9 +334,9 @@ def _fitting(cfg: AdsidConfig) -> dict[str, Any]:
 
 
 def _towers(cfg: AdsidConfig) -> dict[str, Any]:
-    """The retrieval config that training and index read; the budget is the list length of its validation."""
+    """The retrieval config that training reads; an index of another kind is made when the towers are loaded."""
     plain = to_plain(cfg.retrieval)
-    return {key: plain[key] for key in ("seed", "model", "pairs", "trainer", "index", "budget")}
+    return {key: plain[key] for key in TRAINED}
 
 
 def _once(context: Work, make: Callable[[], T], *inputs: str, settings: Any = None) -> T:

@@ -29,6 +29,7 @@ class PairsConfig:
         sampled_negatives: ads a batch draws from its own placements, beside the batch's targets.
         requests_per_epoch: an epoch's share of the requests of the fit span; None is all of them.
         validation_requests: requests of the selection span that the best epoch is chosen by.
+        recall_at: list length of the recall that it is chosen by.
     """
 
     history: int = 64
@@ -38,6 +39,7 @@ class PairsConfig:
     sampled_negatives: int = 1024
     requests_per_epoch: int | None = None
     validation_requests: int = 1024
+    recall_at: int = 100
 
     def __post_init__(self) -> None:
         _check_positive(self, "retrieval.pairs")

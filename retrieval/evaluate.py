@@ -22,7 +22,7 @@ from data.statistics import Row, bootstrap_mean, paired_bootstrap
 from priors.forecast import Forecast
 from retrieval.blend import Blend, Blended, merge
 from retrieval.channels import Ads, Request
-from retrieval.config import RetrievalConfig
+from retrieval.config import FORECAST, RetrievalConfig
 from retrieval.metrics import (
     coverage,
     gini,
@@ -81,6 +81,12 @@ class Requests:
             return self.base
         asked = with_forecast(self.requests, forecast, prior_weight)
         return [base | own for base, own in zip(self.base, self.retriever.lists(asked, names), strict=True)]
+
+    def by_weight(self, forecast: Forecast | None) -> dict[float, list[dict[str, Ads]]]:
+        """`lists` under each prior weight that the configuration chooses from."""
+        cfg = self.retriever.cfg
+        chosen = forecast is not None and FORECAST in cfg.channels
+        return {weight: self.lists(forecast, weight) for weight in (cfg.forecast.prior_weights if chosen else [0.0])}
 
     def merged(self, lists_R: Sequence[Mapping[str, Ads]], blend: Blend) -> list[Blended]:
         """One list a request."""
@@ -192,10 +198,13 @@ def evaluate_retrieval(
     evaluated = Requests(retriever, log.ad_targets(log.evaluate, users))
     tuning = Requests(retriever, tuning_targets(log, users, cfg))
     judge, evaluation = Judge(log, evaluated.targets, cfg), RetrievalEvaluation()
-    shares = choose_shares(tuning.base, tuning.targets, cfg, retriever.limits)
+    limits = retriever.limits
+    shares = choose_shares(tuning.base, tuning.targets, cfg, limits)
     values: dict[str, Values] = {}
     for arm, forecast in forecasts.items():
-        plan = plan_of(tuning, forecast, shares)
+        plan = choose_plan(
+            tuning.by_weight(forecast), tuning.targets, cfg, limits, base_shares=shares, forecast=forecast is not None
+        )
         lists_R = evaluated.lists(forecast, plan.prior_weight)
         blended = evaluated.merged(lists_R, plan.blend)
         evaluation.plans[arm], values[arm] = plan, judge.values(blended)
@@ -204,15 +213,6 @@ def evaluate_retrieval(
             evaluation.sweep += sweep(evaluated, lists_R, judge, shares, arm)
     evaluation.rows += judge.mean_rows(values, DIFFERENCES)
     return evaluation
-
-
-def plan_of(tuning: Requests, forecast: Forecast | None, shares: Mapping[str, float]) -> Plan:
-    """The plan of one arm, chosen on the tuning requests."""
-    cfg = tuning.retriever.cfg
-    weights = list(cfg.forecast.prior_weights) if forecast is not None and "forecast" in cfg.channels else [0.0]
-    lists = {weight: tuning.lists(forecast, weight) for weight in weights}
-    limits = tuning.retriever.limits
-    return choose_plan(lists, tuning.targets, cfg, limits, base_shares=shares, forecast=forecast is not None)
 
 
 def sweep(

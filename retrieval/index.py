@@ -1,11 +1,17 @@
-"""A FAISS index of ads that can be searched among chosen ads only.
+"""A FAISS index of ads that can be searched among chosen ads only, and that changes while it serves.
+
+    exact   compares with every ad                     hnsw   walks a graph of near ads
+    ivf     looks into the clusters near the query     pq     the same, of product-quantised vectors
 
 Rows are ads; the index, the row-to-ad map and the metric are saved together, so that an index cannot be
 read with another map or searched by a vector of another width. Scores are inner products.
 
-A search restricted to few ads (the active ads of one market, of twenty advertisers) is exact whatever
+A search restricted to few ads (the active ads of one market, of twenty advertisers) is exhaustive whatever
 the index: walking a graph or probing lists for the few rows that pass a filter finds little, while
-scoring just those rows costs less than the walk.
+scoring just those rows costs less than the walk. Under ``pq`` it scores the quantised vectors.
+
+Ads come and go without a rebuild: an added ad is a new row, and a removed or expired one keeps its row,
+which every search then passes over. Any number of searches run at once; a change waits for those under way.
 
 On a GPU (``faiss-gpu`` and a device that FAISS sees) unrestricted searches run there and restricted ones
 on the CPU copy, since FAISS's GPU indexes take no selector. The GPU path has not been run on a GPU.
@@ -16,6 +22,9 @@ Shapes: N rows, D width, B queries, K results.
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -28,8 +37,16 @@ from data.artifacts import atomic_directory
 from data.errors import UserError
 
 METRIC: Literal["inner_product"] = "inner_product"
-KINDS = ("exact", "hnsw", "ivf")
+KINDS = ("exact", "hnsw", "ivf", "pq")
+BUILT_BY = {
+    "exact": (),
+    "hnsw": ("hnsw_neighbours", "hnsw_ef_construction"),
+    "ivf": ("ivf_lists",),
+    "pq": ("ivf_lists", "pq_segments", "pq_bits"),
+}
+"""Settings of each kind that cannot be changed once it is built."""
 NO_AD = -1
+FOREVER = np.iinfo(np.int64).max
 
 
 @dataclass
@@ -37,13 +54,16 @@ class IndexConfig:
     """Which FAISS index holds the ads.
 
     Attributes:
-        kind: ``exact`` compares with every ad, ``hnsw`` walks a graph, ``ivf`` probes clusters.
+        kind: ``exact``, ``hnsw``, ``ivf`` or ``pq``.
         hnsw_neighbours: links of a node (FAISS's M).
         hnsw_ef_construction: width of the search that links a new node.
         hnsw_ef_search: width of the search that answers a query.
         ivf_lists: number of clusters.
         ivf_probes: clusters looked into by a query.
+        pq_segments: parts of a vector that are quantised each on its own; they divide its width.
+        pq_bits: size of a part's code.
         exact_up_to: a search restricted to at most so many ads compares with each of them.
+        mapped: leave the vectors of a loaded index on disk, shared by all processes; it cannot be changed then.
         device: ``auto`` searches on a GPU where FAISS sees one, ``cpu`` never does.
     """
 
@@ -53,7 +73,10 @@ class IndexConfig:
     hnsw_ef_search: int = 128
     ivf_lists: int = 256
     ivf_probes: int = 16
+    pq_segments: int = 16
+    pq_bits: int = 8
     exact_up_to: int = 8192
+    mapped: bool = False
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -74,7 +97,8 @@ class IndexConfig:
                     action="choose one of them.",
                 )
             )
-        for name in ("hnsw_neighbours", "hnsw_ef_construction", "hnsw_ef_search", "ivf_lists", "ivf_probes"):
+        counts = ("hnsw_neighbours", "hnsw_ef_construction", "hnsw_ef_search", "ivf_lists", "ivf_probes")
+        for name in (*counts, "pq_segments", "pq_bits"):
             if getattr(self, name) < 1:
                 errors.append(
                     UserError(
@@ -83,28 +107,41 @@ class IndexConfig:
                         action="raise it.",
                     )
                 )
+        if self.pq_bits > 16:
+            errors.append(
+                UserError(f"retrieval.index.pq_bits={self.pq_bits}", expected="at most 16", action="lower it.")
+            )
         if errors:
             raise UserError.collect(errors)
+
+    @property
+    def build(self) -> dict[str, Any]:
+        """What a built index is bound to."""
+        return {"kind": self.kind, **{name: getattr(self, name) for name in BUILT_BY[self.kind]}}
 
 
 class AdIndex:
     """Ads by vector; made with :meth:`build` or :meth:`load`.
 
     Attributes:
-        ads: ad of every row, ascending.
         dim: width of the vectors.
     """
 
-    def __init__(self, index: Any, ads_N: NDArray[np.int32], cfg: IndexConfig) -> None:
-        self._index, self.ads, self.cfg = index, ads_N, cfg
+    def __init__(
+        self, index: Any, ads_N: NDArray[np.int32], until_N: NDArray[np.int64], cfg: IndexConfig, *, mapped: bool
+    ) -> None:
+        self._index, self.cfg, self._mapped = index, cfg, mapped
         self.dim = int(index.d)
-        # A filter names ads, FAISS wants rows.
-        self._row = np.full(int(ads_N[-1]) + 1 if len(ads_N) else 0, -1, dtype=np.int64)
-        self._row[ads_N] = np.arange(len(ads_N))
-        self._gpu = _on_gpu(index, cfg)
+        self._gate = _Gate()
+        self._set_rows(ads_N, until_N)
 
     def __len__(self) -> int:
-        return len(self.ads)
+        return self._alive
+
+    @property
+    def ads(self) -> NDArray[np.int32]:
+        """The ads that can be found, rising."""
+        return np.sort(self._ads_N[self._ads_N != NO_AD])
 
     @classmethod
     def build(cls, vectors_ND: NDArray[np.float32], ads_N: NDArray[np.int32], cfg: IndexConfig) -> Self:
@@ -112,29 +149,64 @@ class AdIndex:
 
         Args:
             vectors_ND: one vector an ad.
-            ads_N: the ads, ascending and distinct.
+            ads_N: the ads, distinct.
             cfg: kind of index.
 
         Raises:
             ValueError: rows and ads do not match, or a vector is not finite.
+            UserError: the settings do not fit the vectors' width.
         """
-        vectors_ND = np.ascontiguousarray(vectors_ND, dtype=np.float32)
-        ads_N = np.ascontiguousarray(ads_N, dtype=np.int32)
-        if vectors_ND.ndim != 2 or len(vectors_ND) != len(ads_N):
-            raise ValueError(f"{vectors_ND.shape} vectors for {len(ads_N)} ads; expected one vector an ad")
-        if len(ads_N) and (ads_N[0] < 0 or (np.diff(ads_N) <= 0).any()):
-            raise ValueError("the ads of an index must be distinct, ascending and not negative")
-        bad = ~np.isfinite(vectors_ND).all(1)
-        if bad.any():
-            raise ValueError(
-                f"{int(bad.sum())} ads have a vector with NaN or infinity, the first is ad {ads_N[bad][0]}"
-            )
+        vectors_ND, ads_N = _checked(vectors_ND, ads_N)
         index = _new_index(vectors_ND.shape[1], len(ads_N), cfg)
         if len(ads_N):
-            if not index.is_trained:
-                index.train(vectors_ND)
+            index.train(vectors_ND)
             index.add(vectors_ND)
-        return cls(index, ads_N, cfg)
+        return cls(index, ads_N, np.full(len(ads_N), FOREVER), cfg, mapped=False)
+
+    def add(self, vectors_MD: NDArray[np.float32], ads_M: NDArray[np.int32], *, until: int = FOREVER) -> None:
+        """Add ads, or give ads that are there another vector.
+
+        An index without any ad so far is trained on these, where its kind is trained.
+
+        Args:
+            vectors_MD: one vector an ad.
+            ads_M: the ads, distinct.
+            until: :meth:`expire` removes them from this time on; any clock that rises will do.
+
+        Raises:
+            ValueError: rows and ads do not match, a vector is not finite or of another width.
+            UserError: the index is memory-mapped.
+        """
+        vectors_MD, ads_M = _checked(vectors_MD, ads_M)
+        if vectors_MD.shape[1] != self.dim:
+            raise ValueError(f"vectors of width {vectors_MD.shape[1]} for an index of width {self.dim}")
+        self._check_writable()
+        with self._gate.changing():
+            if not self._index.is_trained and len(ads_M):
+                self._index.train(vectors_MD)
+            self._index.add(vectors_MD)
+            rows_M = self._rows_of(ads_M)
+            self._ads_N[rows_M[rows_M >= 0]] = NO_AD
+            until_N = np.concatenate([self._until_N, np.full(len(ads_M), until, np.int64)])
+            self._set_rows(np.concatenate([self._ads_N, ads_M]), until_N)
+
+    def remove(self, ads: NDArray[np.int32]) -> int:
+        """Take ads out; those that are not there are passed over.
+
+        Returns:
+            How many were there.
+        """
+        with self._gate.changing():
+            rows = self.rows(ads)
+            self._ads_N[rows] = NO_AD
+            self._set_rows(self._ads_N, self._until_N)
+        return len(rows)
+
+    def expire(self, now: int) -> NDArray[np.int32]:
+        """Take out the ads whose time is over (``until <= now``), and return them."""
+        expired = np.sort(self._ads_N[(self._until_N <= now) & (self._ads_N != NO_AD)])
+        self.remove(expired)
+        return expired
 
     def search(
         self, queries_BD: NDArray[np.float32], k: int, *, among: NDArray[np.int32] | None = None
@@ -164,26 +236,26 @@ class AdIndex:
             raise ValueError(f"k={k}; expected at least 1")
         ads_BK = np.full((len(queries_BD), k), NO_AD, dtype=np.int32)
         scores_BK = np.full((len(queries_BD), k), -np.inf, dtype=np.float32)
-        rows_M = None if among is None else self.rows(among)
-        found = min(k, len(self) if rows_M is None else len(rows_M))
-        if found and len(queries_BD):
-            scores_BF, rows_BF = self._search_rows(queries_BD, found, rows_M)
-            ads_BK[:, :found] = np.where(rows_BF >= 0, self.ads[rows_BF], NO_AD)
-            scores_BK[:, :found] = np.where(rows_BF >= 0, scores_BF, -np.inf)
+        with self._gate.searching():
+            rows_M = None if among is None else self.rows(among)
+            found = min(k, len(self) if rows_M is None else len(rows_M))
+            if found and len(queries_BD):
+                scores_BF, rows_BF = self._search_rows(queries_BD, found, rows_M)
+                ads_BK[:, :found] = np.where(rows_BF >= 0, self._ads_N[rows_BF], NO_AD)
+                scores_BK[:, :found] = np.where(rows_BF >= 0, scores_BF, -np.inf)
         return ads_BK, scores_BK
 
     def vectors(self, ads_M: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Vectors of ads, shape ``(M, D)``.
+        """Vectors of ads, shape ``(M, D)``; under ``pq`` what is left of them.
 
         Raises:
             ValueError: the index does not hold an ad.
         """
-        rows_M = self._rows_of(ads_M)
-        if (rows_M < 0).any():
-            raise ValueError(f"ad {np.asarray(ads_M)[rows_M < 0][0]} has no vector in this index")
-        if not len(rows_M):
-            return np.empty((0, self.dim), dtype=np.float32)
-        return self._index.reconstruct_batch(rows_M)
+        with self._gate.searching():
+            rows_M = self._rows_of(ads_M)
+            if (rows_M < 0).any():
+                raise ValueError(f"ad {np.asarray(ads_M)[rows_M < 0][0]} has no vector in this index")
+            return self._vectors(rows_M)
 
     def holds(self, ads: NDArray[np.int32]) -> NDArray[np.bool_]:
         """Which of the ads have a vector here."""
@@ -196,10 +268,11 @@ class AdIndex:
 
     def save(self, directory: Path) -> None:
         """Write the index, the row-to-ad map and the metric, whole or not at all."""
-        with atomic_directory(directory) as temporary:
+        with self._gate.searching(), atomic_directory(directory) as temporary:
             faiss.write_index(self._index, str(temporary / "index.faiss"))
-            np.save(temporary / "ads.npy", self.ads)
-            facts = {"metric": METRIC, "dim": self.dim, "rows": len(self), "kind": self.cfg.kind}
+            np.save(temporary / "ads.npy", self._ads_N)
+            np.save(temporary / "until.npy", self._until_N)
+            facts = {"metric": METRIC, "dim": self.dim, "rows": len(self._ads_N), "build": self.cfg.build}
             (temporary / "index.json").write_text(json.dumps(facts, indent=2) + "\n")
 
     @classmethod
@@ -208,54 +281,88 @@ class AdIndex:
 
         Args:
             directory: where :meth:`save` wrote it.
-            cfg: search settings; its kind must be the saved one.
+            cfg: search settings; those it was built by must be the saved ones.
             dim: width of the vectors it will be searched with.
 
         Raises:
-            UserError: a file is missing or damaged, or kind, width or metric are others.
+            UserError: a file is missing or damaged, or build, width or metric are others.
         """
-        again = "build the two-tower artifact again: delete its directory and run the stage."
+        facts, path = _facts(directory), directory / "index.faiss"
+        flags = 0
+        if cfg.mapped:  # FAISS maps inverted lists and whole indexes by different flags
+            inverted = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY
+            flags = inverted if cfg.kind in ("ivf", "pq") else faiss.IO_FLAG_MMAP_IFC
         try:
-            facts = json.loads((directory / "index.json").read_text())
             ads_N = np.load(directory / "ads.npy", allow_pickle=False)
-            index = faiss.read_index(str(directory / "index.faiss"))
+            until_N = np.load(directory / "until.npy", allow_pickle=False)
+            index = faiss.read_index(str(path), flags)
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"the ad index in {directory}", expected=f"a readable index ({error})", action=again
-            ) from error
-        expected = {"metric": METRIC, "dim": dim, "rows": len(ads_N), "kind": cfg.kind}
-        if facts != expected or index.ntotal != len(ads_N) or index.d != dim:
-            raise UserError(f"an ad index with {facts} in {directory}", expected=f"one with {expected}", action=again)
+            raise _unreadable(directory, error) from error
+        expected = {"metric": METRIC, "dim": dim, "rows": len(ads_N), "build": cfg.build}
+        if facts != expected or index.ntotal != len(ads_N) or index.d != dim or len(until_N) != len(ads_N):
+            raise UserError(f"an ad index with {facts} in {directory}", expected=f"one with {expected}", action=AGAIN)
         if index.metric_type != faiss.METRIC_INNER_PRODUCT:
-            raise UserError(f"an index of another metric in {directory}", expected=METRIC, action=again)
-        return cls(_with_search_settings(index, cfg), ads_N, cfg)
+            raise UserError(f"an index of another metric in {directory}", expected=METRIC, action=AGAIN)
+        return cls(_with_search_settings(index, cfg), ads_N, until_N, cfg, mapped=cfg.mapped)
+
+    @staticmethod
+    def saved_build(directory: Path) -> dict[str, Any]:
+        """`IndexConfig.build` of a saved index.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        build: dict[str, Any] = _facts(directory).get("build", {})
+        return build
+
+    def _set_rows(self, ads_N: NDArray[np.int32], until_N: NDArray[np.int64]) -> None:
+        """Take over the row-to-ad map and what follows from it."""
+        self._ads_N, self._until_N = ads_N, until_N
+        live_N = np.flatnonzero(ads_N != NO_AD)
+        self._alive = len(live_N)
+        # A filter names ads, FAISS wants rows.
+        self._row = np.full(int(ads_N.max(initial=-1)) + 1, -1, dtype=np.int64)
+        self._row[ads_N[live_N]] = live_N
+        self._passing = None if self._alive == len(ads_N) else _Rows(live_N, len(ads_N))
+        self._gpu = _on_gpu(self._index, self.cfg) if self._passing is None else None
+
+    def _check_writable(self) -> None:
+        if self._mapped:
+            raise UserError(
+                "ads to add to a memory-mapped index",
+                expected="an index in memory",
+                action="load it with retrieval.index.mapped=false",
+            )
 
     def _rows_of(self, ads: NDArray[np.int32]) -> NDArray[np.int64]:
         ads = np.asarray(ads, dtype=np.int64)
         known = (ads >= 0) & (ads < len(self._row))
         return np.where(known, self._row[np.where(known, ads, 0)] if len(self._row) else -1, -1)
 
+    def _vectors(self, rows_M: NDArray[np.int64]) -> NDArray[np.float32]:
+        if not len(rows_M):
+            return np.empty((0, self.dim), dtype=np.float32)
+        return self._index.reconstruct_batch(rows_M)
+
     def _search_rows(
         self, queries_BD: NDArray[np.float32], k: int, rows_M: NDArray[np.int64] | None
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         if rows_M is None:
-            return (self._gpu or self._index).search(queries_BD, k)
+            if self._passing is None:
+                return (self._gpu or self._index).search(queries_BD, k)
+            return self._index.search(queries_BD, k, params=self._parameters(self._passing.selector))
         if len(rows_M) <= self.cfg.exact_up_to:
-            return self._search_exactly(queries_BD, k, rows_M)
-        mask_N = np.zeros(len(self), dtype=bool)
-        mask_N[rows_M] = True
-        selector = faiss.IDSelectorBitmap(np.packbits(mask_N, bitorder="little"))
-        return self._index.search(queries_BD, k, params=self._parameters(selector))
+            return self._search_exhaustively(queries_BD, k, rows_M)
+        passing = _Rows(rows_M, len(self._ads_N))
+        return self._index.search(queries_BD, k, params=self._parameters(passing.selector))
 
-    def _search_exactly(
+    def _search_exhaustively(
         self, queries_BD: NDArray[np.float32], k: int, rows_M: NDArray[np.int64]
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        if self.cfg.kind == "ivf":  # its vectors lie by list: look into all of them
-            mask_N = np.zeros(len(self), dtype=bool)
-            mask_N[rows_M] = True
-            selector = faiss.IDSelectorBitmap(np.packbits(mask_N, bitorder="little"))
-            everywhere = faiss.SearchParametersIVF(sel=selector, nprobe=self._index.nlist)
-            return self._index.search(queries_BD, k, params=everywhere)
+        if self.cfg.kind in ("ivf", "pq"):  # vectors lie by list, and a selector would be asked about every one
+            scores_BM = queries_BD @ self._vectors(rows_M).T
+            order_BK = np.argsort(-scores_BM, axis=1, kind="stable")[:, :k]
+            return np.take_along_axis(scores_BM, order_BK, axis=1), rows_M[order_BK]
         flat = self._index if self.cfg.kind == "exact" else faiss.downcast_index(self._index.storage)
         # A flat index scores just the rows of an IDSelectorArray instead of testing every row.
         return flat.search(queries_BD, k, params=faiss.SearchParameters(sel=faiss.IDSelectorArray(rows_M)))
@@ -263,9 +370,83 @@ class AdIndex:
     def _parameters(self, selector: Any) -> Any:
         if self.cfg.kind == "hnsw":
             return faiss.SearchParametersHNSW(sel=selector, efSearch=self.cfg.hnsw_ef_search)
-        if self.cfg.kind == "ivf":
+        if self.cfg.kind in ("ivf", "pq"):
             return faiss.SearchParametersIVF(sel=selector, nprobe=self.cfg.ivf_probes)
         return faiss.SearchParameters(sel=selector)
+
+
+class _Rows:
+    """A FAISS selector of rows, with the bits that it points to."""
+
+    def __init__(self, rows_M: NDArray[np.int64], n_rows: int) -> None:
+        mask_N = np.zeros(n_rows, dtype=bool)
+        mask_N[rows_M] = True
+        self._bits = np.packbits(mask_N, bitorder="little")
+        self.selector = faiss.IDSelectorBitmap(self._bits)
+
+
+class _Gate:
+    """Any number of searches, or one change: FAISS allows no search while an index grows.
+
+    A change that waits keeps new searches out, else a busy service would never let it in.
+    """
+
+    def __init__(self) -> None:
+        self._condition, self._searches, self._changes = threading.Condition(), 0, 0
+
+    @contextmanager
+    def searching(self) -> Iterator[None]:
+        with self._condition:
+            self._condition.wait_for(lambda: self._changes == 0)
+            self._searches += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._searches -= 1
+                self._condition.notify_all()
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        with self._condition:
+            self._changes += 1
+            try:
+                self._condition.wait_for(lambda: self._searches == 0)
+                yield
+            finally:
+                self._changes -= 1
+                self._condition.notify_all()
+
+
+AGAIN = "build the two-tower artifact again: delete its directory and run the stage."
+
+
+def _facts(directory: Path) -> dict[str, Any]:
+    try:
+        facts: dict[str, Any] = json.loads((directory / "index.json").read_text())
+    except (OSError, ValueError) as error:
+        raise _unreadable(directory, error) from error
+    return facts
+
+
+def _unreadable(directory: Path, error: Exception) -> UserError:
+    return UserError(f"the ad index in {directory}", expected=f"a readable index ({error})", action=AGAIN)
+
+
+def _checked(
+    vectors_ND: NDArray[np.float32], ads_N: NDArray[np.int32]
+) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """Vectors and ads that an index can take."""
+    vectors_ND = np.ascontiguousarray(vectors_ND, dtype=np.float32)
+    ads_N = np.array(ads_N, dtype=np.int32)  # a copy: rows are marked in it
+    if vectors_ND.ndim != 2 or len(vectors_ND) != len(ads_N):
+        raise ValueError(f"{vectors_ND.shape} vectors for {len(ads_N)} ads; expected one vector an ad")
+    if len(ads_N) and (ads_N.min() < 0 or len(np.unique(ads_N)) < len(ads_N)):
+        raise ValueError("the ads of an index must be distinct and not negative")
+    bad = ~np.isfinite(vectors_ND).all(1)
+    if bad.any():
+        raise ValueError(f"{int(bad.sum())} ads have a vector with NaN or infinity, the first is ad {ads_N[bad][0]}")
+    return vectors_ND, ads_N
 
 
 def _new_index(dim: int, n_ads: int, cfg: IndexConfig) -> Any:
@@ -277,7 +458,19 @@ def _new_index(dim: int, n_ads: int, cfg: IndexConfig) -> Any:
         index.hnsw.efConstruction = cfg.hnsw_ef_construction
         return _with_search_settings(index, cfg)
     lists = max(1, min(cfg.ivf_lists, n_ads))
-    index = faiss.index_factory(dim, f"IVF{lists},Flat", metric)
+    if cfg.kind == "ivf":
+        index = faiss.index_factory(dim, f"IVF{lists},Flat", metric)
+    else:
+        if dim % cfg.pq_segments:
+            raise UserError(
+                f"retrieval.index.pq_segments={cfg.pq_segments} for vectors of width {dim}",
+                expected="a number of segments that divides the width",
+                action="choose another, e.g. a power of two",
+            )
+        bits = max(1, min(cfg.pq_bits, max(n_ads, 2).bit_length() - 1))  # no more codes than ads to learn them from
+        # "np": no polysemous training, which takes a hundred times longer and serves Hamming search alone.
+        index = faiss.index_factory(dim, f"IVF{lists},PQ{cfg.pq_segments}x{bits}np", metric)
+        index.pq.cp.min_points_per_centroid = 1
     index.cp.min_points_per_centroid = 1  # small catalogues are fine: a filter decides, not the clusters
     return _with_search_settings(index, cfg)
 
@@ -285,7 +478,7 @@ def _new_index(dim: int, n_ads: int, cfg: IndexConfig) -> Any:
 def _with_search_settings(index: Any, cfg: IndexConfig) -> Any:
     if cfg.kind == "hnsw":
         index.hnsw.efSearch = cfg.hnsw_ef_search
-    if cfg.kind == "ivf":
+    if cfg.kind in ("ivf", "pq"):
         index.nprobe = cfg.ivf_probes
         index.make_direct_map()
     return index

@@ -92,7 +92,7 @@ class TrainedTwoTower:
 
         Args:
             directory: where :meth:`save` wrote them.
-            index_cfg: search settings.
+            index_cfg: the index wanted; one of another kind or build than the saved is made of the towers.
 
         Raises:
             UserError: a file is missing or damaged.
@@ -110,6 +110,8 @@ class TrainedTwoTower:
                 action="delete the directory and run the stage again.",
             ) from error
         model.eval()
+        if AdIndex.saved_build(directory / "index") != index_cfg.build:
+            return cls(model, index_ads(model, shape, index_cfg), shape, cfg)
         return cls(model, AdIndex.load(directory / "index", index_cfg, dim=cfg.dim), shape, cfg)
 
     def _rows(self) -> dict[str, int]:
@@ -180,7 +182,7 @@ def train_two_tower(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
         model, shape = build_model(log, codes_AL, text_AE, cfg.model)
-    module = TwoTowerModule(model, cfg.model, n_ads=len(log.ad_ids), k=cfg.budget)
+    module = TwoTowerModule(model, cfg.model, n_ads=len(log.ad_ids), k=cfg.pairs.recall_at)
     histories = Histories(log, cfg.pairs)
     train = TrainingBatches(log, targets, histories, cfg.pairs, seed=cfg.seed)
     per_epoch = min(cfg.pairs.requests_per_epoch or len(train), len(train))
@@ -207,9 +209,13 @@ def train_two_tower(
         mode="max",
     )
     model.cpu().eval()
-    n_ads = len(log.ad_ids)
-    index = AdIndex.build(ad_vectors(model, n_ads).numpy(), np.arange(n_ads, dtype=np.int32), cfg.index)
-    return TrainedTwoTower(model, index, shape, cfg.model), result
+    return TrainedTwoTower(model, index_ads(model, shape, cfg.index), shape, cfg.model), result
+
+
+def index_ads(model: TwoTower, shape: TwoTowerShape, cfg: IndexConfig) -> AdIndex:
+    """An index of all ads of the log that towers were trained on."""
+    n_ads = shape.item_features["ad"] - 1
+    return AdIndex.build(ad_vectors(model, n_ads).numpy(), np.arange(n_ads, dtype=np.int32), cfg)
 
 
 def build_model(

@@ -70,6 +70,8 @@ def test_help_is_there_for_every_command() -> None:
         ["ablate"],
         ["ablate", "ranker"],
         ["ablate", "prior"],
+        ["bench"],
+        ["bench", "retrieval"],
     ):
         result = CliRunner().invoke(cli.app, [*names, "--help"])
         assert result.exit_code == 0

@@ -19,7 +19,9 @@ def tiny_retrieval(**changes: object) -> RetrievalConfig:
     """A narrow two-tower, two quotas, lists of twenty."""
     values: dict[str, object] = {
         "model": TwoTowerConfig(dim=16, hidden=32),
-        "pairs": PairsConfig(history=8, window=16, batch_size=64, sampled_negatives=64, validation_requests=32),
+        "pairs": PairsConfig(
+            history=8, window=16, batch_size=64, sampled_negatives=64, validation_requests=32, recall_at=20
+        ),
         "trainer": TrainerConfig(max_epochs=2, progress_bar=False),
         "forecast": ForecastChannelConfig(advertisers=8, prior_weights=[0.0, 0.5], seed_advertisers=4),
         "budget": 20,

@@ -1,0 +1,142 @@
+"""``adsid bench retrieval``: the artifacts of a run, any retrieval configuration beside them, and what is written.
+
+configuration ─► stages up to the towers and forecasts ─► `retrieval.benchmark` ─► retrieval.json, retrieval.html
+run directory ─► its artifacts as they are             ─┘
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from data.artifacts import MANIFEST, atomic_write_text, package_versions, to_plain
+from data.errors import UserError
+from pipeline import config as configuration
+from pipeline.config import AdsidConfig, compose, recompose, run_directory
+from pipeline.engine import Context
+from pipeline.run import CONFIG_FILE, run_stages
+from pipeline.stages import TRAINED, retrieval_bench
+from retrieval.benchmark import RetrievalBenchmark
+from retrieval.config import RetrievalConfig
+
+FOLDER, JSON_FILE, PAGE = "bench", "retrieval.json", "retrieval.html"
+GROUP = "retrieval"
+
+
+def bench_of_configuration(overrides: Sequence[str], *, console: Console) -> tuple[AdsidConfig, RetrievalBenchmark]:
+    """Bring the stages that retrieval reads up to date, then measure.
+
+    Args:
+        overrides: of the whole configuration, as `adsid run` takes them.
+        console: told what the stages do.
+
+    Raises:
+        UserError: as of `pipeline.run.run_stages`.
+    """
+    config = compose(overrides)
+    for stage in _needed(config):
+        run_stages(replace(config, run=replace(config.run, until=stage)), console=console)
+    return config, _measure(config)
+
+
+def bench_of_run(run: Path, overrides: Sequence[str]) -> tuple[AdsidConfig, RetrievalBenchmark]:
+    """Measure a retrieval configuration beside the artifacts of a finished run.
+
+    Args:
+        run: the run directory; nothing in it is changed.
+        overrides: ``retrieval=choice`` and ``retrieval.key=value``; what the towers were trained by stays.
+
+    Raises:
+        UserError: no such run, an artifact is missing, or an override that would need training.
+    """
+    config = config_beside(run, overrides)
+    missing = [stage for stage in _artifacts(config) if not (run / stage / MANIFEST).exists()]
+    if missing:
+        raise UserError(
+            f"{run} without {', '.join(missing)}",
+            expected=f"finished artifacts of {', '.join(_artifacts(config))}",
+            action="make them with `adsid run`, or take channels that need none: retrieval=counts",
+        )
+    return config, _measure(config)
+
+
+def config_beside(run: Path, overrides: Sequence[str]) -> AdsidConfig:
+    """The configuration of a run with another retrieval.
+
+    Raises:
+        UserError: no such run, or an override of anything but what can be swapped without training.
+    """
+    if not (run / CONFIG_FILE).is_file():
+        raise UserError(
+            f"{run}",
+            expected=f"a run directory, with a {CONFIG_FILE}",
+            action="give the folder of a run, e.g. runs/quickstart, or no --run and an experiment",
+        )
+    saved = configuration.load(run / CONFIG_FILE)
+    foreign = [one for one in overrides if not one.startswith((f"{GROUP}=", f"{GROUP}."))]
+    trained = [one for one in overrides if one.startswith(tuple(f"{GROUP}.{key}" for key in TRAINED))]
+    if foreign or trained:
+        raise UserError(
+            f"{' '.join([*foreign, *trained])} beside the artifacts of {run}",
+            expected="retrieval=choice and retrieval.key=value of channels, blend, index, budget, ks or quotas",
+            action="leave it out, or leave out --run so that what it changes is made",
+        )
+    if any(one.startswith(f"{GROUP}=") for one in overrides):
+        asked = compose([f"experiment={saved.experiment}", *overrides]).retrieval
+    else:
+        asked = recompose(to_plain(asdict(saved)), overrides).retrieval
+    kept = {key: getattr(saved.retrieval, key) for key in TRAINED}
+    return replace(saved, retrieval=replace(asked, **kept), run=replace(saved.run, dir=str(run)))
+
+
+def write_bench(config: AdsidConfig, found: RetrievalBenchmark, folder: Path) -> Path:
+    """Write ``retrieval.json`` and ``retrieval.html``, and return the path of the page."""
+    from pipeline.bench_page import render
+
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(folder / JSON_FILE, to_json(config, found))
+    atomic_write_text(folder / PAGE, render(config, found))
+    return folder / PAGE
+
+
+def to_json(config: AdsidConfig, found: RetrievalBenchmark) -> str:
+    """All figures, the configuration and the versions."""
+    document: dict[str, Any] = {
+        **to_plain(asdict(found)),
+        "retrieval": to_plain(config.retrieval),
+        "experiment": config.experiment,
+        "data": config.data.source,
+        "versions": package_versions(),
+    }
+    return json.dumps(document, indent=1, allow_nan=False) + "\n"
+
+
+def default_folder(config: AdsidConfig) -> Path:
+    """``bench`` in the run directory."""
+    return run_directory(config) / FOLDER
+
+
+def _needed(config: AdsidConfig) -> list[str]:
+    """The last stages that retrieval reads."""
+    return ["two_tower", "forecasts"] if config.retrieval.forecast_channels else ["two_tower"]
+
+
+def _artifacts(config: AdsidConfig) -> list[str]:
+    forecasting = ["prior", "forecasts"] if config.retrieval.forecast_channels else []
+    return ["data", "semantic_ids", "two_tower", *forecasting]
+
+
+def _measure(config: AdsidConfig) -> RetrievalBenchmark:
+    directory = run_directory(config)
+    inputs = {name: directory / name for name in _artifacts(config)}
+    return retrieval_bench(Context(config=config, inputs=inputs, output=directory, work=directory / ".work", shared={}))
+
+
+def swapped(cfg: RetrievalConfig) -> str:
+    """What of a configuration can be swapped, in one line."""
+    return f"{', '.join(cfg.channels)}; blend {cfg.blend.kind}; budget {cfg.budget}; index {cfg.index.kind}"

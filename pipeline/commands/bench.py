@@ -1,0 +1,80 @@
+"""``adsid bench``: measure a part of the system under any configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.commands.terminal import Debug, guarded, terminal_overrides
+
+app = typer.Typer(
+    name="bench",
+    help="Measure a part of the system, configuration by configuration.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Examples:\n\n"
+    "  adsid bench retrieval experiment=quickstart\n\n"
+    "  adsid bench retrieval --run runs/quickstart retrieval=calibrated",
+)
+
+
+@app.callback()
+def _group() -> None:
+    """Measure a part of the system, configuration by configuration."""
+
+
+@app.command(
+    "retrieval",
+    epilog="Examples:\n\n"
+    "  adsid bench retrieval experiment=quickstart                        what it needs is made first\n\n"
+    "  adsid bench retrieval --run runs/quickstart                        of artifacts that are there\n\n"
+    "  adsid bench retrieval --run runs/quickstart retrieval=paper        another choice of channels and blend\n\n"
+    "  adsid bench retrieval --run runs/quickstart retrieval.channels=[own,popularity,forecast]\n\n"
+    "  adsid bench retrieval --run runs/quickstart retrieval.blend.per_advertiser=10 retrieval.index.kind=hnsw",
+)
+def bench_retrieval(
+    context: typer.Context,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="group=choice or key=value; with --run those of retrieval that need no training."),
+    ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A run directory whose artifacts are taken as they are.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of retrieval.json and retrieval.html; bench in the run directory where none is given.",
+            show_default=False,
+        ),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON instead of the table.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Channels, blends and quotas at one budget, with intervals, and latency: a table, a page and JSON."""
+
+    def work() -> None:
+        from rich.console import Console
+
+        from pipeline.bench import bench_of_configuration, bench_of_run, default_folder, to_json, write_bench
+        from pipeline.bench_page import to_console
+
+        console = Console(soft_wrap=True)
+        if run is None:
+            progress = Console(soft_wrap=True, stderr=json)
+            config, found = bench_of_configuration([*terminal_overrides(), *(overrides or [])], console=progress)
+        else:
+            config, found = bench_of_run(run.expanduser().absolute(), overrides or [])
+        page = write_bench(config, found, (out or default_folder(config)).expanduser().absolute())
+        if json:
+            typer.echo(to_json(config, found), nl=False)
+            return
+        console.print(to_console(config, found))
+        console.print(f"page: {page}", highlight=False)
+
+    guarded(work, debug=debug or bool(context.obj))

@@ -1,0 +1,238 @@
+"""What every part of retrieval is worth, at one total budget.
+
+    arms      none, anchor, LM: what the forecast adds
+    alone     each channel has the whole budget; popularity fills what it leaves free
+    without   all channels but one, tuned again: what that one adds beside the others
+    blends    quota, rrf, calibrated, each tuned: what the way of merging is worth
+    sweep     recall and concentration by the forecast channels' quota
+    latency   one request at a time, from the user's vector to the list
+
+``alone``, ``without`` and ``blends`` are of the *head arm*, the one with the best-informed forecast. Everything that is
+chosen is chosen before the evaluated span; every difference is of the same requests, with an interval over users.
+
+Shapes: R requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from time import perf_counter
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data.statistics import Row
+from priors.forecast import Forecast
+from retrieval.blend import QuotaBlend, merge
+from retrieval.channels import Ads
+from retrieval.config import BLENDS, POPULARITY, RetrievalConfig
+from retrieval.evaluate import DIFFERENCES, Judge, Requests, Values, sweep
+from retrieval.retriever import Retriever, with_forecast
+from retrieval.tuning import Plan, choose_plan, choose_shares, tuning_span, tuning_targets
+
+ALONE, WITHOUT, BLEND, ALL = "alone", "without", "blends", "all channels"
+PERCENTILES = (50, 95, 99)
+LATENCY_REQUESTS = 300
+
+
+@dataclass
+class RetrievalBenchmark:
+    """Figures of one configuration.
+
+    Attributes:
+        rows: tidy rows; their section is ``retrieval`` for arms, or ``alone``, ``without``, ``blends``.
+        plans: blend, quota and prior weight of each arm, and of each channel left out, in plain types.
+        sweep: recall and concentration by quota and arm.
+        latency: milliseconds of each step by percentile, and requests a second in all.
+        facts: what the figures are of.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    plans: dict[str, Any] = field(default_factory=dict)
+    sweep: list[dict[str, Any]] = field(default_factory=list)
+    latency: dict[str, dict[str, float]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def bench_retrieval(
+    retriever: Retriever, forecasts: Mapping[str, Forecast | None], *, users: NDArray[np.integer]
+) -> RetrievalBenchmark:
+    """Measure a configuration.
+
+    Args:
+        retriever: channels and configuration.
+        forecasts: forecast of each arm, the head arm last; None for the arm without.
+        users: whose requests are measured.
+    """
+    bench = _Bench(retriever, forecasts, users)
+    bench.time_requests()  # first, while no look-up is warm
+    bench.compare_arms()
+    bench.compare_channels()
+    bench.compare_blends()
+    return bench.found
+
+
+class _Bench:
+    def __init__(
+        self, retriever: Retriever, forecasts: Mapping[str, Forecast | None], users: NDArray[np.integer]
+    ) -> None:
+        log, cfg = retriever.log, retriever.cfg
+        self.retriever, self.cfg, self.forecasts = retriever, cfg, forecasts
+        self.head = list(forecasts)[-1]
+        self.targets = log.ad_targets(log.evaluate, users)
+        self.judge = Judge(log, self.targets, cfg)
+        self.found = RetrievalBenchmark(
+            facts={
+                "requests": len(self.targets),
+                "users": len(np.unique(self.targets.user)),
+                "targets": len(self.targets.item),
+                "periods": list(log.split.span(log.evaluate, evaluate=log.evaluate)),
+                "tuned_on": list(tuning_span(log)),
+                "evaluate": log.evaluate,
+                "head": self.head,
+                "budget": cfg.budget,
+                "channels": list(cfg.channels),
+                "blend": cfg.blend.kind,
+                "index": cfg.index.kind,
+                "k": max(cfg.ks),
+            }
+        )
+        self.tuning = Requests(retriever, tuning_targets(log, users, cfg))
+        self.tuning_lists = {arm: self.tuning.by_weight(forecast) for arm, forecast in forecasts.items()}
+        self._evaluated: Requests | None = None
+        self._lists: dict[tuple[str, float], list[dict[str, Ads]]] = {}
+        self._shares: dict[tuple[str, tuple[str, ...]], dict[str, float]] = {}
+
+    @property
+    def evaluated(self) -> Requests:
+        if self._evaluated is None:
+            self._evaluated = Requests(self.retriever, self.targets)
+            active = [len(request.active) for request in self._evaluated.requests]
+            self.found.facts["active_ads"] = float(np.mean(active)) if active else 0.0
+        return self._evaluated
+
+    def lists(self, arm: str, prior_weight: float) -> list[dict[str, Ads]]:
+        if (arm, prior_weight) not in self._lists:
+            self._lists[arm, prior_weight] = self.evaluated.lists(self.forecasts[arm], prior_weight)
+        return self._lists[arm, prior_weight]
+
+    def plan(self, arm: str, cfg: RetrievalConfig) -> Plan:
+        """Of an arm under a variation of the configuration."""
+        limits, targets, shares = self.retriever.limits, self.tuning.targets, self.shares(cfg)
+        has_forecast = self.forecasts[arm] is not None
+        return choose_plan(self.tuning_lists[arm], targets, cfg, limits, base_shares=shares, forecast=has_forecast)
+
+    def shares(self, cfg: RetrievalConfig) -> dict[str, float]:
+        """Of the channels without a forecast."""
+        key = (cfg.blend.kind, tuple(cfg.base_channels))
+        if key not in self._shares:
+            self._shares[key] = choose_shares(self.tuning.base, self.tuning.targets, cfg, self.retriever.limits)
+        return self._shares[key]
+
+    def values(self, arm: str, plan: Plan) -> Values:
+        return self.judge.values(self.evaluated.merged(self.lists(arm, plan.prior_weight), plan.blend))
+
+    def compare_arms(self) -> None:
+        values: dict[str, Values] = {}
+        for arm, forecast in self.forecasts.items():
+            plan = self.plan(arm, self.cfg)
+            lists_R = self.lists(arm, plan.prior_weight)
+            blended = self.evaluated.merged(lists_R, plan.blend)
+            values[arm] = self.judge.values(blended)
+            self.found.plans[arm] = plan.to_plain()
+            self.found.rows += self.judge.lists_rows(arm, blended)
+            if forecast is not None:
+                self.found.sweep += sweep(self.evaluated, lists_R, self.judge, self.shares(self.cfg), arm)
+        self.found.rows += self.judge.mean_rows(values, DIFFERENCES)
+
+    def compare_channels(self) -> None:
+        weight = Plan.of(self.found.plans[self.head]).prior_weight
+        names = [name for name in self._of_head() if name in self.cfg.channels]
+        alone = {name: self.values(self.head, Plan(QuotaBlend({name: 1.0}), None, weight)) for name in names}
+        whole = self.values(self.head, Plan.of(self.found.plans[self.head]))
+        self._add(ALONE, {ALL: whole} | alone, [(ALL, name) for name in names])
+        without: dict[str, Values] = {}
+        for name in names:
+            shares = {other: share for other, share in self.cfg.blend.shares.items() if other != name}
+            left = [other for other in self.cfg.channels if other != name]
+            if not any(other in self.cfg.base_channels for other in left):
+                continue
+            plan = self.plan(self.head, replace(self.cfg, channels=left, blend=replace(self.cfg.blend, shares=shares)))
+            self.found.plans[f"{self.head}, without {name}"] = plan.to_plain()
+            without[name] = self.values(self.head, plan)
+        self._add(WITHOUT, {ALL: whole} | without, [(ALL, name) for name in without])
+
+    def compare_blends(self) -> None:
+        values: dict[str, Values] = {}
+        for kind in BLENDS:
+            plan = self.plan(self.head, replace(self.cfg, blend=replace(self.cfg.blend, kind=kind)))
+            self.found.plans[f"{self.head}, {kind}"] = plan.to_plain()
+            values[kind] = self.values(self.head, plan)
+        chosen = self.cfg.blend.kind
+        self._add(BLEND, values, [(kind, chosen) for kind in BLENDS if kind != chosen])
+
+    def _add(self, section: str, arms: Mapping[str, Values], differences: Sequence[tuple[str, str]]) -> None:
+        """Rows of the longest list only."""
+        k = max(self.cfg.ks)
+        kept = {arm: {key: value for key, value in values.items() if key[2] == k} for arm, values in arms.items()}
+        self.found.rows += [replace(row, section=section) for row in self.judge.mean_rows(kept, differences)]
+
+    def _of_head(self) -> list[str]:
+        return self.cfg.channels if self.forecasts[self.head] is not None else self.cfg.base_channels
+
+    def time_requests(self) -> None:
+        """Each step of single requests on one thread, as a service would answer them."""
+        plan, forecast = self.plan(self.head, self.cfg), self.forecasts[self.head]
+        retriever, steps = self.retriever, _Steps()
+        rng = np.random.default_rng(self.cfg.seed)
+        chosen = rng.permutation(len(self.targets))[:LATENCY_REQUESTS]
+        threads = torch.get_num_threads(), faiss.omp_get_max_threads()
+        torch.set_num_threads(1)
+        faiss.omp_set_num_threads(1)
+        try:
+            for row in chosen:
+                asked = steps.time("user vector", retriever.requests, self.targets.select(np.array([row])))
+                if forecast is not None:
+                    asked = steps.time("forecast", with_forecast, asked, forecast, plan.prior_weight)
+                lists: dict[str, Ads] = {}
+                for name in dict.fromkeys([*self._of_head(), POPULARITY]):
+                    lists |= steps.time(name, retriever.lists, asked, [name])[0]
+                steps.time("blend", merge, lists, plan.blend, retriever.limits)
+                steps.end()
+        finally:
+            torch.set_num_threads(threads[0])
+            faiss.omp_set_num_threads(threads[1])
+        self.found.latency = steps.percentiles()
+        self.found.facts["latency_requests"] = len(chosen)
+
+
+class _Steps:
+    """Seconds of named steps, request by request."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {}
+        self._request = 0.0
+
+    def time(self, name: str, work: Callable[..., Any], *arguments: Any) -> Any:
+        began = perf_counter()
+        result = work(*arguments)
+        self.seconds.setdefault(name, []).append(perf_counter() - began)
+        self._request += self.seconds[name][-1]
+        return result
+
+    def end(self) -> None:
+        self.seconds.setdefault("request", []).append(self._request)
+        self._request = 0.0
+
+    def percentiles(self) -> dict[str, dict[str, float]]:
+        figures = {
+            name: {f"p{p}": float(np.percentile(values, p) * 1e3) for p in PERCENTILES}
+            for name, values in self.seconds.items()
+        }
+        if "request" in figures:
+            figures["request"]["per_second"] = len(self.seconds["request"]) / sum(self.seconds["request"])
+        return figures

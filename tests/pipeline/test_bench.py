@@ -1,0 +1,92 @@
+"""`adsid bench retrieval`: what it makes, what it takes as it is, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import cli
+from data.artifacts import Manifest
+from data.split import TimeSplit
+from data.writer import write_tables
+from pipeline.commands.terminal import USER_MISTAKE
+from tests.logs import tiny_config, tiny_tables
+
+TINY = [
+    "experiment=smoke", "data=parquet", "data.max_users=null", "data.origin='2024-01-01'", "data.profile_columns=[age]",
+    "data.ad_columns=[category]", "data.impressions_per_visit=8", "prior.panel=20", "retrieval.budget=20",
+    "retrieval.ks=[5,20]", "retrieval.trainer.max_epochs=1", "retrieval.channels=[two_tower,own,popularity]",
+    "data.split.by=periods",
+    *(f"data.split.{name}={list(getattr(tiny_config().split, name))}" for name in TimeSplit.names()),
+]  # fmt: skip
+
+
+def bench(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.app, ["bench", "retrieval", *arguments])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that the benchmark made itself, without any forecast."""
+    source, directory = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("run")
+    write_tables(tiny_tables(), source)
+    shown = bench(*TINY, f"data.path={source}", f"run.dir={directory}")
+    assert shown.exit_code == 0, shown.output
+    assert "Without a channel" in shown.output
+    return directory
+
+
+def test_it_makes_what_it_needs_and_writes_a_page_and_json(run: Path) -> None:
+    assert (run / "two_tower").is_dir()
+    assert not (run / "prior").exists(), "no channel follows a forecast"
+    document = json.loads((run / "bench" / "retrieval.json").read_text())
+    assert document["retrieval"]["channels"] == ["two_tower", "own", "popularity"]
+    assert document["facts"]["head"] == "none"
+    page = (run / "bench" / "retrieval.html").read_text()
+    assert "<svg" in page
+    assert "Channels alone" in page
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["retrieval.blend.kind=rrf"], {"blend": "rrf", "index": "exact"}),
+        (["retrieval=counts"], {"channels": ["own", "popularity"]}),
+        (["retrieval.index.kind=hnsw", "retrieval.budget=10", "retrieval.ks=[10]"], {"index": "hnsw", "k": 10}),
+    ],
+)
+def test_configurations_swap_beside_the_same_towers(
+    run: Path, tmp_path: Path, overrides: list[str], expected: dict[str, object]
+) -> None:
+    before = Manifest.read(run / "two_tower")
+    shown = bench("--run", str(run), "--out", str(tmp_path), "--json", *overrides)
+    assert shown.exit_code == 0, shown.output
+    facts = json.loads(shown.stdout)["facts"]
+    assert {key: facts[key] for key in expected} == expected
+    assert Manifest.read(run / "two_tower") == before
+    assert (tmp_path / "retrieval.html").exists()
+
+
+def test_the_same_figures_twice(run: Path, tmp_path: Path) -> None:
+    shown = bench("--run", str(run), "--out", str(tmp_path), "--json")
+    assert json.loads(shown.stdout)["rows"] == json.loads((run / "bench" / "retrieval.json").read_text())["rows"]
+
+
+REFUSED = [
+    (["--run", "/nowhere"], "config.yaml"),
+    (["--run", "RUN", "prior.prompts=3"], "prior.prompts=3"),
+    (["--run", "RUN", "retrieval.model.dim=8"], "retrieval.model.dim=8"),
+    (["--run", "RUN", "retrieval.channels=[forecast,own]"], "without prior, forecasts"),
+    (["--run", "RUN", "retrieval.channels=[tower]"], "two_tower"),
+    (["--run", "RUN", "retrieval=papers"], "paper"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED)
+def test_what_cannot_be_measured_is_told(run: Path, arguments: list[str], message: str) -> None:
+    refused = bench(*(str(run) if word == "RUN" else word for word in arguments))
+    assert refused.exit_code == USER_MISTAKE
+    assert message in refused.stderr

@@ -1,0 +1,72 @@
+"""The benchmark's studies on the tiny log: same budget, differences that add up, and every step timed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from data.log import Log
+from retrieval.benchmark import ALL, ALONE, BLEND, WITHOUT, RetrievalBenchmark, bench_retrieval
+from retrieval.config import CHANNELS, POPULARITY
+from retrieval.two_tower import TrainedTwoTower
+from tests.logs import tiny_log
+from tests.ranking.common import tastes
+from tests.retrieval.common import retriever_of, tiny_retrieval, train_tiny
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Log:
+    return tiny_log(tmp_path_factory.mktemp("log"))
+
+
+@pytest.fixture(scope="module")
+def towers(log: Log, tmp_path_factory: pytest.TempPathFactory) -> TrainedTwoTower:
+    return train_tiny(log, tiny_retrieval(), tmp_path_factory.mktemp("towers"))[0]
+
+
+@pytest.fixture(scope="module")
+def found(log: Log, towers: TrainedTwoTower) -> RetrievalBenchmark:
+    arms = {"none": None, "lm": tastes(log)}
+    return bench_retrieval(retriever_of(log, towers, tiny_retrieval()), arms, users=np.arange(30))
+
+
+def recall(found: RetrievalBenchmark, section: str, k: int = 20) -> dict[str, float]:
+    rows = [row for row in found.rows if (row.section, row.metric, row.segment, row.k) == (section, "recall", "all", k)]
+    return {row.arm: row.value for row in rows}
+
+
+def test_every_channel_stands_alone_and_is_left_out(found: RetrievalBenchmark) -> None:
+    alone, without = recall(found, ALONE), recall(found, WITHOUT)
+    for study in (alone, without):
+        assert set(study) == {ALL, *CHANNELS, *(f"{ALL} - {name}" for name in CHANNELS)}
+        for name in CHANNELS:
+            assert study[f"{ALL} - {name}"] == pytest.approx(study[ALL] - study[name])
+    assert alone[ALL] == without[ALL] == recall(found, "retrieval")["lm"]
+
+
+def test_every_blend_is_compared_with_the_configured(found: RetrievalBenchmark) -> None:
+    blends = recall(found, BLEND)
+    assert {"quota", "rrf", "calibrated", "rrf - quota", "calibrated - quota"} == set(blends)
+    assert blends["quota"] == recall(found, "retrieval")["lm"]
+
+
+def test_every_step_is_timed(found: RetrievalBenchmark) -> None:
+    assert set(found.latency) == {"user vector", "forecast", *CHANNELS, "blend", "request"}
+    for figures in found.latency.values():
+        assert 0 < figures["p50"] <= figures["p95"] <= figures["p99"]
+    assert found.latency["request"]["per_second"] > 0
+
+
+def test_plans_and_the_sweep_are_there(found: RetrievalBenchmark) -> None:
+    assert {"none", "lm", "lm, without own", "lm, calibrated"} <= set(found.plans)
+    assert [point["quota"] for point in found.sweep] == tiny_retrieval().quotas
+    assert found.facts["requests"] > 0
+    assert found.facts["tuned_on"] == [7, 9]
+
+
+def test_without_a_forecast_there_is_one_arm(log: Log, towers: TrainedTwoTower) -> None:
+    retriever = retriever_of(log, towers, tiny_retrieval(channels=["own", POPULARITY]))
+    found = bench_retrieval(retriever, {"none": None}, users=np.arange(20))
+    assert set(recall(found, "retrieval")) == {"none"}
+    assert set(recall(found, WITHOUT)) == {ALL, "own", POPULARITY, f"{ALL} - own", f"{ALL} - {POPULARITY}"}
+    assert found.sweep == []
