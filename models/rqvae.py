@@ -129,7 +129,7 @@ class RQVAEConfig:
     refit_rounds: int = 15
     restart: bool = True
     commitment: float = 0.1
-    neighbours: float = 0.1
+    neighbours: float = 0.2
     spread: float = 10.0
     soft_temperature: float = 0.1
     diversity: float = 0.0

@@ -57,7 +57,7 @@ class LevelStates:
         return target_NV.index_put((self.decision_Y, self.code_Y), self.weight_Y, accumulate=True)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what is read is trained on
 def read_states(
     model: PriorLM, dataset: PromptDataset, collator: TreeCollator, *, rows: list[int], batch_size: int
 ) -> list[LevelStates]:

@@ -75,7 +75,8 @@ def test_a_fit_ended_by_kill_9_has_the_loss_curve_of_an_undisturbed_one(fitted: 
 
 def untrained(fitted: Fitted, **base: Any) -> tuple[PriorLMModule, list[TreeBatch]]:
     """A module with a head that is not zero, and batches for it."""
-    cfg = replace(fitted.cfg, base=replace(fitted.cfg.base, **base))
+    head = replace(fitted.cfg.head, dropout=0.0)
+    cfg = replace(fitted.cfg, base=replace(fitted.cfg.base, **base), head=head)
     compiler = fitted.prior.compiler
     model = build_model(load_base_model(cfg.base), fitted.ids, fitted.log, compiler, cfg)
     model.head.load_state_dict(fitted.prior.model.head.state_dict())

@@ -95,6 +95,7 @@ def counts(n_advertisers: int, rng: np.random.Generator) -> Counts:
     bought_UPA[0], bought_UPA[:, 0] = 0.0, 0.0
     user_R, period_R, advertiser_R = np.nonzero(bought_UPA)
     promoted_PA = rng.binomial(bought_UPA.sum(0).astype(int), 0.6).astype(float)
+    by_period = np.lexsort((advertiser_R, user_R, period_R))
     return Counts(
         promoted_PA=promoted_PA,
         bought_PA=bought_UPA.sum(0),
@@ -102,6 +103,9 @@ def counts(n_advertisers: int, rng: np.random.Generator) -> Counts:
         period_R=period_R,
         advertiser_R=advertiser_R,
         count_R=bought_UPA[user_R, period_R, advertiser_R],
+        target_period_T=period_R[by_period],
+        target_user_T=user_R[by_period],
+        target_advertiser_T=advertiser_R[by_period],
     )
 
 
