@@ -9,6 +9,7 @@ The artifact is a directory:
 
     prior.json           base model's reference, anchor, calibration, version of the advertiser IDs, config
     ids/                 the advertiser IDs it was fitted on
+    README.md            model card, written by the stage
     adapter/             LoRA weights as peft loads them, with prior.train=lora
     decoder/             all weights, where they are not the base model's: prior.train=full, random weights
     head.safetensors     head, ID input rows, constants of the standardisation
@@ -19,25 +20,28 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import Callback
 from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AddedToken, PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
 from data.artifacts import to_plain
 from data.errors import LineageError, UserError
 from data.log import Log, Targets
 from models.prior_lm import LoraSettings, PriorLM, PriorLMModule, TreeBatch
-from models.training import EpochSampler, FitResult, TokenBatchSampler, fit
+from models.training import EpochSampler, FitResult, TokenBatchSampler, TrainerConfig, fit
 from priors.anchor import Anchor, Counts, TunedAnchor, choose_constants
 from priors.base_model import BaseModel, load_base_model
 from priors.calibration import Calibration, calibrated_nll, fit_anchor_levels, fit_calibration
@@ -85,8 +89,10 @@ class PriorModel:
 
     def save(self, directory: Path) -> None:
         """Write the artifact into an existing directory."""
+        # Weights that were trained are loaded as they were, not as frozen ones would be.
+        kept = {"dtype": "float32"} if self.cfg.train == "full" else {}
         plain = {
-            "base_model": to_plain(self.cfg.base) | {"name": self.base_reference} | self._kept_dtype(),
+            "base_model": to_plain(self.cfg.base) | {"name": self.base_reference} | kept,
             "prompt": to_plain(self.cfg.prompt),
             "head": to_plain(self.cfg.head),
             "anchor": self.base.to_plain(),
@@ -104,18 +110,14 @@ class PriorModel:
         if isinstance(decoder, PeftModel):
             decoder.save_pretrained(str(directory / "adapter"))
         if self.cfg.train == "full" or self.cfg.base.random_weights:
-            plain_decoder: Any = decoder.get_base_model() if isinstance(decoder, PeftModel) else decoder
+            plain_decoder = _without_adapters(decoder)
             weights = {
                 name.replace(".base_layer.", "."): value
                 for name, value in plain_decoder.state_dict().items()
                 if ".lora_" not in name
             }
             plain_decoder.save_pretrained(directory / "decoder", state_dict=weights)
-        with_id_tokens(self.compiler.tokenizer, self.base.trie).save_pretrained(directory / "tokenizer")
-
-    def _kept_dtype(self) -> dict[str, str]:
-        """Weights that were trained are loaded as they were, not as frozen ones would be."""
-        return {"dtype": "float32"} if self.cfg.train == "full" else {}
+        with_id_tokens(self.compiler.tokenizer, self.fitted_ids.level_sizes).save_pretrained(directory / "tokenizer")
 
     @classmethod
     def load(cls, directory: Path, log: Log, ids: AdvertiserIds, cfg: PriorConfig) -> PriorModel:
@@ -133,55 +135,80 @@ class PriorModel:
             LineageError: advertisers it was fitted on have other codes now or are gone, or the IDs are not those of
                 the log's advertisers.
         """
-        try:
-            plain = json.loads((directory / "prior.json").read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"prior LM in {directory}",
-                expected="a directory with prior.json",
-                action="fit it first: train.py stage=prior",
-            ) from error
+        plain = read_plain(directory)
         fitted_ids = _same_codes(directory, plain["ids_version"], ids)
         _same_advertisers(log, ids)
-        weights = directory / "decoder"
-        base_model = load_base_model(
-            BaseModelConfig(**plain["base_model"]), weights=weights if weights.exists() else None
-        )
+        model, base_model, constant_LH = load_model(directory, plain, ids)
         compiler = PromptCompiler(
             log, ids, base_model.tokenizer, PromptConfig.from_plain(plain["prompt"]), window=base_model.window
         )
         trie = Trie.from_codes(ids.codes_AL, ids.level_sizes)
-        state = load_file(directory / "head.safetensors")
-        decoder: Any = base_model.decoder
-        if (directory / "adapter").exists():
-            decoder = PeftModel.from_pretrained(decoder, str(directory / "adapter"))
-        id_rows, constant_LH = state.pop("id_rows"), state.pop("constant_LH")
-        try:
-            model = PriorLM(
-                decoder,
-                codebooks=[torch.from_numpy(codebook) for codebook in ids.codebooks],
-                id_rows=id_rows,
-                first_id_token=plain["first_id_token"],
-                head=plain["head"]["kind"],
-            )
-            model.head.load_state_dict({name.removeprefix("head."): value for name, value in state.items()})
-        except (ValueError, RuntimeError) as error:
-            raise LineageError(
-                f"prior LM in {directory}: {str(error).splitlines()[-1].strip()}",
-                expected="a head and input rows that fit the IDs' codebooks and the base model",
-                action="take the IDs and the base model it was fitted with, or fit it again: train.py stage=prior",
-            ) from error
-        calibration = {name: tuple(values) for name, values in plain["calibration"].items()}
         return cls(
-            model=model.eval(),
+            model=model,
             base=TunedAnchor.from_plain(plain["anchor"], Counts.of(log), trie),
-            calibration=Calibration(**calibration),
+            calibration=Calibration(**{name: tuple(values) for name, values in plain["calibration"].items()}),
             compiler=compiler,
             constant_LH=constant_LH,
             cfg=cfg,
             base_reference=plain["base_model"]["name"],
             fitted_ids=fitted_ids,
         )
+
+
+def read_plain(directory: Path) -> dict[str, Any]:
+    """``prior.json`` of an artifact.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        plain: dict[str, Any] = json.loads((directory / "prior.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"prior LM in {directory}",
+            expected="a directory with prior.json",
+            action="fit it first: train.py stage=prior",
+        ) from error
+    return plain
+
+
+def load_model(directory: Path, plain: dict[str, Any], ids: AdvertiserIds) -> tuple[PriorLM, BaseModel, Tensor]:
+    """The LM of an artifact, without prompts and anchor.
+
+    Args:
+        directory: the artifact.
+        plain: its :func:`read_plain`.
+        ids: codebooks it was fitted with.
+
+    Returns:
+        The LM in evaluation mode, the base model below it, and the mean hidden state of each level.
+
+    Raises:
+        LineageError: head or input rows fit neither the codebooks nor the base model.
+    """
+    weights = directory / "decoder"
+    base_model = load_base_model(BaseModelConfig(**plain["base_model"]), weights=weights if weights.exists() else None)
+    state = load_file(directory / "head.safetensors")
+    decoder: Any = base_model.decoder
+    if (directory / "adapter").exists():
+        decoder = PeftModel.from_pretrained(decoder, str(directory / "adapter"))
+    id_rows, constant_LH = state.pop("id_rows"), state.pop("constant_LH")
+    try:
+        model = PriorLM(
+            decoder,
+            codebooks=[torch.from_numpy(codebook) for codebook in ids.codebooks],
+            id_rows=id_rows,
+            first_id_token=plain["first_id_token"],
+            head=plain["head"]["kind"],
+        )
+        model.head.load_state_dict({name.removeprefix("head."): value for name, value in state.items()})
+    except (ValueError, RuntimeError) as error:
+        raise LineageError(
+            f"prior LM in {directory}: {str(error).splitlines()[-1].strip()}",
+            expected="a head and input rows that fit the IDs' codebooks and the base model",
+            action="take the IDs and the base model it was fitted with, or fit it again: train.py stage=prior",
+        ) from error
+    return model.eval(), base_model, constant_LH
 
 
 def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path) -> tuple[PriorModel, dict[str, Any]]:
@@ -223,18 +250,17 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
     collator = TreeCollator(base, first_id_token=compiler.first_id_token)
 
     model = build_model(base_model, ids, log, compiler, cfg)
-    sampler = _sampler(train_set, collator, cfg)
-    start = _start(model, train_set, select_set, collator, log, cfg, work_dir)
-    result, module = _fit_lm(model, train_set, select_set, sampler, collator, log, cfg, work_dir)
-    trained_is_better = result.best_score is not None and result.best_score <= start["select_nll"]
-    if not trained_is_better:
-        _load_start(model, work_dir)
+    probe_rows = sample_rows(log.advertiser_targets(cfg.prompt_span(log.split.prior_fit)), cfg.probe.prompts, cfg.seed)
+    probe_set = PromptDataset(probe_rows, compiler, max_targets=cfg.max_targets, seed=cfg.seed)
+    result, sampler, start = fit_lm(
+        model, train_set, select_set, collator, cfg, probe=probe_set, user_ids=log.user_ids, work_dir=work_dir
+    )
     select_batches = list(batches(select_set, collator, cfg.batch_size))
-    logits, constant_LH = _logits(module.model, select_batches)
+    logits, constant_LH = _logits(model, select_batches)
     calibration = fit_calibration(select_batches, logits)
     zeros, ones = torch.zeros(trie.n_levels), torch.ones(trie.n_levels)
     select_anchor = float(calibrated_nll(select_batches, None, zeros, ones).mean())
-    fitted = PriorModel(module.model.eval(), base, calibration, compiler, constant_LH, cfg, base_model.reference, ids)
+    fitted = PriorModel(model.eval(), base, calibration, compiler, constant_LH, cfg, base_model.reference, ids)
     metrics = {
         **anchor_metrics,
         "prompts": len(train_rows),
@@ -244,7 +270,7 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
         "steps": result.steps,
         "prompts_a_part": round(sampler.per_epoch * sampler.mean_batch),
         "batch_tokens": sampler.budget,
-        "best_part": result.best_epoch if trained_is_better else None,
+        "best_part": result.best_epoch,
         "start": start,
         "select_nll_by_part": result.history,
         "select_nll_anchor": select_anchor,
@@ -347,10 +373,10 @@ def word_rows(base_model: BaseModel, ids: AdvertiserIds, log: Log) -> Tensor:
     return torch.cat(rows)
 
 
-def with_id_tokens(tokenizer: PreTrainedTokenizerBase, trie: Trie) -> PreTrainedTokenizerBase:
+def with_id_tokens(tokenizer: PreTrainedTokenizerBase, level_sizes: tuple[int, ...]) -> PreTrainedTokenizerBase:
     """A copy of the tokenizer with ``<adv_level_code>`` tokens, numbered as the model numbers them."""
     tokenizer = copy.deepcopy(tokenizer)
-    names = [f"<adv_{level + 1}_{code}>" for level, size in enumerate(trie.level_sizes) for code in range(size)]
+    names = [f"<adv_{level + 1}_{code}>" for level, size in enumerate(level_sizes) for code in range(size)]
     tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in names])
     return tokenizer
 
@@ -384,22 +410,46 @@ def _sampler(train: PromptDataset, collator: TreeCollator, cfg: PriorConfig) -> 
     return TokenBatchSampler(lengths, budget=budget, seed=cfg.seed, parts=cfg.trainer.max_epochs)
 
 
-def _fit_lm(
+def fit_lm(
     model: PriorLM,
     train: PromptDataset,
     select: PromptDataset,
-    sampler: TokenBatchSampler,
     collator: TreeCollator,
-    log: Log,
     cfg: PriorConfig,
+    *,
+    user_ids: NDArray[np.generic],
     work_dir: Path,
-) -> tuple[FitResult, PriorLMModule]:
-    steps_a_part = -(-len(sampler) // cfg.trainer.accumulate)
+    probe: PromptDataset | None = None,
+    callbacks: tuple[Callback, ...] = (),
+) -> tuple[FitResult, TokenBatchSampler, dict[str, Any]]:
+    """Train the LM on trees of targets; it ends with the weights of the best part, or of the start if none is better.
+
+    Args:
+        model: trained in place.
+        train: prompts, each seen once.
+        select: prompts that the best part is chosen by.
+        collator: makes the trees over their base scores.
+        cfg: batches, rates, parts.
+        user_ids: of the log, to name the users of a bad batch.
+        work_dir: checkpoints; an interrupted fit goes on from there.
+        probe: prompts that the head is fitted on before the adapters are trained; None starts from a head of zeros.
+        callbacks: further Lightning callbacks.
+
+    Returns:
+        What the fit did (``best_epoch`` -1: it ends where it started), the sampler of its batches, and what it started from: ``select_nll``, and of each level of the
+        probe the NLL before and after and the epoch chosen.
+
+    Raises:
+        UserError: a prompt with its tree is longer than a batch may be.
+        FloatingPointError: loss or gradient became NaN or infinite.
+    """
+    sampler = _sampler(train, collator, cfg)
+    start = _start(model, train, select, collator, cfg, probe=probe, work_dir=work_dir)
     module = PriorLMModule(
         model.train(),
         lora_learning_rate=cfg.lora.learning_rate,
         head_learning_rate=cfg.head.learning_rate,
-        total_steps=cfg.trainer.max_epochs * steps_a_part,
+        total_steps=cfg.trainer.max_epochs * -(-len(sampler) // cfg.trainer.accumulate),
         prompts_per_batch=sampler.mean_batch,
         periods=int(train.targets.period.max()) + 1,
         period_learning_rate=cfg.head.period_learning_rate,
@@ -407,15 +457,38 @@ def _fit_lm(
     train_loader: DataLoader = DataLoader(train, batch_sampler=sampler, collate_fn=collator)
 
     def describe(batch: TreeBatch) -> str:
-        users, periods = log.user_ids[batch.user_B.cpu().numpy()].tolist(), batch.period_B.tolist()
+        users, periods = user_ids[batch.user_B.cpu().numpy()].tolist(), batch.period_B.tolist()
         prompts = (f"{user} as of period {period}" for user, period in zip(users, periods, strict=True))
         return f"prompts of users {', '.join(prompts)}"
 
-    result = fit(
-        module, train_loader, batches(select, collator, cfg.batch_size), cfg.trainer,
-        work_dir=work_dir, seed=cfg.seed, monitor="select_nll", describe=describe,
-    )  # fmt: skip
-    return result, module
+    with _quick_attention(model.decoder, cfg.trainer):
+        result = fit(
+            module, train_loader, batches(select, collator, cfg.batch_size), cfg.trainer,
+            work_dir=work_dir, seed=cfg.seed, monitor="select_nll", callbacks=callbacks, describe=describe,
+        )  # fmt: skip
+    if result.best_score is None or result.best_score > start["select_nll"]:
+        _load_start(model, work_dir)
+        result = replace(result, best_epoch=-1)
+    return result, sampler, start
+
+
+def _without_adapters(decoder: Any) -> PreTrainedModel:
+    """The decoder itself, below peft where it has adapters."""
+    plain: Any = decoder.get_base_model() if isinstance(decoder, PeftModel) else decoder
+    return plain
+
+
+@contextmanager
+def _quick_attention(decoder: Any, cfg: TrainerConfig) -> Iterator[None]:
+    """Train with plain products on a CPU, where the backward pass of the fused attention takes longer."""
+    plain = _without_adapters(decoder)
+    usual = plain.config._attn_implementation
+    on_gpu = cfg.accelerator != "cpu" and torch.cuda.is_available()
+    plain.set_attn_implementation(usual if on_gpu else "eager")
+    try:
+        yield
+    finally:
+        plain.set_attn_implementation(usual)
 
 
 def _start(
@@ -423,29 +496,25 @@ def _start(
     train: PromptDataset,
     select: PromptDataset,
     collator: TreeCollator,
-    log: Log,
     cfg: PriorConfig,
+    *,
+    probe: PromptDataset | None,
     work_dir: Path,
 ) -> dict[str, Any]:
-    """What training starts from: the head's constants, and the head as the frozen model's hidden states fit it.
+    """The head's constants, and the head as the frozen model's hidden states fit it.
 
     Kept in ``work_dir``, so that a fit that goes on starts from the same bytes.
-
-    Returns:
-        NLL of the start on the selection prompts, and what the probe of each level did.
     """
     if not (work_dir / START).exists():
         model.eval()
-        size, probe = 4 * cfg.batch_size, cfg.probe if cfg.probe.prompts else replace(cfg.probe, epochs=0)
-        if cfg.probe.prompts:
-            targets = log.advertiser_targets(cfg.prompt_span(log.split.prior_fit))
-            sample = sample_rows(targets, cfg.probe.prompts, cfg.seed)
-            train = PromptDataset(sample, train.compiler, max_targets=cfg.max_targets, seed=cfg.seed)
-        n_read = min(len(train), cfg.probe.prompts or _STANDARDISE)
-        rows = list(EpochSampler(train, seed=cfg.seed + 1, per_epoch=n_read))
-        states = read_states(model, train, collator, rows=rows, batch_size=size)
+        probed = probe is not None and len(probe) > 0
+        source, n_read = (probe, len(probe)) if probed and probe is not None else (train, min(len(train), _STANDARDISE))
+        rows = list(EpochSampler(source, seed=cfg.seed + 1, per_epoch=n_read))
+        size = 4 * cfg.batch_size
+        states = read_states(model, source, collator, rows=rows, batch_size=size)
         of_select = read_states(model, select, collator, rows=list(range(len(select))), batch_size=size)
-        report = fit_probe(model, states, of_select, probe, cfg.head, seed=cfg.seed)
+        settings = cfg.probe if probed else replace(cfg.probe, epochs=0)
+        report = fit_probe(model, states, of_select, settings, cfg.head, seed=cfg.seed)
         report["select_nll"] = sum(report["nll_after"])
         work_dir.mkdir(parents=True, exist_ok=True)
         trained = {name: value.detach().contiguous() for name, value in model.named_parameters() if value.requires_grad}

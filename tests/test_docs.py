@@ -72,6 +72,7 @@ def test_help_is_there_for_every_command() -> None:
         ["ablate", "prior"],
         ["bench"],
         ["bench", "retrieval"],
+        ["priors", "export"],
     ):
         result = CliRunner().invoke(cli.app, [*names, "--help"])
         assert result.exit_code == 0
