@@ -67,6 +67,8 @@ def test_help_is_there_for_every_command() -> None:
         ["ids", "refit"],
         ["priors"],
         ["priors", "prompt"],
+        ["priors", "explain"],
+        ["priors", "generate"],
     ):
         result = CliRunner().invoke(cli.app, [*names, "--help"])
         assert result.exit_code == 0
