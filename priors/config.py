@@ -173,6 +173,7 @@ class DecodeConfig:
         frontier_floor: pruned prefixes above this probability are stored by themselves.
         exact: widen each list until it is proven to hold the most probable advertisers of all.
         batch_size: prompts decoded at once.
+        shard_users: users of one file of the table.
         every: periods between two forecasts of a user; a request takes the newest one at or before it.
     """
 
@@ -181,6 +182,7 @@ class DecodeConfig:
     frontier_floor: float = 1e-4
     exact: bool = False
     batch_size: int = 16
+    shard_users: int = 10_000
     every: int = 1
 
 
@@ -240,6 +242,7 @@ class PriorConfig:
             "decode.beam": self.decode.beam,
             "decode.top_k": self.decode.top_k,
             "decode.batch_size": self.decode.batch_size,
+            "decode.shard_users": self.decode.shard_users,
             "decode.every": self.decode.every,
         }
         for name, value in positive.items():

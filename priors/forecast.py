@@ -85,7 +85,7 @@ class TableForecast:
         user_B, period_B = np.asarray(user_B, dtype=np.int64), np.asarray(period_B, dtype=np.int64)
         row_B = self.table.find(user_B, period_B)
         as_of_B = (
-            np.where(row_B >= 0, self.table.period_R[np.maximum(row_B, 0)], period_B) if len(self.table) else period_B
+            np.where(row_B >= 0, self.table.decoded_R[np.maximum(row_B, 0)], period_B) if len(self.table) else period_B
         )
         keys = list(zip(user_B.tolist(), as_of_B.tolist(), strict=True))
         missing = sorted(
@@ -116,7 +116,7 @@ class TableForecast:
             dense = self.log_probs(pairs[0, part], pairs[1, part]).astype(np.float64)
             found = row_P[part] >= 0
             as_of = (
-                np.where(found, self.table.period_R[np.maximum(row_P[part], 0)], pairs[1, part])
+                np.where(found, self.table.decoded_R[np.maximum(row_P[part], 0)], pairs[1, part])
                 if len(self.table)
                 else pairs[1, part]
             )
@@ -179,6 +179,21 @@ def distribution_features(
         "prior_mass": np.where(rank_BA < top, prob_BA, 0.0).sum(1)[row_N],
         **prefixes,
     }
+
+
+def among_active(log_prob_BA: NDArray[np.floating], active_BA: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """A forecast among the advertisers that are active, e.g. in the market of a request.
+
+    Args:
+        log_prob_BA: of all advertisers, those outside the beam by back-off (:meth:`TableForecast.log_probs`).
+        active_BA: True where active, ``(B, A)`` or ``(A,)`` for all rows.
+
+    Returns:
+        ``(B, A)``; ``-inf`` for others. The exponentials of a row sum to 1, but for one without anyone active.
+    """
+    kept_BA = np.where(active_BA, log_prob_BA.astype(np.float64), -np.inf)
+    total_B1 = np.logaddexp.reduce(kept_BA, axis=1, keepdims=True)
+    return kept_BA - np.where(np.isfinite(total_B1), total_B1, 0.0)
 
 
 def complete_distribution(

@@ -1,36 +1,42 @@
 """The PriorTable: what was forecast, for whom and when (DESIGN §4).
 
-One row a user and as-of time, Parquet, one file an as-of period:
+One row a user and as-of time; Parquet, ``period=<period>/<shard>.parquet``, rows of a shard in order of users:
 
     user_id, period, as_of           the forecast may be used from the start of ``period`` on
+    decoded_period                   when it was decoded: before ``period`` where nothing happened since
     advertiser_id, log_prob          the advertisers found, best first, with exact log-probabilities
     anchor_log_prob                  what the tuned anchor gives the same advertisers
     level1_log_prob                  every level-1 prefix, in trie order
     frontier_depth, frontier_node,   pruned prefixes above the floor; what remains of a level-1 prefix
     frontier_log_prob                  is its mass without its advertisers and its listed prefixes
+    remainder                        mass of neither an advertiser nor a prefix below level 1 that is listed
     mass                             probability covered by the advertisers found
+    bound, certified                 likeliest pruned prefix, and whether the list is proven to be the best of all
     tokens                           tokens computed for the row
-    trie                             fingerprint of the trie that the nodes are numbered in
+    model, trie                      fingerprints of the forecaster and of the trie that the nodes are numbered in
 
 Shapes: R rows, K advertisers of a row at the most, N level-1 prefixes, F pruned prefixes at the most.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from data.artifacts import fingerprint
+from data.artifacts import fingerprint, make_directory, storage_errors
 from data.errors import LineageError, UserError
 from data.log import Log
 from priors.decode import Decoded
 from semantic_ids.trie import Trie
 
+_KEY = "adsid_shard"
 _LISTS = {
     "advertiser_id": pl.List(pl.Int64),
     "log_prob": pl.List(pl.Float64),
@@ -49,6 +55,7 @@ class PriorTable:
     Attributes:
         user_R: user index; rows are sorted by user, then period.
         period_R: as-of period.
+        decoded_R: period of decoding, the same or an earlier one.
         advertiser_RK: advertiser indexes, best first; -1 pads.
         log_prob_RK: their log-probabilities; ``-inf`` pads.
         anchor_log_prob_RK: the anchor's.
@@ -56,11 +63,12 @@ class PriorTable:
         frontier_depth_RF, frontier_node_RF: pruned prefixes; depth 0 pads.
         frontier_log_prob_RF: their log-probabilities.
         tokens_R: tokens computed.
-        trie: fingerprint of the trie that the nodes are numbered in; None in a table of an older adsid.
+        trie: fingerprint of the trie that the nodes are numbered in.
     """
 
     user_R: NDArray[np.int64]
     period_R: NDArray[np.int64]
+    decoded_R: NDArray[np.int64]
     advertiser_RK: NDArray[np.int64]
     log_prob_RK: NDArray[np.float64]
     anchor_log_prob_RK: NDArray[np.float64]
@@ -74,11 +82,15 @@ class PriorTable:
     def __len__(self) -> int:
         return len(self.user_R)
 
+    @cached_property
+    def _key(self) -> tuple[int, NDArray[np.int64]]:
+        span = int(self.period_R.max(initial=0)) + 2
+        return span, self.user_R * span + self.period_R
+
     def find(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> NDArray[np.int64]:
         """Row of each user's newest forecast with an as-of period at or before the given one; -1 for none."""
-        span = max(int(self.period_R.max(initial=0)), int(np.max(period_B, initial=0))) + 1
-        key_R = self.user_R * span + self.period_R
-        key_B = np.asarray(user_B, dtype=np.int64) * span + np.asarray(period_B, dtype=np.int64)
+        span, key_R = self._key
+        key_B = np.asarray(user_B, dtype=np.int64) * span + np.minimum(period_B, span - 1)
         row_B = np.searchsorted(key_R, key_B, side="right") - 1
         same_user = (
             (row_B >= 0) & (self.user_R[np.maximum(row_B, 0)] == user_B) if len(self) else np.zeros(len(key_B), bool)
@@ -106,22 +118,8 @@ class PriorTable:
             UserError: there is no table, or it is damaged.
             LineageError: its files were made with different IDs.
         """
-        files = sorted(directory.glob("as_of=*.parquet"))
-        if not files:
-            raise UserError(
-                f"priors in {directory}",
-                expected="files as_of=<period>.parquet",
-                action="make the forecasts first: adsid run, or train.py stage=priors",
-            )
-        try:
-            frame = pl.concat([pl.read_parquet(file) for file in files], how="diagonal")
-        except (pl.exceptions.PolarsError, OSError) as error:
-            raise UserError(
-                f"priors in {directory}",
-                expected="whole Parquet files",
-                action=f"remove the directory and run again ({error})",
-            ) from error
-        tries = frame["trie"].unique().to_list() if "trie" in frame.columns else [None]
+        frame = read_frame(directory)
+        tries = frame["trie"].unique().to_list()
         if len(tries) > 1:
             raise LineageError(
                 f"priors in {directory}, decoded with {len(tries)} different tables of advertiser IDs",
@@ -136,6 +134,7 @@ class PriorTable:
         return cls(
             user_R=frame["user"].to_numpy().astype(np.int64),
             period_R=frame["period"].to_numpy().astype(np.int64),
+            decoded_R=frame["decoded_period"].to_numpy().astype(np.int64),
             advertiser_RK=_pad(indexes, -1).astype(np.int64),
             log_prob_RK=_pad(lists["log_prob"], -np.inf),
             anchor_log_prob_RK=_pad(lists["anchor_log_prob"], -np.inf),
@@ -153,27 +152,51 @@ def trie_version(trie: Trie) -> str:
     return fingerprint([trie.level_sizes, trie.child_code, trie.leaf_ptr, trie.leaf_advertiser])
 
 
-def write_shard(
-    path: Path,
-    log: Log,
-    user_R: NDArray[np.integer],
-    period: int,
-    decoded: Sequence[Decoded],
-    *,
-    trie: str | None = None,
-) -> None:
-    """Write the forecasts of one as-of period.
+def shard_files(directory: Path, folder: str = "period=*") -> list[Path]:
+    """The shards of a table, or of one of its folders, in order of as-of and number."""
+    return sorted(directory.glob(f"{folder}/*.parquet"))
+
+
+def read_frame(directory: Path, folder: str = "period=*") -> pl.DataFrame:
+    """All rows of a table, or of one of its folders, by shard.
+
+    Raises:
+        UserError: there is no table, or a shard is damaged.
+    """
+    files = shard_files(directory, folder)
+    if not files:
+        raise UserError(
+            f"priors in {directory}",
+            expected="files period=<period>/<shard>.parquet",
+            action="make the forecasts first: adsid priors generate, or adsid run run.until=forecasts",
+        )
+    frames = []
+    for file in files:
+        try:
+            frames.append(pl.read_parquet(file))
+        except (pl.exceptions.PolarsError, OSError) as error:
+            raise UserError(
+                f"{file}, which cannot be read",
+                expected="a whole Parquet file; it was cut short or overwritten",
+                action="run the job that wrote it again: it makes such shards anew and keeps all others",
+            ) from error
+    return pl.concat(frames)
+
+
+def frame_of(
+    log: Log, user_R: NDArray[np.integer], period: int, decoded: Sequence[Decoded], *, trie: str, model: str
+) -> pl.DataFrame:
+    """Forecasts of one as-of period as rows of a table.
 
     Args:
-        path: the Parquet file.
         log: gives the ids.
         user_R: user of each forecast.
         period: its start is the as-of time.
         decoded: the forecasts.
         trie: :func:`trie_version` of the trie they were decoded in.
+        model: what tells the forecaster from others.
     """
     ids = log.advertiser_ids
-    dtype = pl.List(log.tables.advertisers.schema["advertiser_id"])
     columns = {
         "advertiser_id": [ids[one.advertiser_K].tolist() for one in decoded],
         "log_prob": [one.log_prob_K.tolist() for one in decoded],
@@ -183,21 +206,56 @@ def write_shard(
         "frontier_node": [one.frontier_node_F.tolist() for one in decoded],
         "frontier_log_prob": [one.frontier_log_prob_F.tolist() for one in decoded],
     }
-    schema = {**_LISTS, "advertiser_id": dtype}
-    frame = pl.DataFrame(
+    schema = {**_LISTS, "advertiser_id": pl.List(log.tables.advertisers.schema["advertiser_id"])}
+    n = len(decoded)
+    return pl.DataFrame(
         [
-            pl.Series("user_id", log.user_ids[user_R]),
-            pl.Series("period", [period] * len(decoded), dtype=pl.Int32),
-            pl.Series("as_of", [log.calendar.start(period)] * len(decoded), dtype=pl.Datetime("us")),
+            pl.Series("user_id", log.user_ids[user_R], dtype=log.tables.users.schema["user_id"]),
+            pl.Series("period", [period] * n, dtype=pl.Int32),
+            pl.Series("as_of", [log.calendar.start(period)] * n, dtype=pl.Datetime("us")),
+            pl.Series("decoded_period", [period] * n, dtype=pl.Int32),
             *(pl.Series(name, values, dtype=schema[name]) for name, values in columns.items()),
+            pl.Series("remainder", [one.remainder for one in decoded], dtype=pl.Float64),
             pl.Series("mass", [one.mass for one in decoded], dtype=pl.Float64),
+            pl.Series("bound", [one.bound for one in decoded], dtype=pl.Float64),
+            pl.Series("certified", [one.certified for one in decoded], dtype=pl.Boolean),
             pl.Series("tokens", [one.tokens for one in decoded], dtype=pl.Int32),
-            pl.Series("trie", [trie] * len(decoded), dtype=pl.String),
+            pl.Series("model", [model] * n, dtype=pl.String),
+            pl.Series("trie", [trie] * n, dtype=pl.String),
         ]
     )
+
+
+def write_shard(path: Path, frame: pl.DataFrame, *, key: str) -> None:
+    """Write rows whole or not at all.
+
+    Args:
+        path: the Parquet file; its folder is made.
+        frame: the rows.
+        key: what the shard was made of, for :func:`is_shard`.
+
+    Raises:
+        UserError: the disk is full or the place cannot be written to.
+    """
+    make_directory(path.parent)
     temporary = path.with_suffix(".tmp")
-    frame.write_parquet(temporary)
-    temporary.replace(path)
+    with storage_errors(path):
+        try:
+            frame.write_parquet(temporary, metadata={_KEY: key})
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def is_shard(path: Path, *, key: str) -> bool:
+    """Whether a file is a whole shard made of just that."""
+    try:
+        whole = pl.read_parquet_metadata(path).get(_KEY) == key
+        return whole and pl.scan_parquet(path).select(pl.len()).collect().item() >= 0
+    except (pl.exceptions.PolarsError, OSError):
+        return False
 
 
 def _pad(rows: Sequence[Sequence[float]], value: float) -> NDArray[np.float64]:

@@ -73,6 +73,8 @@ def test_help_is_there_for_every_command() -> None:
         ["bench"],
         ["bench", "retrieval"],
         ["priors", "export"],
+        ["priors", "explain"],
+        ["priors", "generate"],
     ):
         result = CliRunner().invoke(cli.app, [*names, "--help"])
         assert result.exit_code == 0

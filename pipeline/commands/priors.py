@@ -7,16 +7,18 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.terminal import Debug, guarded
+from pipeline.commands.terminal import Debug, guarded, terminal_overrides
 
 app = typer.Typer(
     name="priors",
-    help="The forecaster: what it reads about a user, and the fitted one as a plain causal LM.",
+    help="The forecaster: what it reads about a user, what it forecasts, for many users, and the LM by itself.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Examples:\n\n"
     "  adsid priors prompt --run runs/quickstart --user 1 --as-of 43\n\n"
+    "  adsid priors explain --run runs/quickstart --user 1 --as-of 43\n\n"
+    "  adsid priors generate --run runs/quickstart --out priors/today\n\n"
     "  adsid priors export --run runs/quickstart --out exported",
 )
 
@@ -60,6 +62,104 @@ def priors_prompt(
             typer.echo(encoder.dumps(to_plain(shown), indent=1, ensure_ascii=False))
             return
         Console(soft_wrap=True).print(to_console(shown), highlight=False)
+
+    guarded(work, debug=debug or bool(context.obj))
+
+
+FittedRun = Annotated[Path, typer.Option("--run", metavar="DIR", help="The folder of a run whose stage prior is done.")]
+
+
+@app.command(
+    "explain",
+    epilog="Examples:\n\n"
+    "  adsid priors explain --run runs/quickstart --user 1 --as-of 43\n\n"
+    "  adsid priors explain --run runs/quickstart --user 1 --as-of 2017-10-16 --top-k all --json\n\n"
+    "The list is proven to hold the most probable advertisers of all; probabilities are exact.",
+)
+def priors_explain(
+    context: typer.Context,
+    run: FittedRun,
+    user: Annotated[str, typer.Option(help="Id of the user, as in the tables.")],
+    as_of: Annotated[str, typer.Option("--as-of", metavar="T", help="A date, e.g. 2017-10-16, or a period's number.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="prior.decode.key=value, beside what the run's config.yaml says.")
+    ] = None,
+    top_k: Annotated[str, typer.Option("--top-k", metavar="K|all", help="Length of the list.")] = "10",
+    json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show a user's forecast: prompt, token ids, advertisers with IDs and probabilities, the LM's part in them."""
+
+    def work() -> None:
+        import json as encoder
+
+        from rich.console import Console
+
+        from data.artifacts import to_plain
+        from pipeline.explain import explain, to_console
+
+        explained = explain(run.expanduser(), user, as_of, top_k, overrides or [])
+        if json:
+            typer.echo(encoder.dumps(to_plain(explained), indent=1, ensure_ascii=False))
+            return
+        Console(soft_wrap=True).print(to_console(explained), highlight=False)
+
+    guarded(work, debug=debug or bool(context.obj))
+
+
+@app.command(
+    "generate",
+    epilog="Examples:\n\n"
+    "  adsid priors generate --run runs/quickstart --out priors/all\n\n"
+    "  adsid priors generate --run runs/quickstart --out priors/today --as-of 46 --incremental prior.panel=null\n\n"
+    "  adsid priors generate --run runs/quickstart --out priors/all --engine ray --workers 2\n\n"
+    "Killed at any moment, the same command goes on and ends with the same files.",
+)
+def priors_generate(
+    context: typer.Context,
+    run: FittedRun,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the table; as-of periods it has stay.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="prior.decode.key=value, prior.panel=null for all users; beside the run's config.yaml."),
+    ] = None,
+    as_of: Annotated[
+        list[str] | None,
+        typer.Option("--as-of", metavar="T", help="A date or a period, as often as wanted; else the run's schedule."),
+    ] = None,
+    incremental: Annotated[
+        bool, typer.Option("--incremental", help="Carry over users without an event since the last as-of in the table.")
+    ] = False,
+    engine: Annotated[str, typer.Option(help="local, or ray (pip install 'adsid[ray]').")] = "local",
+    workers: Annotated[int, typer.Option(help="Workers of Ray.")] = 2,
+    price: Annotated[float, typer.Option(help="Of an hour of the machine, for the cost sheet.")] = 1.0,
+    json: Annotated[bool, typer.Option("--json", help="Print the cost sheet as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Forecast the users of a run shard by shard into a table, and say what it cost."""
+
+    def work() -> None:
+        import json as encoder
+
+        from rich.console import Console
+
+        from data.artifacts import to_plain
+        from pipeline.forecasts import JobConfig, cost_to_console, generate
+
+        job = JobConfig(
+            out=out.expanduser(),
+            as_of=tuple(as_of or ()),
+            engine=engine,
+            workers=workers,
+            incremental=incremental,
+            price=price,
+            progress_bar=not terminal_overrides(),
+        )
+        sheet = generate(run.expanduser(), job, overrides or [])
+        if json:
+            typer.echo(encoder.dumps(to_plain(sheet), indent=1))
+            return
+        Console(soft_wrap=True).print(cost_to_console(sheet, job), highlight=False)
 
     guarded(work, debug=debug or bool(context.obj))
 

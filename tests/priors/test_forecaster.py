@@ -284,11 +284,11 @@ def test_a_finished_as_of_file_is_not_made_again(fitted: Fitted, tmp_path: Path)
     (tmp_path / "out").mkdir()
     arguments = {"out_dir": tmp_path / "out", "work_dir": tmp_path / "work"}
     generate_priors(fitted.prior, fitted.log, fitted.cfg, **arguments)
-    first = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
-    (tmp_path / "work" / "shards" / "as_of=0009.parquet").unlink()
+    first = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*.parquet")}
+    (tmp_path / "work" / "shards" / "period=0009" / "00000.parquet").unlink()
     metrics = generate_priors(fitted.prior, fitted.log, fitted.cfg, **arguments)
     assert metrics["forecasts_made"] == 20
-    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == first
+    assert {file: file.read_bytes() for file in (tmp_path / "out").rglob("*.parquet")} == first
 
 
 BAD_CONFIGS = [

@@ -242,8 +242,8 @@ def test_forecasts_made_before_are_refused_and_made_anew_they_cover_all(
     log_prob_BA = forecast.log_probs(tables["after"].user_R, tables["after"].period_R)
     assert log_prob_BA.shape[1] == 34
     np.testing.assert_allclose(np.exp(log_prob_BA).sum(1), 1.0, atol=1e-4)
-    for file in (tmp_path / "before").glob("*.parquet"):
-        shutil.copy2(file, tmp_path / "after" / f"as_of=00{file.name.removeprefix('as_of=')}")
+    for folder in (tmp_path / "before").iterdir():
+        shutil.copytree(folder, tmp_path / "after" / f"period=9{folder.name[-3:]}")
     with pytest.raises(LineageError, match="2 different tables"):
         PriorTable.load(tmp_path / "after", grown.log)
 

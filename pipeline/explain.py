@@ -1,0 +1,150 @@
+"""One forecast with all that is behind it, as ``adsid priors explain`` shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from data.artifacts import to_plain
+from data.errors import UserError
+from pipeline.forecasts import open_prior
+from pipeline.prompts import period_of, user_of
+from priors.decode import TreeDecoder
+
+
+@dataclass(frozen=True)
+class ExplainedAdvertiser:
+    """One advertiser of a forecast.
+
+    Attributes:
+        advertiser_id, name: as in the tables.
+        id_tokens, token_ids: its semantic ID, by name and as the model reads it.
+        log_prob: its exact log-probability.
+        anchor_log_prob: what the tuned anchor alone gives it.
+        lm_share: log_prob - anchor_log_prob: what the LM makes of it.
+    """
+
+    advertiser_id: Any
+    name: str | None
+    id_tokens: list[str]
+    token_ids: list[int]
+    log_prob: float
+    anchor_log_prob: float
+    lm_share: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A forecast with all that is behind it.
+
+    Attributes:
+        user, period, as_of: of whom and when.
+        prompt, token_ids: what the LM read.
+        mass: probability of the advertisers listed.
+        certified: whether they are proven to be the most probable ones.
+        anchor_share: how much of the list's mass the anchor alone gives to the same advertisers.
+        divergence: Kullback-Leibler divergence of the listed part from the anchor, in nats: what the LM has changed.
+        advertisers: best first.
+    """
+
+    user: str
+    period: int
+    as_of: str
+    prompt: str
+    token_ids: list[int]
+    mass: float
+    certified: bool
+    anchor_share: float
+    divergence: float
+    advertisers: list[ExplainedAdvertiser]
+
+
+def explain(run: Path, user: str, as_of: str, top_k: str = "10", overrides: Sequence[str] = ()) -> Explanation:
+    """One forecast, decoded anew.
+
+    Args:
+        run: directory of a run whose stage prior is done.
+        user: the id.
+        as_of: a date or a period.
+        top_k: length of the list, or ``all`` to score every advertiser.
+        overrides: of single keys.
+
+    Raises:
+        UserError: no such run, user or time, or a list of no length.
+    """
+    if top_k != "all" and not (top_k.isdecimal() and int(top_k) > 0):
+        raise UserError(f"--top-k {top_k}", expected="a whole number, at least 1, or all", action="give one of them")
+    config, log, prior = open_prior(run, overrides)
+    index, period = user_of(log, user), period_of(log, as_of)
+    prompt = prior.compiler.compile(index, period)
+    cfg, trie = config.prior.decode, prior.base.trie
+    if top_k != "all":
+        cfg = replace(cfg, top_k=int(top_k), exact=True)
+    decoder = TreeDecoder(prior.model, prior.base, prior.calibration, cfg)
+    asked = [prompt.token_ids], np.array([index]), np.array([period])
+    if top_k == "all":
+        scored, anchors = decoder.score(*asked, [np.arange(trie.n_advertisers)])[0]
+        advertisers = np.argsort(-scored, kind="stable")
+        log_prob_K, anchor_K, certified = scored[advertisers], anchors[advertisers], True
+    else:
+        one = decoder.decode(*asked)[0]
+        advertisers, log_prob_K, anchor_K = one.advertiser_K, one.log_prob_K, one.anchor_log_prob_K
+        certified = one.certified
+    tables, ids, offset = log.tables.advertisers, prior.compiler.ids, np.cumsum([0, *trie.level_sizes[:-1]])
+    names = tables["name"].to_list() if "name" in tables.columns else [None] * trie.n_advertisers
+    listed = [
+        ExplainedAdvertiser(
+            advertiser_id=to_plain(log.advertiser_ids[advertiser]),
+            name=names[advertiser],
+            id_tokens=list(ids.tokens(int(advertiser))),
+            token_ids=(prior.compiler.first_id_token + offset + ids.codes_AL[advertiser]).tolist(),
+            log_prob=float(log_prob),
+            anchor_log_prob=float(anchor),
+            lm_share=float(log_prob - anchor),
+        )
+        for advertiser, log_prob, anchor in zip(advertisers, log_prob_K, anchor_K, strict=True)
+    ]
+    prob_K = np.exp(log_prob_K)
+    return Explanation(
+        user=user,
+        period=period,
+        as_of=f"{log.calendar.start(period):%Y-%m-%d}",
+        prompt=prior.compiler.text(prompt),
+        token_ids=prompt.token_ids.tolist(),
+        mass=float(prob_K.sum()),
+        certified=certified,
+        anchor_share=float(np.exp(anchor_K).sum()),
+        divergence=float((prob_K * (log_prob_K - anchor_K)).sum()),
+        advertisers=listed,
+    )
+
+
+def to_console(explained: Explanation) -> Group:
+    """The forecast for people."""
+    table = Table("advertiser", "name", "ID", "probability", "anchor", "LM / anchor")
+    for column in table.columns[3:]:
+        column.justify = "right"
+    for one in explained.advertisers:
+        prob, anchor = np.exp(one.log_prob), np.exp(one.anchor_log_prob)
+        ratio = f"{np.exp(one.lm_share):.2f}"
+        table.add_row(
+            str(one.advertiser_id), one.name or "-", " ".join(one.id_tokens), f"{prob:.4f}", f"{anchor:.4f}", ratio
+        )
+    proven = "proven to be the most probable" if explained.certified else "not proven to be the most probable"
+    return Group(
+        Text(f"user {explained.user}, as of {explained.as_of} (start of period {explained.period})\n"),
+        Text(explained.prompt),
+        Text("\ntoken ids: " + " ".join(map(str, explained.token_ids)) + "\n"),
+        table,
+        Text(
+            f"{len(explained.advertisers)} advertisers, {proven}: {explained.mass:.3f} of the probability "
+            f"({explained.anchor_share:.3f} by the anchor alone; the LM moves it by {explained.divergence:.4f} nat)"
+        ),
+    )

@@ -1,0 +1,211 @@
+"""``adsid priors generate`` and ``explain`` on a finished run of a tiny forecaster."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from typer.testing import CliRunner, Result
+
+import cli
+from data.errors import LineageError, UserError
+from pipeline.config import AdsidConfig, save
+from pipeline.engine import locked
+from pipeline.forecasts import JobConfig, generate, open_prior
+from priors.base_model import load_base_model
+from priors.config import BaseModelConfig, DecodeConfig
+from priors.fit import fit_prior
+from priors.lookup import PriorLookup
+from priors.table import shard_files
+from tests.logs import tiny_config, tiny_log
+from tests.priors.conftest import random_ids, tiny_prior_config
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose stage prior is done, for 20 users at three as-of times."""
+    directory = tmp_path_factory.mktemp("run")
+    log = tiny_log(directory)
+    (directory / "tables").rename(directory / "data")
+    cfg = tiny_prior_config(
+        base=BaseModelConfig("packaged:tiny", dtype="float32"),
+        decode=DecodeConfig(beam=4, top_k=6, batch_size=8, shard_users=6, every=2),
+    )
+    ids = random_ids(log)
+    prior, _ = fit_prior(log, ids, cfg, work_dir=directory / "work")
+    for name in ("semantic_ids", "prior"):
+        (directory / name).mkdir()
+    ids.save(directory / "semantic_ids")
+    prior.save(directory / "prior")
+    save(AdsidConfig(experiment="smoke", data=tiny_config(), prior=cfg), directory / "config.yaml")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def table(run: Path) -> Path:
+    generate(run, JobConfig(run / "table"))
+    return run / "table"
+
+
+def adsid(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.app, ["priors", *map(str, arguments)])
+
+
+def bytes_of(directory: Path) -> dict[str, bytes]:
+    return {file.relative_to(directory).as_posix(): file.read_bytes() for file in shard_files(directory)}
+
+
+def test_generate_says_what_it_cost_and_leaves_a_table_with_its_lookup(run: Path, table: Path, tmp_path: Path) -> None:
+    result = adsid("generate", "--run", run, "--out", tmp_path / "out", "--price", 3.6, "--json")
+    assert result.exit_code == 0, result.output
+    sheet = json.loads(result.stdout)
+    assert (sheet["users"], sheet["periods"], sheet["decoded"], sheet["kept_shards"]) == (20, 3, 60, 0)
+    assert sheet["price_per_million"] == pytest.approx(sheet["seconds_per_million"] / 1000)
+    assert sheet["tokens_per_user"] > 10
+    assert bytes_of(tmp_path / "out") == bytes_of(table)
+    assert len(PriorLookup(tmp_path / "out")) == 60
+    again = adsid("generate", "--run", run, "--out", tmp_path / "out")
+    assert again.exit_code == 0
+    assert "12" in again.output  # shards that were there
+
+
+def test_killed_it_goes_on_and_ends_with_the_same_bytes(run: Path, table: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cli", "priors", "generate", "--run", str(run), "--out", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    while child.poll() is None and len(shard_files(tmp_path)) < 2:
+        time.sleep(0.002)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert 2 <= len(shard_files(tmp_path)) < 12
+    sheet = generate(run, JobConfig(tmp_path))
+    assert 2 <= sheet.kept_shards < 12
+    assert bytes_of(tmp_path) == bytes_of(table)
+
+
+def test_as_of_times_are_added_to_a_table(run: Path, table: Path, tmp_path: Path) -> None:
+    generate(run, JobConfig(tmp_path, as_of=("7",)))
+    sheet = generate(run, JobConfig(tmp_path, as_of=("2024-02-26",), incremental=True))
+    assert {file.parent.name for file in shard_files(tmp_path)} == {"period=0007", "period=0009"}
+    assert sheet.decoded + sheet.carried == 20
+    assert len(PriorLookup(tmp_path)) == 40
+
+
+def test_a_second_job_on_one_table_is_refused(run: Path, tmp_path: Path) -> None:
+    with locked(tmp_path):
+        result = adsid("generate", "--run", run, "--out", tmp_path)
+    assert result.exit_code == 2
+    assert str(os.getpid()) in result.stderr
+
+
+def test_a_table_of_another_decoding_is_not_mixed(run: Path, table: Path) -> None:
+    with pytest.raises(LineageError, match="another decode"):
+        generate(run, JobConfig(table), ["prior.decode.beam=7"])
+
+
+BAD = [
+    (["generate", "--engine", "spark"], "--engine spark"),
+    (["generate", "--workers", "0"], "--workers 0"),
+    (["generate", "--as-of", "77"], "--as-of 77"),
+    (["explain", "--user", "u001", "--as-of", "9", "--top-k", "0"], "--top-k 0"),
+    (["explain", "--user", "nobody", "--as-of", "9"], "--user nobody"),
+    (["explain", "--user", "u001", "--as-of", "soon"], "--as-of soon"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD)
+def test_bad_requests_are_told(run: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    extra = ["--out", tmp_path] if arguments[0] == "generate" else []
+    result = adsid(arguments[0], "--run", run, *extra, *arguments[1:])
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_a_run_without_a_forecaster_is_told(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
+    with pytest.raises(UserError, match="without data, semantic_ids, prior"):
+        generate(tmp_path, JobConfig(tmp_path / "out"))
+
+
+@torch.no_grad()
+def teacher_forced(run: Path, user: str, period: int, token_ids: list[int]) -> np.ndarray:
+    """Log-probability of every advertiser through the base model with its adapter, as anybody loads them.
+
+    One sequence a prefix, the head from its file by hand, legal children from the table of codes.
+    """
+    plain, state = json.loads((run / "prior" / "prior.json").read_text()), load_file(run / "prior" / "head.safetensors")
+    base_decoder = load_base_model(BaseModelConfig("packaged:tiny", dtype="float32")).decoder
+    decoder = PeftModel.from_pretrained(base_decoder, str(run / "prior" / "adapter")).eval()
+    _, log, prior = open_prior(run)
+    codes_AL, sizes = prior.compiler.ids.codes_AL, prior.compiler.ids.level_sizes
+    index = np.flatnonzero(log.user_ids == user)
+    base = prior.base.child_scores(index, np.array([period]))
+    words = base_decoder.get_input_embeddings()(torch.tensor(token_ids))
+    log_prob_A = np.zeros(len(codes_AL))
+    for level, size in enumerate(sizes):
+        for prefix in np.unique(codes_AL[:, :level], axis=0):
+            below = np.flatnonzero((codes_AL[:, :level] == prefix).all(1))
+            rows = torch.from_numpy(prefix + np.cumsum([0, *sizes])[:level])
+            sequence = torch.cat([words, state["id_rows"][rows]])[None]
+            hidden_H = decoder(inputs_embeds=sequence).last_hidden_state[0, -1]
+            unit_H = (hidden_H - state["head.mean_LH"][level]) / state["head.scale_L"][level]
+            logit_V = (state[f"head.codes_{level}"] @ (state[f"head.projections.{level}"] @ unit_H)).numpy()
+            legal, score = np.unique(codes_AL[below, level]), np.full(size, -np.inf)
+            for code in legal:
+                node = prior.base.trie.path_AL[below[codes_AL[below, level] == code][0], level]
+                score[code] = plain["calibration"]["lm_weight"][level] * logit_V[code]
+                score[code] += plain["calibration"]["base_exponent"][level] * base[level][0, node]
+            log_prob_A[below] += (score - np.logaddexp.reduce(score))[codes_AL[below, level]]
+    return log_prob_A
+
+
+def test_explain_agrees_with_teacher_forcing_by_hand(run: Path) -> None:
+    for user, period in (("u003", 9),):
+        result = adsid("explain", "--run", run, "--user", user, "--as-of", period, "--top-k", "all", "--json")
+        assert result.exit_code == 0, result.output
+        explained = json.loads(result.stdout)
+        forced_A = teacher_forced(run, user, period, explained["token_ids"])
+        assert np.exp(forced_A).sum() == pytest.approx(1.0, abs=1e-5)
+        assert explained["mass"] == pytest.approx(1.0, abs=1e-5)
+        listed = [one["advertiser_id"] for one in explained["advertisers"]]
+        assert sorted(listed) == list(range(100, 130))
+        for one in explained["advertisers"]:
+            assert one["log_prob"] == pytest.approx(forced_A[one["advertiser_id"] - 100], abs=1e-4)
+        best = json.loads(adsid("explain", "--run", run, "--user", user, "--as-of", period, "--json").stdout)
+        assert best["certified"]
+        assert [one["advertiser_id"] for one in best["advertisers"]] == listed[:10]
+        assert best["advertisers"][0].keys() == explained["advertisers"][0].keys() >= {
+            "advertiser_id", "name", "id_tokens", "token_ids", "log_prob", "anchor_log_prob"
+        }  # fmt: skip
+
+
+def test_explain_shows_words_ids_and_whether_the_list_is_proven(run: Path) -> None:
+    result = adsid("explain", "--run", run, "--user", "u003", "--as-of", "2024-02-26", "--top-k", 3)
+    assert result.exit_code == 0, result.output
+    assert "3 advertisers, proven to be the most probable" in result.output
+    assert "bought :" in result.output
+
+
+@pytest.mark.slow
+def test_ray_makes_the_same_table(run: Path, table: Path, tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        sheet = generate(run, JobConfig(tmp_path, engine="ray", workers=2))
+        assert (sheet.decoded, sheet.kept_shards) == (60, 0)
+        assert bytes_of(tmp_path) == bytes_of(table)
+        assert generate(run, JobConfig(tmp_path, engine="ray", workers=2)).kept_shards == 12
+    finally:
+        ray.shutdown()

@@ -1,0 +1,162 @@
+"""The batch job: what is there stays, what is missing is made, and rows are carried over."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from data.errors import UserError
+from priors.config import DecodeConfig
+from priors.decode import TreeDecoder
+from priors.generate import ShardMaker, common_beginning, model_version, run_job
+from priors.table import PriorTable, shard_files
+from tests.priors.conftest import Fitted
+
+USERS, PERIODS = np.arange(14), [7, 8]
+SMALL = DecodeConfig(beam=3, top_k=5, batch_size=4, shard_users=5)
+
+
+def maker_of(fitted: Fitted, *, incremental: bool = False, **changes: Any) -> ShardMaker:
+    cfg = replace(fitted.cfg, decode=replace(SMALL, **changes))
+    return ShardMaker(fitted.prior, fitted.log, cfg, incremental)
+
+
+def bytes_of(directory: Path) -> dict[str, bytes]:
+    return {file.relative_to(directory).as_posix(): file.read_bytes() for file in shard_files(directory)}
+
+
+@pytest.fixture(scope="module")
+def whole(fitted: Fitted, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("whole")
+    cost = run_job(maker_of(fitted), USERS, PERIODS, directory)
+    assert (cost.decoded, cost.carried, cost.kept, cost.damaged) == (28, 0, 0, 0)
+    assert cost.tokens > 28
+    return directory
+
+
+def test_shards_are_of_so_many_users_and_all_are_there(fitted: Fitted, whole: Path) -> None:
+    names = [f"period=000{period}/0000{number}.parquet" for period in PERIODS for number in range(3)]
+    assert [*bytes_of(whole)] == names
+    table = PriorTable.load(whole, fitted.log)
+    np.testing.assert_array_equal(table.user_R, np.repeat(USERS, 2))
+    np.testing.assert_array_equal(table.decoded_R, table.period_R)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.999])
+def test_what_is_missing_or_cut_short_is_made_again_with_the_same_bytes(
+    fitted: Fitted, whole: Path, tmp_path: Path, share: float
+) -> None:
+    run_job(maker_of(fitted), USERS, PERIODS, tmp_path)
+    files = shard_files(tmp_path)
+    files[1].unlink()
+    files[4].write_bytes(files[4].read_bytes()[: int(share * files[4].stat().st_size)])
+    (files[0].with_suffix(".tmp")).write_bytes(b"what a killed job left")
+    cost = run_job(maker_of(fitted), USERS, PERIODS, tmp_path)
+    assert (cost.kept, cost.damaged) == (4, 1)
+    assert bytes_of(tmp_path) == bytes_of(whole)
+
+
+def test_shards_of_another_decoding_or_of_other_events_are_made_anew(fitted: Fitted, tmp_path: Path) -> None:
+    run_job(maker_of(fitted), USERS[:5], [7], tmp_path)
+    assert run_job(maker_of(fitted), USERS[:5], [7], tmp_path).kept == 1
+    assert run_job(maker_of(fitted, beam=4), USERS[:5], [7], tmp_path).damaged == 1
+    late = replace(fitted.log, events=fitted.log.events.select(np.arange(3, len(fitted.log.events))))
+    assert run_job(replace(maker_of(fitted, beam=4), log=late), USERS[:5], [7], tmp_path).damaged == 1
+
+
+def test_an_incremental_job_decodes_those_with_new_events_and_carries_over_the_others(
+    fitted: Fitted, whole: Path, tmp_path: Path
+) -> None:
+    run_job(maker_of(fitted), USERS, PERIODS[:1], tmp_path)
+    cost = run_job(maker_of(fitted, incremental=True), USERS, PERIODS[1:], tmp_path)
+    events = fitted.log.events
+    active = np.intersect1d(USERS, events.user[events.period == 7])
+    assert 0 < len(active) < len(USERS)
+    assert (cost.decoded, cost.carried) == (len(active), len(USERS) - len(active))
+    table, every = PriorTable.load(tmp_path, fitted.log), PriorTable.load(whole, fitted.log)
+    np.testing.assert_array_equal(table.user_R, every.user_R)
+    for user in USERS:
+        row = int(table.find(np.array([user]), np.array([8]))[0])
+        assert table.decoded_R[row] == (8 if user in active else 7)
+        source = int(every.find(np.array([user]), table.decoded_R[[row]])[0])
+        np.testing.assert_array_equal(table.advertiser_RK[row], every.advertiser_RK[source])
+        np.testing.assert_allclose(
+            table.log_prob_RK[row], every.log_prob_RK[source], atol=1e-3
+        )  # other company in the batch
+    again = bytes_of(tmp_path)
+    shard_files(tmp_path)[-1].unlink()
+    assert run_job(maker_of(fitted, incremental=True), USERS, PERIODS[1:], tmp_path).kept == 2
+    assert bytes_of(tmp_path) == again
+
+
+def test_a_user_who_was_not_in_the_last_table_is_decoded(fitted: Fitted, tmp_path: Path) -> None:
+    run_job(maker_of(fitted), USERS[:5], [7], tmp_path)
+    cost = run_job(maker_of(fitted, incremental=True), USERS, [8], tmp_path)
+    assert cost.decoded + cost.carried == 14
+    assert cost.carried < 5
+
+
+def test_a_full_disk_is_told_and_loses_nothing(
+    fitted: Fitted, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, calls = pl.DataFrame.write_parquet, 0
+
+    def full(self: pl.DataFrame, file: Any, **options: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            Path(file).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "no space left on device")
+        write(self, file, **options)
+
+    monkeypatch.setattr(pl.DataFrame, "write_parquet", full)
+    with pytest.raises(UserError, match="no space left"):
+        run_job(maker_of(fitted), USERS, PERIODS, tmp_path)
+    done = bytes_of(tmp_path)
+    assert len(done) == 3
+    assert not [*tmp_path.rglob("*.tmp")]
+    assert run_job(maker_of(fitted), USERS, PERIODS, tmp_path).kept == 3
+    assert bytes_of(tmp_path) == bytes_of(whole)
+
+
+def test_a_shared_beginning_is_read_once(fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All prompts of one as-of time begin with the month."""
+    seen: list[int] = []
+    begin = TreeDecoder.decode
+
+    def decode(self: TreeDecoder, prompts: Sequence[np.ndarray], *rest: Any, **options: Any) -> Any:
+        seen.append(len(self.reader._prefix_of(prompts)[0]))  # type: ignore[union-attr]
+        return begin(self, prompts, *rest, **options)
+
+    monkeypatch.setattr(TreeDecoder, "decode", decode)
+    run_job(maker_of(fitted), USERS[:5], [7], tmp_path)
+    assert min(seen) > 0
+
+
+PREFIXES = [
+    ([[1, 2, 3], [1, 2, 4], [1, 2, 3, 4]], [1, 2]),
+    ([[1, 2], [1, 2]], [1]),
+    ([[1], [1, 2]], []),
+    ([[5, 6], [7, 6]], []),
+    ([[5, 6]], []),
+    ([], []),
+]
+
+
+@pytest.mark.parametrize(("prompts", "expected"), PREFIXES)
+def test_the_common_beginning_leaves_every_prompt_a_token(prompts: list[list[int]], expected: list[int]) -> None:
+    assert common_beginning([np.array(prompt) for prompt in prompts]).tolist() == expected
+
+
+def test_another_forecaster_has_another_version(fitted: Fitted) -> None:
+    version = model_version(fitted.prior)
+    assert model_version(fitted.prior) == version
+    cooler = replace(fitted.prior.calibration, lm_weight=(0.5, 0.5, 0.5))
+    assert model_version(replace(fitted.prior, calibration=cooler)) != version
