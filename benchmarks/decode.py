@@ -179,6 +179,9 @@ def _decoder(model: PriorLM, trie: Trie, beam: int) -> TreeDecoder:
         period_R=np.ones(USERS * PURCHASES, dtype=np.int64),
         advertiser_R=bought.reshape(-1),
         count_R=np.ones(USERS * PURCHASES),
+        target_period_T=np.zeros(0, dtype=np.int64),
+        target_user_T=np.zeros(0, dtype=np.int64),
+        target_advertiser_T=np.zeros(0, dtype=np.int64),
     )
     base = TunedAnchor.untuned(Anchor(counts, AnchorConstants()), trie)
     cfg = DecodeConfig(beam=beam, top_k=min(50, beam))

@@ -436,8 +436,8 @@ def fit_lm(
         callbacks: further Lightning callbacks.
 
     Returns:
-        What the fit did (``best_epoch`` -1: it ends where it started), the sampler of its batches, and what it started from: ``select_nll``, and of each level of the
-        probe the NLL before and after and the epoch chosen.
+        What the fit did (``best_epoch`` -1: it ends where it started), the sampler of its batches, and what it started
+        from: ``select_nll``, and of each level of the probe the NLL before and after and the epoch chosen.
 
     Raises:
         UserError: a prompt with its tree is longer than a batch may be.
