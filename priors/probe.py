@@ -20,10 +20,12 @@ Shapes: N decisions of one level, H hidden size, V codes of that level, Y target
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 from models.prior_lm import HeadConfig, IdHead, PriorLM
@@ -61,7 +63,7 @@ class LevelStates:
 def read_states(
     model: PriorLM, dataset: PromptDataset, collator: TreeCollator, *, rows: list[int], batch_size: int
 ) -> list[LevelStates]:
-    """Hidden states of the model at all decisions of some prompts.
+    """Hidden states of the base model, without adapters, at all decisions of some prompts.
 
     Args:
         model: in evaluation mode.
@@ -79,7 +81,8 @@ def read_states(
     for start in range(0, len(examples), batch_size):
         chunk = examples[start : start + batch_size]
         batch = collator(chunk)
-        hidden_BTH = model.hidden(batch.to(device))
+        with model.decoder.disable_adapter() if isinstance(model.decoder, PeftModel) else nullcontext():
+            hidden_BTH = model.hidden(batch.to(device))
         levels = []
         for decisions in batch.levels:
             decided = decisions.target_node_Y >= 0
