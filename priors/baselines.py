@@ -6,9 +6,10 @@
     sasrec     a transformer over the sequence of advertisers, see `priors.sasrec`
 
 EASE and item-kNN learn from who bought from whom in the fit span, and read what a user had bought before the as-of
-time. What they say are scores; one inverse temperature, fitted on the selection span, makes them probabilities without
-a change of order, so that they have an NLL too. λ and K are those with the best recall@10 on the selection span. A user
-without a history gets popularity.
+time. They never say that a user comes back to the same advertiser, so each own purchase adds something to its score.
+λ, K and what is added are those with the best recall@10 on the selection span. What comes out are scores; one inverse
+temperature, fitted on the selection span, makes them probabilities without a change of order, so that they have an NLL
+too. A user without a history gets popularity.
 
 Shapes: B user-periods, U users, A advertisers.
 """
@@ -116,18 +117,17 @@ def _candidates(name: str, log: Log, counts: Counts, cfg: BaselineConfig) -> Ite
         yield {}, lambda user_B, period_B: _history(counts, user_B, period_B).toarray()
         return
     fit_UA = _customers(log)
-    if name == "item_knn":
-        for neighbours in cfg.neighbours:
-            yield {"neighbours": neighbours}, _linear(counts, item_knn(fit_UA, neighbours))
-        return
-    if fit_UA.shape[1] > LARGEST_EASE:
+    if name == "ease" and fit_UA.shape[1] > LARGEST_EASE:
         raise UserError(
             f"the baseline ease of {fit_UA.shape[1]} advertisers",
             expected=f"at most {LARGEST_EASE}: it inverts a matrix of all pairs",
             action="leave it out of prior.baselines.names",
         )
-    for penalty in cfg.ease_penalty:
-        yield {"penalty": penalty}, _linear(counts, ease(fit_UA, penalty))
+    key, values = ("penalty", cfg.ease_penalty) if name == "ease" else ("neighbours", cfg.neighbours)
+    for value in values:
+        weight_AA = ease(fit_UA, value) if name == "ease" else item_knn(fit_UA, int(value))
+        for own in cfg.own_count:
+            yield {key: value, "own_count": own}, _linear(counts, weight_AA, own)
 
 
 def ease(customers_UA: csr_array, penalty: float) -> Float:
@@ -174,14 +174,15 @@ def _customers(log: Log) -> csr_array:
     return csr_array((np.ones(pairs.shape[1]), (pairs[0], pairs[1])), shape=shape)
 
 
-def _linear(counts: Counts, weight_AA: Float | csr_array) -> Scores:
-    """Scores that add up over what the user had bought."""
+def _linear(counts: Counts, weight_AA: Float | csr_array, own_count: float) -> Scores:
+    """Scores that add up over what the user had bought, and a little for every own purchase of the advertiser."""
 
     def scores(user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> Float:
         history_BA = _history(counts, user_B, period_B)
-        history_BA.data[:] = 1.0
-        score_BA = history_BA @ weight_AA
-        return score_BA.toarray() if isinstance(weight_AA, csr_array) else np.asarray(score_BA)
+        bought_BA = csr_array((np.ones_like(history_BA.data), history_BA.indices, history_BA.indptr), history_BA.shape)
+        score_BA = bought_BA @ weight_AA
+        dense_BA = score_BA.toarray() if isinstance(score_BA, csr_array) else np.asarray(score_BA)
+        return dense_BA + own_count * history_BA.toarray() if own_count else dense_BA
 
     return scores
 

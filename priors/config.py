@@ -121,6 +121,7 @@ class BaselineConfig:
         names: some of ``own``, ``ease``, ``item_knn``, ``sasrec``; the last one is trained for minutes.
         ease_penalty: values of λ that EASE chooses from.
         neighbours: values of K that item-kNN chooses from.
+        own_count: values that both choose from of what an own purchase adds to the advertiser's score.
         select_rows: user-periods of the selection span that they are chosen on, at the most.
         sasrec: size and training of SASRec.
     """
@@ -128,6 +129,7 @@ class BaselineConfig:
     names: list[str] = field(default_factory=lambda: ["own", "ease", "item_knn"])
     ease_penalty: list[float] = field(default_factory=lambda: [50.0, 200.0, 1000.0])
     neighbours: list[int] = field(default_factory=lambda: [20, 100, 500])
+    own_count: list[float] = field(default_factory=lambda: [0.0, 0.03, 0.2, 1.0])
     select_rows: int = 2000
     sasrec: SasRecConfig = field(default_factory=SasRecConfig)
 
@@ -151,6 +153,14 @@ class BaselineConfig:
                         action=f"give prior.baselines.{name} values to choose from",
                     )
                 )
+        if not self.own_count or min(self.own_count) < 0:
+            errors.append(
+                UserError(
+                    f"prior.baselines.own_count={list(self.own_count)}",
+                    expected="at least one value, none below 0",
+                    action="give prior.baselines.own_count values to choose from, e.g. [0]",
+                )
+            )
         if self.select_rows < 1:
             errors.append(
                 UserError(

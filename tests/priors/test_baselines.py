@@ -27,7 +27,7 @@ SASREC = SasRecConfig(
     width=16, layers=1, max_length=6, batch_size=16, learning_rate=5e-3,
     trainer=TrainerConfig(max_epochs=4, patience=None, progress_bar=False),
 )  # fmt: skip
-CFG = BaselineConfig(list(BASELINES), [10.0, 100.0], [5, 20], 60, SASREC)
+CFG = BaselineConfig(list(BASELINES), [10.0, 100.0], [5, 20], [0.0, 0.2], 60, SASREC)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,9 @@ def test_linear_scores_add_up_over_what_was_bought(log: Log, fitted: tuple[dict[
     fit_UA = np.stack([(bought(log, u, last + 1) - bought(log, u, first) > 0).astype(float) for u in users])
     weight_AA = ease(csr_array(fit_UA), fitted[1]["ease"]["penalty"])
     scores_BA = fitted[0]["ease"].scores(np.array([2, 5]), np.array([10, 8]))
-    expected = [(bought(log, user, period) > 0) @ weight_AA for user, period in ((2, 10), (5, 8))]
+    own = fitted[1]["ease"]["own_count"]
+    histories = [bought(log, user, period) for user, period in ((2, 10), (5, 8))]
+    expected = [(history_A > 0) @ weight_AA + own * history_A for history_A in histories]
     np.testing.assert_allclose(scores_BA, expected, atol=1e-9)
 
 
@@ -219,6 +221,7 @@ class TestSasRec:
         (lambda: BaselineConfig(names=["own", "own"]), "each once"),
         (lambda: BaselineConfig(ease_penalty=[]), r"ease_penalty=\[\]"),
         (lambda: BaselineConfig(neighbours=[0], select_rows=0), r"(?s)neighbours=\[0\].*select_rows=0"),
+        (lambda: BaselineConfig(own_count=[-1.0]), r"own_count=\[-1\.0\]"),
         (lambda: SasRecConfig(width=0, layers=0), r"(?s)sasrec\.width=0.*sasrec\.layers=0"),
         (lambda: SasRecConfig(width=10, heads=3), "heads divide"),
     ],
