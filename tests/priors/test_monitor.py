@@ -21,9 +21,9 @@ def forecasts(prob_UA: np.ndarray, top_k: int = 10) -> PriorTable:
     log_prob = np.log(np.take_along_axis(prob_UA, order, 1))
     one = np.ones(len(prob_UA), np.int64)
     none = np.zeros((len(prob_UA), 1), np.int64)
-    level1 = np.log(TRIE.node_mass(prob_UA, 1))
+    level1, nothing = np.log(TRIE.node_mass(prob_UA, 1)), np.full((len(prob_UA), 1), -np.inf)
     return PriorTable(
-        np.arange(len(prob_UA)), one, one, order, log_prob, log_prob, level1, none, none, np.full((len(one), 1), -np.inf), one,
+        np.arange(len(prob_UA)), one, one, order, log_prob, log_prob, level1, none, none, nothing, one,
         trie_version(TRIE),
     )  # fmt: skip
 
