@@ -182,6 +182,8 @@ class DecodeConfig:
         top_k: advertisers stored for every user.
         frontier_floor: pruned prefixes above this probability are stored by themselves.
         exact: widen each list until it is proven to hold the most probable advertisers of all.
+        merge_adapter: in batch jobs, add LoRA's weights into the base weights: a fifth less work, at the cost of
+            one more rounding where the base is bfloat16.
         batch_size: prompts decoded at once.
         shard_users: users of one file of the table.
         every: periods between two forecasts of a user; a request takes the newest one at or before it.
@@ -191,6 +193,7 @@ class DecodeConfig:
     top_k: int = 50
     frontier_floor: float = 1e-4
     exact: bool = False
+    merge_adapter: bool = False
     batch_size: int = 16
     shard_users: int = 10_000
     every: int = 1

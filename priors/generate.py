@@ -11,6 +11,7 @@ may carry rows over from an earlier one; the shards of one are independent, wher
 
 from __future__ import annotations
 
+import copy
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,10 +22,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
+from peft import PeftModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data.artifacts import fingerprint, to_plain
 from data.log import Log
+from models.prior_lm import PriorLM
 from priors.config import PriorConfig
 from priors.decode import Decoded, TreeDecoder
 from priors.fit import PriorModel
@@ -153,7 +156,8 @@ class ShardMaker:
     def _decode(self, user_R: NDArray[np.integer], period: int) -> Sequence[Decoded]:
         cfg = self.cfg.decode
         if self._decoder is None:
-            self._decoder = TreeDecoder(self.prior.model, self.prior.base, self.prior.calibration, cfg)
+            model = merged(self.prior.model) if cfg.merge_adapter else self.prior.model
+            self._decoder = TreeDecoder(model, self.prior.base, self.prior.calibration, cfg)
         prompts = [self.prior.compiler.compile(int(user), period).token_ids for user in user_R]
         self._decoder.reader.share(common_beginning(prompts))
         rows: list[Decoded] = [None] * len(prompts)  # type: ignore[list-item]
@@ -253,6 +257,15 @@ def common_beginning(prompts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
     stacked = np.stack([prompt[:length] for prompt in prompts])
     same = (stacked == stacked[0]).all(0)
     return prompts[0][: length if same.all() else int(np.argmin(same))]
+
+
+def merged(model: PriorLM) -> PriorLM:
+    """A copy whose LoRA weights are added into the base weights; a model without LoRA as it is."""
+    if not isinstance(model.decoder, PeftModel):
+        return model
+    copied = copy.deepcopy(model)
+    copied.decoder = copied.decoder.merge_and_unload()  # type: ignore[operator]
+    return copied
 
 
 def model_version(prior: PriorModel) -> str:

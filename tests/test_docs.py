@@ -75,6 +75,7 @@ def test_help_is_there_for_every_command() -> None:
         ["priors", "export"],
         ["priors", "explain"],
         ["priors", "generate"],
+        ["priors", "monitor"],
     ):
         result = CliRunner().invoke(cli.app, [*names, "--help"])
         assert result.exit_code == 0

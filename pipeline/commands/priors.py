@@ -188,3 +188,39 @@ def priors_export(
         typer.echo(f"{target}: load it as README.md says")
 
     guarded(work, debug=debug or bool(context.obj))
+
+
+@app.command(
+    "monitor",
+    epilog="Examples:\n\n"
+    "  adsid priors monitor --run runs/quickstart --priors priors/all\n\n"
+    "  adsid priors monitor --run runs/quickstart --priors runs/quickstart/forecasts --json\n\n"
+    "A period has drifted where predicted and observed mass differ by more than chance gives once in a thousand.",
+)
+def priors_monitor(
+    context: typer.Context,
+    run: FittedRun,
+    priors: Annotated[Path, typer.Option(metavar="DIR", help="The table: of adsid priors generate, or of a run.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, beside what the run's config.yaml says.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Machine-readable, with the reliability curves.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Compare predicted and observed mass period by period, and calibration before and after its fit."""
+
+    def work() -> None:
+        import json as encoder
+
+        from rich.console import Console
+
+        from data.artifacts import to_plain
+        from pipeline.monitor import monitor, to_console
+
+        found = monitor(run.expanduser(), priors.expanduser(), overrides or [])
+        if json:
+            typer.echo(encoder.dumps(to_plain(found), indent=1))
+            return
+        Console(soft_wrap=True).print(to_console(found), highlight=False)
+
+    guarded(work, debug=debug or bool(context.obj))

@@ -198,6 +198,17 @@ def test_explain_shows_words_ids_and_whether_the_list_is_proven(run: Path) -> No
     assert "bought :" in result.output
 
 
+def test_monitor_compares_a_table_with_what_happened(run: Path, table: Path) -> None:
+    result = adsid("monitor", "--run", run, "--priors", table, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert [one["period"] for one in found["periods"]] == [10, 11]
+    assert not any(one["drifted"] for one in found["periods"])  # fewer requests than tell anything
+    assert set(found["ece"]) == set(found["curves"]) == {"before", "after"}
+    shown = adsid("monitor", "--run", run, "--priors", table)
+    assert "no period is farther off than chance" in shown.output
+
+
 @pytest.mark.slow
 def test_ray_makes_the_same_table(run: Path, table: Path, tmp_path: Path) -> None:
     ray = pytest.importorskip("ray")

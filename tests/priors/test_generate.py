@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,11 +12,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 from data.errors import UserError
 from priors.config import DecodeConfig
 from priors.decode import TreeDecoder
-from priors.generate import ShardMaker, common_beginning, model_version, run_job
+from priors.generate import ShardMaker, common_beginning, merged, model_version, run_job
 from priors.table import PriorTable, shard_files
 from tests.priors.conftest import Fitted
 
@@ -138,6 +140,22 @@ def test_a_shared_beginning_is_read_once(fitted: Fitted, tmp_path: Path, monkeyp
     monkeypatch.setattr(TreeDecoder, "decode", decode)
     run_job(maker_of(fitted), USERS[:5], [7], tmp_path)
     assert min(seen) > 0
+
+
+def test_a_merged_adapter_forecasts_the_same(fitted: Fitted) -> None:
+    model = copy.deepcopy(fitted.prior.model).float()
+    for name, parameter in model.decoder.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    prompts = [fitted.prior.compiler.compile(user, 9).token_ids for user in range(5)]
+    ours, theirs = (
+        TreeDecoder(one, fitted.prior.base, fitted.prior.calibration, SMALL).decode(prompts, USERS[:5], np.full(5, 9))
+        for one in (model, merged(model))
+    )
+    assert merged(merged(model)).decoder is not model.decoder
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(one.advertiser_K, other.advertiser_K)
+        np.testing.assert_allclose(one.log_prob_K, other.log_prob_K, atol=1e-4)
 
 
 PREFIXES = [
