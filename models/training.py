@@ -22,6 +22,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import Strategy
 from torch.utils.data import DataLoader, Sampler
 
 
@@ -59,6 +60,7 @@ class FitResult:
         steps: optimiser steps, likewise.
         best_epoch: zero-based epoch whose weights the module now holds.
         best_score: its monitored figure; None without a monitor.
+        checkpoint: of that epoch, as the strategy wrote it.
         history: monitored figure of every epoch.
     """
 
@@ -66,6 +68,7 @@ class FitResult:
     steps: int
     best_epoch: int
     best_score: float | None
+    checkpoint: Path = field(compare=False)
     history: list[float] = field(default_factory=list)
 
 
@@ -165,6 +168,7 @@ def fit(
     monitor: str | None = None,
     mode: Literal["min", "max"] = "min",
     callbacks: tuple[Callback, ...] = (),
+    strategy: Strategy | None = None,
 ) -> FitResult:
     """Train, resuming from ``work_dir`` where an earlier attempt left a checkpoint.
 
@@ -178,6 +182,8 @@ def fit(
         monitor: logged figure that early stopping and the choice of the best epoch look at.
         mode: whether a smaller or a larger monitored figure is better.
         callbacks: further Lightning callbacks.
+        strategy: of a fit by the processes that ``torchrun`` started, whose loaders share the rows themselves. Such a
+            module is left as the last epoch left it, the best epoch's weights in ``FitResult.checkpoint``.
 
     Returns:
         Epochs, steps and the monitored figure's history.
@@ -200,7 +206,8 @@ def fit(
     trainer = L.Trainer(
         max_epochs=cfg.max_epochs,
         accelerator=cfg.accelerator,
-        devices=cfg.devices,
+        devices=cfg.devices if strategy is None else int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        strategy="auto" if strategy is None else strategy,
         precision=resolve_precision(cfg),  # type: ignore[arg-type]
         gradient_clip_val=cfg.gradient_clip,
         accumulate_grad_batches=cfg.accumulate,
@@ -211,20 +218,24 @@ def fit(
         num_sanity_val_steps=0,
         log_every_n_steps=1,
         deterministic="warn",
-        use_distributed_sampler=cfg.devices > 1,
+        use_distributed_sampler=cfg.devices > 1 and strategy is None,
     )
     torch.manual_seed(seed)
     last = checkpoints / "last.ckpt"
     trainer.fit(module, train_loader, val_loader, ckpt_path=str(last) if last.exists() else None, weights_only=True)
     chosen = Path(best.best_model_path) if best.best_model_path else last
-    state = torch.load(chosen, map_location="cpu", weights_only=True)
-    module.load_state_dict(state["state_dict"], strict=module.strict_loading)
+    if strategy is None:
+        state = torch.load(chosen, map_location="cpu", weights_only=True)
+        module.load_state_dict(state["state_dict"], strict=module.strict_loading)
+    else:
+        state = strategy.load_checkpoint(chosen, weights_only=True)
     module.eval()
     return FitResult(
         epochs=trainer.current_epoch,
         steps=trainer.global_step,
         best_epoch=int(state["epoch"]),
         best_score=None if best.best_model_score is None else float(best.best_model_score),
+        checkpoint=chosen,
         history=history.values,
     )
 
