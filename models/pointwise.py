@@ -18,12 +18,14 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from scipy.optimize import brentq
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 _LARGEST_LOGIT = 30.0
@@ -142,9 +144,9 @@ def start_at_(bias_1: nn.Parameter, base_rate: float) -> None:
 
 
 def _uniform_but_row_0(weight_RD: Tensor) -> None:
-    bound = len(weight_RD) ** -0.5
+    bound = max(len(weight_RD), 1) ** -0.5  # a shard of a table may be empty
     with torch.no_grad():
-        weight_RD.uniform_(-bound, bound)[0] = 0.0
+        weight_RD.uniform_(-bound, bound)[:1] = 0.0
 
 
 def level_shift(logit_N: Tensor, label_N: Tensor, weight_N: Tensor) -> float:
@@ -209,7 +211,7 @@ class PointwiseModule(L.LightningModule):
 
     def training_step(self, batch: RankerBatch, batch_idx: int) -> Tensor:
         loss, weight = self._weighted_loss(batch)
-        loss = loss / weight
+        loss = loss / _mean_over_processes(weight)
         self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(batch.label_B))
         return loss
 
@@ -225,9 +227,10 @@ class PointwiseModule(L.LightningModule):
         Up to that level it is the likelihood of the outcomes given which rows were sampled. Weighted, it would
         be the loss of the few sampled negatives that look like conversions, and say little of the rest.
         """
-        logit_N, label_N = (torch.cat(parts) for parts in zip(*self._validated, strict=True))
+        logit_N, label_N = (_of_all_processes(torch.cat(parts)) for parts in zip(*self._validated, strict=True))
         logit_N = logit_N + level_shift(logit_N, label_N, torch.ones_like(label_N))
-        self.log("val_loss", binary_cross_entropy_with_logits(logit_N, label_N.double()), prog_bar=True)
+        loss = binary_cross_entropy_with_logits(logit_N, label_N.double())
+        self.log("val_loss", loss, prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.AdamW(self.parameter_groups())
@@ -236,7 +239,10 @@ class PointwiseModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Embedding tables, other matrices, biases; each with its learning rate and weight decay."""
+        """Embedding tables, other matrices, biases; each with its learning rate and weight decay.
+
+        Sharded tables are in none: TorchRec steps them itself, in the backward pass.
+        """
         tables = {
             id(parameter)
             for part in self.ranker.modules()
@@ -244,7 +250,7 @@ class PointwiseModule(L.LightningModule):
             for parameter in part.parameters()
         }
         groups: dict[str, list[nn.Parameter]] = {"tables": [], "matrices": [], "biases": []}
-        for parameter in self.ranker.parameters():
+        for _, parameter in in_backward_optimizer_filter(self.ranker.named_parameters()):
             kind = "tables" if id(parameter) in tables else "matrices" if parameter.ndim > 1 else "biases"
             groups[kind].append(parameter)
         return [
@@ -256,3 +262,24 @@ class PointwiseModule(L.LightningModule):
     def _weighted_loss(self, batch: RankerBatch) -> tuple[Tensor, Tensor]:
         loss = binary_cross_entropy_with_logits(self(batch), batch.label_B, batch.weight_B, reduction="sum")
         return loss, batch.weight_B.sum()
+
+
+def _mean_over_processes(value: Tensor) -> Tensor:
+    """The mean of a number over the processes that train together.
+
+    Their gradients are averaged, so a loss over the mean weight is one over the weight of the whole batch.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def _of_all_processes(value_N: Tensor) -> Tensor:
+    """The rows of all processes, those of the first one first."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value_N
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, value_N)
+    return torch.cat(parts)

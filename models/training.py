@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
@@ -89,6 +90,7 @@ class FitResult:
         steps: optimiser steps, likewise.
         best_epoch: zero-based epoch whose weights the module now holds.
         best_score: its monitored figure; None without a monitor.
+        checkpoint: of that epoch, as the strategy wrote it.
         history: monitored figure of every epoch.
     """
 
@@ -96,6 +98,7 @@ class FitResult:
     steps: int
     best_epoch: int
     best_score: float | None
+    checkpoint: Path = field(compare=False)
     history: list[float] = field(default_factory=list)
 
 
@@ -360,6 +363,7 @@ def fit(
     mode: Literal["min", "max"] = "min",
     callbacks: tuple[Callback, ...] = (),
     describe: Callable[[Any], str] | None = None,
+    strategy: Strategy | None = None,
 ) -> FitResult:
     """Train, resuming from ``work_dir`` where an earlier attempt left a checkpoint.
 
@@ -374,6 +378,8 @@ def fit(
         mode: whether a smaller or a larger monitored figure is better.
         callbacks: further Lightning callbacks.
         describe: says what a batch holds, for the error that names a bad one.
+        strategy: of a fit by the processes that ``torchrun`` started, whose loaders share the rows themselves. Such a
+            module is left as the last epoch left it, the best epoch's weights in ``FitResult.checkpoint``.
 
     Returns:
         Epochs, steps and the monitored figure's history.
@@ -407,7 +413,8 @@ def fit(
     trainer = L.Trainer(
         max_epochs=cfg.max_epochs,
         accelerator=cfg.accelerator,
-        devices=cfg.devices,
+        devices=cfg.devices if strategy is None else int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        strategy="auto" if strategy is None else strategy,
         precision=resolve_precision(cfg),  # type: ignore[arg-type]
         gradient_clip_val=cfg.gradient_clip,
         accumulate_grad_batches=cfg.accumulate,
@@ -418,20 +425,25 @@ def fit(
         num_sanity_val_steps=0,
         log_every_n_steps=1,
         deterministic="warn",
-        use_distributed_sampler=cfg.devices > 1 and not shares_itself,
+        use_distributed_sampler=cfg.devices > 1 and strategy is None and not shares_itself,
     )
     torch.manual_seed(seed)
-    resumable = train_loader if cfg.devices > 1 and not shares_itself else _ResumableLoader(train_loader)
+    as_it_is = strategy is not None or (cfg.devices > 1 and not shares_itself)
+    resumable = train_loader if as_it_is else _ResumableLoader(train_loader)
     trainer.fit(module, resumable, val_loader, ckpt_path=str(last) if last.exists() else None, weights_only=True)
     chosen = Path(best.best_model_path) if best.best_model_path else last
-    state = torch.load(chosen, map_location="cpu", weights_only=True)
-    module.load_state_dict(state["state_dict"], strict=module.strict_loading)
+    if strategy is None:
+        state = torch.load(chosen, map_location="cpu", weights_only=True)
+        module.load_state_dict(state["state_dict"], strict=module.strict_loading)
+    else:
+        state = strategy.load_checkpoint(chosen, weights_only=True)
     module.eval()
     return FitResult(
         epochs=trainer.current_epoch,
         steps=trainer.global_step,
         best_epoch=int(state["epoch"]),
         best_score=None if best.best_model_score is None else float(best.best_model_score),
+        checkpoint=chosen,
         history=history.values,
     )
 

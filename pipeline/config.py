@@ -88,6 +88,7 @@ class AdsidConfig:
         experiment: name of the experiment's config; part of the default run directory.
         seed: of every stage that has no seed of its own.
         evaluate: span that figures are of, ``validation`` or ``test``; see `data.split.TimeSplit`.
+        strategy: ``auto``, or ``torchrec`` for a ranker that several processes train together.
         run: where the run writes.
         trainer: device of all stages.
         data, semantic_ids, prior, retrieval, ranker: the components.
@@ -96,6 +97,7 @@ class AdsidConfig:
     experiment: str = "quickstart"
     seed: int = 0
     evaluate: str = "validation"
+    strategy: str = "auto"
     run: RunConfig = field(default_factory=RunConfig)
     trainer: DeviceConfig = field(default_factory=DeviceConfig)
     data: DataConfig = field(default_factory=DataConfig)

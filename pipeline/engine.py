@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Generic, Literal, TypeVar
 
 from data.artifacts import (
@@ -112,6 +113,7 @@ class Run(Generic[Config]):
         stages: in an order in which each comes after its inputs.
         config: handed to the stages.
         observer: told about starts and ends.
+        follows: help another process with its stage: everything is worked on, nothing is kept.
 
     Raises:
         ValueError: a stage names an input that does not come before it, or a name stands twice.
@@ -124,8 +126,9 @@ class Run(Generic[Config]):
         config: Config,
         *,
         observer: Observer | None = None,
+        follows: bool = False,
     ) -> None:
-        self.directory = directory
+        self.directory, self.follows = directory, follows
         self.stages: dict[str, Stage[Config]] = {}
         for stage in stages:
             missing = [name for name in stage.inputs if name not in self.stages]
@@ -171,6 +174,9 @@ class Run(Generic[Config]):
                 expected=f"finished artifacts of {', '.join(stage.inputs)}",
                 action=f"make them with `adsid run run.until={missing[-1]}` and the same overrides, then start again",
             )
+        if self.follows:
+            self._check_lineage(stage)
+            return self._follow(stage)
         with locked(self.directory):
             self._check_lineage(stage)
             return self._bring_up_to_date(stage, again=again)
@@ -282,6 +288,19 @@ class Run(Generic[Config]):
             outcome = Outcome(stage.name, "done", self._make(stage, inputs, key))
         self.observer.on_end(outcome, stage)
         return outcome
+
+    def _follow(self, stage: Stage[Config]) -> Outcome:
+        """Do what the process that holds the run directory does, with its checkpoints, and let the result go."""
+        key = self._key(stage, self._input_hashes(stage))
+        manifest = self._finished(self.directory / stage.name, key)
+        if manifest is not None:
+            return Outcome(stage.name, "skipped", manifest)
+        work = self.directory / WORK / f"{stage.name}-{key[:16]}"
+        make_directory(work)
+        inputs = {name: self.directory / name for name in stage.inputs}
+        with TemporaryDirectory() as scratch:
+            stage.run(Context(self.config, inputs, Path(scratch), work, self.shared))
+        return Outcome(stage.name, "done", Manifest(kind=stage.name, key=key))
 
     def _finished(self, directory: Path, key: str) -> Manifest | None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import transformers
@@ -14,6 +15,7 @@ from pipeline.config import AdsidConfig
 from pipeline.console import ConsoleObserver
 from pipeline.engine import Outcome, Run
 from pipeline.stages import ablations, read_rows, stages
+from ranking.config import SHARDED
 
 CONFIG_FILE = "config.yaml"
 REPORT = Path("report") / "report.html"
@@ -33,18 +35,38 @@ def run_stages(config: AdsidConfig, *, console: Console, only: str | None = None
     Raises:
         UserError: a mistake in the configuration, the data or the place to write to.
     """
+    follows = _follows(config, only)
     transformers.utils.logging.disable_progress_bar()  # its bars are of seconds, and break the lines of a log
     directory = configuration.run_directory(config)
-    run = Run(directory, stages(), config, observer=ConsoleObserver(console))
+    if follows:
+        console.quiet = True
+    run = Run(directory, stages(), config, observer=ConsoleObserver(console), follows=follows)
     console.print(f"run directory [bold]{directory}[/], experiment {config.experiment}", highlight=False)
     if only is not None:
         outcomes = [run.execute_one(only)]
     else:
         outcomes = run.execute(until=config.run.until)
-    configuration.save(config, directory / CONFIG_FILE)
+    if not follows:
+        configuration.save(config, directory / CONFIG_FILE)
     if all(outcome.status == "skipped" for outcome in outcomes):
         console.print("everything is up to date, nothing was done")
     return outcomes
+
+
+def _follows(config: AdsidConfig, only: str | None) -> bool:
+    """Whether this is one of the processes of ``torchrun`` that help the first one.
+
+    Raises:
+        UserError: several processes for something that one does.
+    """
+    started = os.environ.get("WORLD_SIZE", "1") if "TORCHELASTIC_RUN_ID" in os.environ else "1"
+    if started != "1" and (only != "ranker" or config.strategy != SHARDED):
+        raise UserError(
+            f"{started} processes for stage {only} with strategy={config.strategy}",
+            expected=f"stage=ranker strategy={SHARDED}, which several processes train together",
+            action="name them, or start one process: python train.py",
+        )
+    return started != "1" and os.environ["RANK"] != "0"
 
 
 def run_ablation(config: AdsidConfig, name: str, *, console: Console) -> tuple[list[Row], Path]:

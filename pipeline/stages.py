@@ -26,6 +26,7 @@ from data.prepare import prepare
 from data.statistics import Row
 from data.truth import TRUTH, Truth
 from data.writer import untracked
+from models.sharded import is_leader
 from pipeline.config import AdsidConfig
 from pipeline.console import progress_bars
 from pipeline.engine import Context, Stage
@@ -244,6 +245,8 @@ def make_ranker(context: Work) -> dict[str, Any]:
     rankers = context.work / RANKERS
     rankers.mkdir(exist_ok=True)
     rows = run_ablation(spans, _forecasts(context), cfg, rankers)
+    if not is_leader():
+        return {}
     shutil.copytree(rankers, context.output / RANKERS, ignore=shutil.ignore_patterns(".*"))
     _write_rows(context.output, rows)
     auc = {row.arm: row.value for row in rows if (row.metric, row.segment) == ("auc", "all")}

@@ -12,6 +12,8 @@ from models.training import TrainerConfig
 from ranking.prior import GROUPS
 
 MODELS = ("dlrm", "dcn_v2", "deepfm", "logistic")
+SHARDED = "torchrec"
+STRATEGIES = ("auto", SHARDED)
 
 
 @dataclass
@@ -91,6 +93,9 @@ class RankerConfig:
         batch_size: rows of a step.
         learning_rate: of AdamW at the first step; it falls linearly to zero over ``trainer.max_epochs``.
         embedding_learning_rate: the same for embeddings, smaller, since ids of few rows are soon memorised.
+        strategy: ``auto`` trains in one process, or as ``trainer.devices`` says; ``torchrec`` shards the tables over
+            the processes that ``torchrun`` started (see `models.sharded`).
+        sharded_learning_rate: of sharded tables, in place of the one above: row-wise Adagrad at the first step.
         weight_decay: of AdamW.
         seeds: one ranker is trained for each arm and seed.
         shuffled_control: also train on another user's forecast, which must show no gain.
@@ -107,6 +112,8 @@ class RankerConfig:
     batch_size: int = 512
     learning_rate: float = 2e-3
     embedding_learning_rate: float = 2e-4
+    strategy: str = "auto"
+    sharded_learning_rate: float = 0.02
     weight_decay: float = 0.01
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     shuffled_control: bool = True
@@ -138,6 +145,8 @@ class RankerConfig:
         ):
             if not layers:
                 errors.append(_out_of_range(name, [], "at least one width, e.g. [64, 32]"))
+        if self.strategy not in STRATEGIES:
+            errors.append(_out_of_range("strategy", self.strategy, f"one of {', '.join(STRATEGIES)}"))
         if self.model not in MODELS:
             errors.append(_out_of_range("model", self.model, f"one of {', '.join(MODELS)}"))
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
@@ -145,6 +154,7 @@ class RankerConfig:
         for name, rate in (
             ("learning_rate", self.learning_rate),
             ("embedding_learning_rate", self.embedding_learning_rate),
+            ("sharded_learning_rate", self.sharded_learning_rate),
             ("features.clip", self.features.clip),
         ):
             if rate <= 0:

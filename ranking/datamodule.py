@@ -1,28 +1,28 @@
-"""Batches of a ranker, cut from arrays without Python a row.
+"""Batches of a ranker: shuffled ones from disk to train on, ordered ones from memory to stop and to predict.
 
-Shapes: B rows of a batch, N all rows, F dense features.
+Shapes: B rows of a batch, N all rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.errors import UserError
 from models.pointwise import RankerBatch
-from models.training import EpochSampler
+from models.sharded import is_leader, wait_for_all
 from ranking.rows import Design
+from ranking.stored import AheadLoader, BlockShuffle, StoredRows, batch_of, share, write_rows
 
 
 class RankerDataset(Dataset[RankerBatch]):
-    """Rows of a design; asked for many rows at once, it answers with their batch.
+    """Rows of a design in memory, asked for a batch at a time.
 
     Args:
         design: the rows.
@@ -30,40 +30,27 @@ class RankerDataset(Dataset[RankerBatch]):
 
     def __init__(self, design: Design) -> None:
         self.design = design
-        self._dense_NF = torch.from_numpy(design.dense_NF)
-        self._label_N, self._weight_N = torch.from_numpy(design.label_N), torch.from_numpy(design.weight_N)
 
     def __len__(self) -> int:
         return len(self.design)
 
-    def __getitem__(self, row: int) -> RankerBatch:
-        return self.batch(np.array([row]))
+    def __getitem__(self, row_B: NDArray[np.int64]) -> RankerBatch:
+        return batch_of(self.design, row_B)
 
-    def __getitems__(self, rows: Sequence[int]) -> RankerBatch:
-        """The batch of some rows; ``DataLoader`` calls it once a batch."""
-        return self.batch(np.asarray(rows, np.int64))
 
-    def batch(self, row_B: NDArray[np.int64]) -> RankerBatch:
-        """The batch of some rows.
+class _InOrder(Sampler[NDArray[np.int64]]):
+    """All rows in order, a batch at a time; where several processes work together, each has its share of a batch."""
 
-        Args:
-            row_B: which, in any order.
+    def __init__(self, n_rows: int, *, shared: bool) -> None:
+        self.n_rows, self.shared = n_rows, shared
 
-        Returns:
-            Dense features, bags, labels and weights in that order.
-        """
-        values, lengths = zip(*(bags.of_rows(row_B) for bags in self.design.bags.values()), strict=True)
-        rows = torch.from_numpy(row_B)
-        return RankerBatch(
-            dense_BN=self._dense_NF[rows],
-            sparse=KeyedJaggedTensor(
-                keys=list(self.design.bags),
-                values=torch.from_numpy(np.concatenate(values)),
-                lengths=torch.from_numpy(np.concatenate(lengths)),
-            ),
-            label_B=self._label_N[rows],
-            weight_B=self._weight_N[rows],
-        )
+    def __len__(self) -> int:
+        return -(-self.n_rows // _EVALUATION_BATCH)
+
+    def __iter__(self) -> Iterator[NDArray[np.int64]]:
+        for start in range(0, self.n_rows, _EVALUATION_BATCH):
+            row_B = np.arange(start, min(start + _EVALUATION_BATCH, self.n_rows))
+            yield share(row_B) if self.shared else row_B
 
 
 class RankerData(L.LightningDataModule):
@@ -72,16 +59,17 @@ class RankerData(L.LightningDataModule):
     Args:
         fit: training rows.
         stop: rows of the later span that early stopping looks at.
-        batch_size: rows of a training step.
+        batch_size: rows of a training step, of all processes together.
         seed: of the order of the training rows.
+        path: of a file for the training rows; written by the first process, where it is not there.
 
     Raises:
         UserError: the training rows are all of one class, so that there is nothing to learn, or a label is unknown.
     """
 
-    def __init__(self, fit: Design, stop: Design, *, batch_size: int, seed: int) -> None:
+    def __init__(self, fit: Design, stop: Design, *, batch_size: int, seed: int, path: Path) -> None:
         super().__init__()
-        self.fit, self.stop, self.batch_size, self.seed = fit, stop, batch_size, seed
+        self.fit, self.stop, self.batch_size, self.seed, self.path = fit, stop, batch_size, seed, path
         classes = np.unique(np.concatenate([np.unique(fit.label_N), np.unique(stop.label_N)]))
         if not np.isin(classes, (0.0, 1.0)).all():
             raise UserError(
@@ -96,28 +84,33 @@ class RankerData(L.LightningDataModule):
                 action="choose more users (prior.panel), a longer data.split.ranker_fit, or other data.label_kinds",
             )
 
-    def train_dataloader(self) -> DataLoader[RankerBatch]:
+    def train_dataloader(self) -> AheadLoader:
         """Shuffled batches; the order is a function of (seed, epoch)."""
-        data = RankerDataset(self.fit)
-        return _loader(data, self.batch_size, EpochSampler(len(data), seed=self.seed))
+        if is_leader() and not self.path.exists():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_rows([self.fit], self.path)
+        wait_for_all()
+        rows = StoredRows(self.path)
+        return AheadLoader(rows, BlockShuffle(rows.block_sizes, self.batch_size, self.seed))
 
     def val_dataloader(self) -> DataLoader[RankerBatch]:
         """Batches in order."""
-        return _loader(RankerDataset(self.stop), _EVALUATION_BATCH, None)
+        return _loader(self.stop, shared=True)
 
 
 _EVALUATION_BATCH = 8192
 
 
 def batches(design: Design) -> DataLoader[RankerBatch]:
-    """All rows of a design in order, for prediction."""
-    return _loader(RankerDataset(design), _EVALUATION_BATCH, None)
+    """All rows of a design in order, for prediction; every process predicts all of them."""
+    return _loader(design, shared=False)
 
 
-def _loader(data: RankerDataset, batch_size: int, sampler: EpochSampler | None) -> DataLoader[RankerBatch]:
-    return DataLoader(data, batch_size=batch_size, sampler=sampler, collate_fn=_whole)
+def _loader(design: Design, *, shared: bool) -> DataLoader[RankerBatch]:
+    order = _InOrder(len(design), shared=shared)
+    return DataLoader(RankerDataset(design), sampler=order, batch_size=None, collate_fn=_whole)
 
 
 def _whole(batch: Any) -> Any:
-    """`RankerDataset.__getitems__` has collated already."""
+    """`RankerDataset` has collated already."""
     return batch

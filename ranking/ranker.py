@@ -33,15 +33,17 @@ from models.deepfm import DeepFM, DeepFMConfig
 from models.dlrm import DLRM, DLRMConfig
 from models.logistic import LogisticRegression
 from models.pointwise import PointwiseModule, level_shift
+from models.sharded import TorchRecStrategy, as_leader_says, is_leader, join_processes, read_checkpoint, wait_for_all
 from models.training import fit
 from priors.forecast import Forecast
-from ranking.config import RankerConfig
+from ranking.config import SHARDED, RankerConfig
 from ranking.datamodule import RankerData, batches
 from ranking.features import FeatureBuilder
 from ranking.rows import Design, Features, Rows
 from ranking.spec import FeatureSpec
 
 KIND = "ranker"
+TRAINING_ROWS = "rows.parquet"
 WEIGHTS, SPEC = "weights.safetensors", "feature_spec.json"
 
 
@@ -219,52 +221,64 @@ def train_ranker(
     started = time.monotonic()
     fit_features, stop_features = (part.with_prior(forecast, cfg.features.prior) for part in (spans.fit, spans.stop))
     spec = FeatureSpec.fit(fit_features, cfg.features, semantic_ids=spans.builder.ids.version)
-    data = RankerData(spec.apply(fit_features), spec.apply(stop_features), batch_size=cfg.batch_size, seed=seed)
-    key = _key(data, spec, seed, cfg)
-    if directory.exists() and Manifest.read(directory).key == key:
+    rows, stop = spec.apply(fit_features), spec.apply(stop_features)
+    sharded = cfg.strategy == SHARDED
+    if sharded:
+        join_processes()
+    key = _key((rows, stop), spec, seed, cfg)
+    if as_leader_says(directory.exists() and Manifest.read(directory).key == key):
         return Ranker.load(directory)
-    checkpoints = directory.parent / f".{directory.name}.fit-{key[:16]}"
-    for stale in directory.parent.glob(f".{directory.name}.fit-*"):
-        if stale != checkpoints:
-            shutil.rmtree(stale)
-    rate = float(np.average(data.fit.label_N, weights=data.fit.weight_N))
+    work = directory.parent / f".{directory.name}.fit-{key[:16]}"
+    if is_leader():
+        for stale in directory.parent.glob(f".{directory.name}.fit-*"):
+            if stale != work:
+                shutil.rmtree(stale)
+    data = RankerData(rows, stop, batch_size=cfg.batch_size, seed=seed, path=work / TRAINING_ROWS)
+    rate = float(np.average(rows.label_N, weights=rows.weight_N))
     module = build_module(spec, cfg, base_rate=rate, seed=seed)
     result = fit(
         module,
         data.train_dataloader(),
         data.val_dataloader(),
         cfg.trainer,
-        work_dir=checkpoints,
+        work_dir=work,
         seed=seed,
         monitor="val_loss",
+        strategy=TorchRecStrategy(table_learning_rate=cfg.sharded_learning_rate) if sharded else None,
     )
+    if sharded:
+        module = build_module(spec, cfg, base_rate=rate, seed=seed)
+        read_checkpoint(module, result.checkpoint)
     module.cpu()
-    stop = data.stop
     shift = level_shift(_logits(module, stop), torch.from_numpy(stop.label_N), torch.from_numpy(stop.weight_N))
     module.intercept.fill_(shift)
     ranker = Ranker(module.eval(), spec, cfg.model)
-    with atomic_directory(directory) as unfinished:
-        ranker.write(unfinished)
-        Manifest(
-            kind=KIND,
-            key=key,
-            config=to_plain(cfg) | {"seed": seed},
-            content_hash=hash_directory(unfinished),
-            versions=package_versions(),
-            metrics={"val_loss": result.best_score, "best_epoch": result.best_epoch, "epochs": result.epochs},
-            seconds=time.monotonic() - started,
-        ).write(unfinished)
-    shutil.rmtree(checkpoints)
+    wait_for_all()  # the others have read the checkpoint
+    if is_leader():
+        with atomic_directory(directory) as unfinished:
+            ranker.write(unfinished)
+            Manifest(
+                kind=KIND,
+                key=key,
+                config=to_plain(cfg) | {"seed": seed},
+                content_hash=hash_directory(unfinished),
+                versions=package_versions(),
+                metrics={"val_loss": result.best_score, "best_epoch": result.best_epoch, "epochs": result.epochs},
+                seconds=time.monotonic() - started,
+            ).write(unfinished)
+        shutil.rmtree(work)
+    wait_for_all()
     return ranker
 
 
-def _key(data: RankerData, spec: FeatureSpec, seed: int, cfg: RankerConfig) -> str:
+def _key(designs: tuple[Design, Design], spec: FeatureSpec, seed: int, cfg: RankerConfig) -> str:
     """Fingerprint of all that the weights depend on: the very rows, the model and its training."""
     trainer = {name: value for name, value in asdict(cfg.trainer).items() if name != "progress_bar"}
     rows = [
         (design.dense_NF, design.label_N, design.weight_N, [asdict(bags) for bags in design.bags.values()])
-        for design in (data.fit, data.stop)
+        for design in designs
     ]
-    training = (cfg.batch_size, cfg.learning_rate, cfg.embedding_learning_rate, cfg.weight_decay, trainer)
+    table_rate = (SHARDED, cfg.sharded_learning_rate) if cfg.strategy == SHARDED else cfg.embedding_learning_rate
+    training = (cfg.batch_size, cfg.learning_rate, table_rate, cfg.weight_decay, trainer)
     sizes = asdict(getattr(cfg, cfg.model)) if hasattr(cfg, cfg.model) else {}
     return fingerprint((asdict(spec), cfg.model, sizes, training, seed, rows))

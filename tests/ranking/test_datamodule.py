@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def design() -> Design:
 
 def test_a_batch_holds_the_rows_asked_for(design: Design) -> None:
     rows = [7, 3, 7, 49]
-    batch = RankerDataset(design).__getitems__(rows)
+    batch = RankerDataset(design)[np.array(rows)]
     torch.testing.assert_close(batch.dense_BN, torch.from_numpy(design.dense_NF[rows]))
     torch.testing.assert_close(batch.weight_B, torch.from_numpy(design.weight_N[rows]))
     assert batch.label_B.tolist() == design.label_N[rows].tolist()
@@ -44,10 +45,11 @@ def test_a_batch_holds_the_rows_asked_for(design: Design) -> None:
     assert history == [bags.value_V[bags.ptr_R1[bag] : bags.ptr_R1[bag + 1]].tolist() for bag in bags.bag_N[rows]]
 
 
-def test_every_row_comes_once_an_epoch_in_an_order_of_seed_and_epoch(design: Design) -> None:
+def test_every_row_comes_once_an_epoch_in_an_order_of_seed_and_epoch(design: Design, tmp_path: Path) -> None:
     def order(seed: int, epoch: int) -> list[int]:
-        loader = RankerData(design, design, batch_size=8, seed=seed).train_dataloader()
+        loader = RankerData(design, design, batch_size=8, seed=seed, path=tmp_path / "rows").train_dataloader()
         loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        assert len(list(loader)) == len(loader) == 7
         return torch.cat([batch.sparse["ad"].values() for batch in loader]).tolist()
 
     assert sorted(order(0, 0)) == list(range(ROWS))
@@ -65,11 +67,13 @@ def test_evaluation_keeps_the_order(design: Design) -> None:
 def test_training_rows_of_one_class_are_refused(design: Design, label: float) -> None:
     one_class = replace(design, label_N=np.full(ROWS, label, np.float32))
     with pytest.raises(UserError, match=f"50 training rows, all with label {label:g}"):
-        RankerData(one_class, design, batch_size=8, seed=0)
-    RankerData(design, one_class, batch_size=8, seed=0)  # days that only stop the ranker may be of one class
+        RankerData(one_class, design, batch_size=8, seed=0, path=Path())
+    RankerData(
+        design, one_class, batch_size=8, seed=0, path=Path()
+    )  # days that only stop the ranker may be of one class
 
 
 def test_rows_whose_outcome_is_not_known_are_refused(design: Design) -> None:
     unknown = replace(design, label_N=np.full(ROWS, np.nan, np.float32))
     with pytest.raises(UserError, match="labels"):
-        RankerData(unknown, design, batch_size=8, seed=0)
+        RankerData(unknown, design, batch_size=8, seed=0, path=Path())
