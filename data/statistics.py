@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -207,9 +208,12 @@ def _by_group(values: NDArray, groups: NDArray) -> tuple[NDArray[np.float64], ND
     return np.bincount(inverse, weights=values).astype(np.float64), np.bincount(inverse).astype(np.float64)
 
 
+@lru_cache(maxsize=2)  # a report draws the same users hundreds of times
 def _draw(n_groups: int, draws: int, seed: int) -> NDArray[np.float64]:
     rng = np.random.default_rng(seed)
-    return rng.multinomial(n_groups, np.full(n_groups, 1.0 / n_groups), size=draws).astype(np.float64)
+    drawn_DG = rng.multinomial(n_groups, np.full(n_groups, 1.0 / n_groups), size=draws).astype(np.float64)
+    drawn_DG.flags.writeable = False
+    return drawn_DG
 
 
 def _percentiles(values_D: NDArray) -> tuple[float, float]:
