@@ -31,6 +31,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from time import perf_counter, process_time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -170,20 +171,19 @@ def _trie(n: int) -> Trie:
 
 def _decoder(model: PriorLM, trie: Trie, beam: int) -> TreeDecoder:
     n, rng = trie.n_advertisers, np.random.default_rng(1)
-    promoted_PA = np.zeros((PERIOD + 1, n))
-    promoted_PA[1:] = rng.poisson(0.5, (PERIOD, n))
-    bought = np.sort(rng.integers(0, n, (USERS, PURCHASES)), axis=1)
-    counts = Counts(
-        promoted_PA=promoted_PA,
-        bought_PA=promoted_PA + 1,
-        user_ptr=np.arange(USERS + 1) * PURCHASES,
-        period_R=np.ones(USERS * PURCHASES, dtype=np.int64),
-        advertiser_R=bought.reshape(-1),
-        count_R=np.ones(USERS * PURCHASES),
-        target_period_T=np.zeros(0, dtype=np.int64),
-        target_user_T=np.zeros(0, dtype=np.int64),
-        target_advertiser_T=np.zeros(0, dtype=np.int64),
+    of_users, of_others = USERS * PURCHASES, 2 * n
+    log: Any = SimpleNamespace(
+        events=SimpleNamespace(
+            user=np.concatenate([np.repeat(np.arange(USERS), PURCHASES), np.full(of_others, USERS)]),
+            period=np.concatenate([np.ones(of_users, np.int64), rng.integers(1, PERIOD, of_others)]),
+            advertiser=rng.integers(0, n, of_users + of_others),
+        ),
+        is_purchase=np.ones(of_users + of_others, bool),
+        is_label=rng.random(of_users + of_others) < 0.5,
+        advertiser_ids=np.arange(n),
+        user_ids=np.arange(USERS + 1),
     )
+    counts = Counts.of(log)
     base = TunedAnchor.untuned(Anchor(counts, AnchorConstants()), trie)
     cfg = DecodeConfig(beam=beam, top_k=min(50, beam))
     return TreeDecoder(model, base, Calibration.identity(LEVELS), cfg)

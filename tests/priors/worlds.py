@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -90,23 +91,20 @@ def world(
 
 
 def counts(n_advertisers: int, rng: np.random.Generator) -> Counts:
-    """Random conversions and purchases; user 0 has no history."""
-    bought_UPA = rng.poisson(0.2, (N_USERS, N_PERIODS, n_advertisers)).astype(float)
-    bought_UPA[0], bought_UPA[:, 0] = 0.0, 0.0
-    user_R, period_R, advertiser_R = np.nonzero(bought_UPA)
-    promoted_PA = rng.binomial(bought_UPA.sum(0).astype(int), 0.6).astype(float)
-    by_period = np.lexsort((advertiser_R, user_R, period_R))
-    return Counts(
-        promoted_PA=promoted_PA,
-        bought_PA=bought_UPA.sum(0),
-        user_ptr=np.searchsorted(user_R, np.arange(N_USERS + 1)),
-        period_R=period_R,
-        advertiser_R=advertiser_R,
-        count_R=bought_UPA[user_R, period_R, advertiser_R],
-        target_period_T=period_R[by_period],
-        target_user_T=user_R[by_period],
-        target_advertiser_T=advertiser_R[by_period],
+    """Random purchases, six in ten of them promoted; user 0 has none."""
+    n_events = rng.poisson(N_USERS * N_PERIODS * n_advertisers * 0.2)
+    log: Any = SimpleNamespace(
+        events=SimpleNamespace(
+            user=np.sort(rng.integers(1, N_USERS, n_events)),
+            period=rng.integers(1, N_PERIODS, n_events),
+            advertiser=rng.integers(0, n_advertisers, n_events),
+        ),
+        is_purchase=np.ones(n_events, bool),
+        is_label=rng.random(n_events) < 0.6,
+        advertiser_ids=np.arange(n_advertisers),
+        user_ids=np.arange(N_USERS),
     )
+    return Counts.of(log)
 
 
 @torch.inference_mode()
