@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands import ablate, data, ids
+from pipeline.commands import ablate, data, ids, rank
 from pipeline.commands.terminal import Debug, guarded, terminal_overrides
 
 app = typer.Typer(
@@ -24,6 +24,8 @@ app = typer.Typer(
 app.add_typer(data.app)
 app.add_typer(ids.app)
 app.add_typer(ablate.app)
+app.command(epilog="Example:\n\n  adsid rank runs/quickstart --user 1")(rank.rank)
+app.command(epilog="Example:\n\n  adsid export runs/quickstart --out serving")(rank.export)
 
 
 def _version(wanted: bool) -> None:

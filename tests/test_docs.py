@@ -67,6 +67,8 @@ def test_help_is_there_for_every_command() -> None:
         ["ids", "refit"],
         ["ablate"],
         ["ablate", "ranker"],
+        ["rank"],
+        ["export"],
     ):
         result = CliRunner().invoke(cli.app, [*names, "--help"])
         assert result.exit_code == 0
