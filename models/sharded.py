@@ -21,6 +21,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -252,6 +253,8 @@ def read_checkpoint(module: PointwiseModule, checkpoint: Path) -> dict[str, Any]
     Returns:
         What Lightning kept beside the weights.
     """
-    dcp.load(dict(module.state_dict()), checkpoint_id=checkpoint, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is meant
+        dcp.load(dict(module.state_dict()), checkpoint_id=checkpoint, no_dist=True)
     state: dict[str, Any] = torch.load(checkpoint / TRAINER_STATE, weights_only=True)
     return state

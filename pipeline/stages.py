@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 from data.artifacts import Manifest, fingerprint, make_directory, package_versions, to_plain
+from data.errors import UserError
 from data.log import Log, load_log
 from data.prepare import prepare
 from data.statistics import Row
@@ -327,6 +329,49 @@ def retrieval_bench(context: Work) -> RetrievalBenchmark:
     cfg = context.config.retrieval
     arms: dict[str, Forecast | None] = _forecasts(context) if cfg.forecast_channels else {NONE: None}
     return bench_retrieval(_retriever(context), arms, users=_panel(context))
+
+
+@dataclass(frozen=True)
+class OpenRanker:
+    """A ranker of a run with what it reads.
+
+    Attributes:
+        ranker: the trained one.
+        builder: of its features.
+        forecast: of its arm; None for the arm without.
+        log: what all are of.
+    """
+
+    ranker: Ranker
+    builder: FeatureBuilder
+    forecast: Forecast | None
+    log: Log
+
+
+def open_ranker(config: AdsidConfig, directory: Path, *, arm: str, seed: int) -> OpenRanker:
+    """A ranker of a finished run.
+
+    Args:
+        config: of the run.
+        directory: of the run.
+        arm: ``none``, ``anchor`` or ``lm``.
+        seed: that it was trained with.
+
+    Raises:
+        UserError: a stage is missing, or there is no ranker of this arm and seed.
+    """
+    inputs = {stage.name: directory / stage.name for stage in stages()}
+    for name in ("data", "semantic_ids", "prior", "forecasts", "ranker"):
+        Manifest.read(inputs[name])
+    trained = sorted(path.name for path in (inputs["ranker"] / RANKERS).iterdir())
+    if f"{arm}-{seed}" not in trained:
+        raise UserError(
+            f"arm {arm} with seed {seed}", expected=f"one of {', '.join(trained)}", action="name one of these"
+        )
+    context = Context(config, inputs, directory, directory, {})
+    ranker = Ranker.load(inputs["ranker"] / RANKERS / f"{arm}-{seed}")
+    log = _log(context)
+    return OpenRanker(ranker, FeatureBuilder(log, _ids(context), ranker.spec.config), _forecasts(context)[arm], log)
 
 
 # --- what stages share -------------------------------------------------------------------------------------

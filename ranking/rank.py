@@ -1,4 +1,7 @@
-"""Ranking one request: the candidates of a visit in order of their chance of a conversion.
+"""Ranking one request: the candidates of a visit in order of their chance of a conversion, and what moved each.
+
+A feature matters to a candidate as far as the log-odds change when it is taken away: a number is set to its mean
+in training, a bag of ids is emptied. Any ranker can be asked so, whatever its layers.
 
 Shapes: N candidates.
 """
@@ -13,8 +16,8 @@ from numpy.typing import NDArray
 from data.errors import LineageError, UserError
 from priors.forecast import Forecast
 from ranking.features import FeatureBuilder
-from ranking.ranker import Ranker
-from ranking.rows import Rows
+from ranking.ranker import Ranker, predict
+from ranking.rows import Bags, Design, Features, Rows
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,70 @@ class Ranking:
         ad_N: indexes of the ads.
         probability_N: chance of a conversion, falling.
         dense: dense features before scaling, by name, ``(N,)`` each; NaN where unknown.
+        features: of the candidates in the order given, and ``order_N``, which puts them in this one.
     """
 
     ad_N: NDArray[np.int32]
     probability_N: NDArray[np.float64]
     dense: dict[str, NDArray[np.float32]]
+    features: Features
+    order_N: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Influence:
+    """What one feature does to one candidate.
+
+    Attributes:
+        feature: its name.
+        value: of a number, before scaling; None for ids and for what is unknown.
+        effect: log-odds with it minus log-odds without it.
+    """
+
+    feature: str
+    value: float | None
+    effect: float
+
+
+def influences(ranker: Ranker, ranking: Ranking, *, candidates: int, features: int) -> list[list[Influence]]:
+    """The features that matter most to the first candidates.
+
+    Args:
+        ranker: that ranked them.
+        ranking: the candidates.
+        candidates: how many of them.
+        features: how many for each.
+
+    Returns:
+        One list a candidate, the largest effect first; a feature without any effect is in none.
+    """
+    design = ranker.spec.apply(ranking.features)
+    found: list[list[Influence]] = []
+    dense_names, sparse_names = ranker.spec.dense, list(design.bags)
+    names = [*dense_names, *sparse_names]
+    for place in range(min(candidates, len(ranking.ad_N))):
+        row = int(ranking.order_N[place])
+        copies = len(names) + 1  # the last one is whole
+        dense_CF = np.repeat(design.dense_NF[row : row + 1], copies, axis=0)
+        dense_CF[np.arange(len(dense_names)), np.arange(len(dense_names))] = 0.0
+        bags = {}
+        for number, name in enumerate(sparse_names, len(dense_names)):
+            value, length = design.bags[name].of_rows(np.array([row]))
+            which = np.zeros(copies, np.int64)
+            which[number] = 1  # the empty bag
+            bags[name] = Bags(value, np.array([0, length[0], length[0]]), which)
+        nothing = np.zeros(copies, np.float32)
+        chance_C = predict(ranker.module, Design(dense_CF, bags, nothing, nothing))
+        log_odds_C = np.log(chance_C) - np.log1p(-chance_C)
+        effect = log_odds_C[-1] - log_odds_C[:-1]
+        top = [n for n in np.argsort(-np.abs(effect), kind="stable")[:features].tolist() if effect[n] != 0]
+        found.append([Influence(names[n], _known(ranking.dense, names[n], place), float(effect[n])) for n in top])
+    return found
+
+
+def _known(dense: dict[str, NDArray[np.float32]], name: str, place: int) -> float | None:
+    value = float(dense[name][place]) if name in dense else float("nan")
+    return None if np.isnan(value) else value
 
 
 def rank(
@@ -88,4 +150,4 @@ def rank(
     probability = ranker.probabilities(features)
     order = np.argsort(-probability, kind="stable")
     dense = {name: column[order] for name, column in features.dense.items()}
-    return Ranking(features.rows.ad[order], probability[order], dense)
+    return Ranking(features.rows.ad[order], probability[order], dense, features, order)

@@ -94,7 +94,8 @@ class FeatureSpec:
             The model's input; ids without a row of their own have row 0.
 
         Raises:
-            UserError: features are missing or too many, a number is infinite, or unknown where that cannot be.
+            UserError: features are missing or too many, ids are of another type, a number is infinite, or unknown
+                where that cannot be.
         """
         expected, given = {*self.features, *self.dense}, {*features.sparse, *features.dense}
         if expected != given:
@@ -111,7 +112,14 @@ class FeatureSpec:
         return Design(dense_NF.astype(np.float32), bags, features.rows.label.astype(np.float32), features.rows.weight)
 
     def _look_up(self, feature: SparseFeature) -> Bags:
-        row_of = {known: row for row, known in enumerate(self.tables[feature.table], 1)}
+        known = self.tables[feature.table]
+        if known and feature.ids and type(known[0]) is not type(feature.ids[0]):
+            raise UserError(
+                f"ids of table {feature.table} like {feature.ids[0]!r}, of type {type(feature.ids[0]).__name__}",
+                expected=f"ids of type {type(known[0]).__name__}, like {known[0]!r}, as the ranker was trained on",
+                action="prepare the data as for the training, or train a ranker on these",
+            )
+        row_of = {given: row for row, given in enumerate(known, 1)}
         row_U = np.array([row_of.get(given, 0) for given in feature.ids], np.int64)
         return replace(feature.bags, value_V=row_U[feature.bags.value_V])
 

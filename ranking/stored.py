@@ -15,7 +15,7 @@ Shapes: N rows, W rows of a window, B rows of a batch, F dense features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
@@ -53,8 +53,8 @@ class Rows(NamedTuple):
     row_B: NDArray[np.int64]
 
 
-def write_rows(designs: Sequence[Design], path: Path) -> None:
-    """Stores rows for training.
+def write_rows(designs: Iterable[Design], path: Path) -> None:
+    """Stores rows for training, a design at a time.
 
     Args:
         designs: of the same features, one after the other; all but the last of whole blocks (`BLOCK_ROWS`).
@@ -63,13 +63,13 @@ def write_rows(designs: Sequence[Design], path: Path) -> None:
     Raises:
         ValueError: no rows, or a design ends within a block.
     """
-    if not designs or not len(designs[-1]) or any(len(design) % BLOCK_ROWS for design in designs[:-1]):
-        raise ValueError(
-            f"designs of {[len(design) for design in designs]} rows; expected rows, in blocks of {BLOCK_ROWS}"
-        )
     unfinished = path.with_name(f".{path.name}.unfinished")
     writer: pq.ParquetWriter | None = None
+    whole = True
     for design in designs:
+        if not whole or not len(design):
+            raise ValueError(f"{len(design)} rows after a cut block; expected rows, in blocks of {BLOCK_ROWS}")
+        whole = len(design) % BLOCK_ROWS == 0
         for start in range(0, len(design), BLOCK_ROWS * WINDOW_BLOCKS):
             rows = np.arange(start, min(start + BLOCK_ROWS * WINDOW_BLOCKS, len(design)))
             table = _table(design, rows)
@@ -77,7 +77,8 @@ def write_rows(designs: Sequence[Design], path: Path) -> None:
                 unfinished, table.schema, compression="none", use_dictionary=False, write_statistics=False
             )
             writer.write_table(table, row_group_size=BLOCK_ROWS)
-    assert writer is not None
+    if writer is None:
+        raise ValueError("nothing to store; expected rows")
     writer.close()
     unfinished.rename(path)
 

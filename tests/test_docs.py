@@ -76,6 +76,8 @@ def test_help_is_there_for_every_command() -> None:
         ["priors", "explain"],
         ["priors", "generate"],
         ["priors", "monitor"],
+        ["rank"],
+        ["export"],
     ):
         result = CliRunner().invoke(cli.app, [*names, "--help"])
         assert result.exit_code == 0

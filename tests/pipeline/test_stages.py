@@ -248,3 +248,33 @@ def test_an_ablation_without_forecasts_says_what_to_run(tmp_path: Path, source: 
     told = CliRunner().invoke(cli.app, ["ablate", "ranker", *TINY, source, f"run.dir={tmp_path}"])
     assert told.exit_code == USER_MISTAKE
     assert "run.until=forecasts" in told.output
+
+
+def test_a_users_ads_are_ranked_and_the_ranker_is_exported(finished: Path, tmp_path: Path) -> None:
+    runner = CliRunner()
+    told = runner.invoke(cli.app, ["rank", str(finished), "--user", "u003", "--top", "3"])
+    assert told.exit_code == 0, told.output
+    assert "3 of" in told.output
+    listed = runner.invoke(cli.app, ["rank", str(finished), "--user", "u003", "--top", "2", "--json", "--arm", "none"])
+    assert listed.exit_code == 0, listed.output
+    ads = json.loads(listed.stdout)["ads"]
+    assert ads[0]["probability"] >= ads[1]["probability"]
+    assert all(reason["effect"] for ad in ads for reason in ad["influences"])
+    exported = runner.invoke(cli.app, ["export", str(finished), "--out", str(tmp_path / "served")])
+    assert exported.exit_code == 0, exported.output
+    assert (tmp_path / "served" / "ranker.pt2").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--user", "nobody"], "user nobody"),
+        (["--user", "u003", "--arm", "llm"], "arm llm with seed 0"),
+        (["--user", "u003", "--seed", "9"], "one of anchor-0"),
+        (["--user", "u003", "--period", "99"], "in period 99 without a visit"),
+    ],
+)
+def test_what_cannot_be_ranked_is_told(finished: Path, arguments: list[str], message: str) -> None:
+    told = CliRunner().invoke(cli.app, ["rank", str(finished), *arguments])
+    assert told.exit_code == USER_MISTAKE
+    assert message in told.output

@@ -13,6 +13,7 @@ from data.log import Log
 from ranking.config import FeatureConfig
 from ranking.features import DENSE, SPARSE, FeatureBuilder
 from ranking.prior import GROUPS, columns_of_groups
+from ranking.ranker import build_module, predict
 from ranking.rows import Bags, Features, Rows, prior_columns
 from ranking.spec import FeatureSpec
 from semantic_ids.advertiser_ids import AdvertiserIds
@@ -329,3 +330,21 @@ def test_every_level_but_the_last_has_a_prefix() -> None:
         "prior_prefix_3_log_prob",
         "prior_missing",
     )
+
+
+def test_ids_of_another_type_are_refused(features: Features) -> None:
+    spec = FeatureSpec.fit(features, CFG, semantic_ids="v")
+    ad = features.sparse["ad"]
+    renamed = replace(features, sparse={**features.sparse, "ad": replace(ad, ids=[f"ad {name}" for name in ad.ids])})
+    with pytest.raises(UserError, match="ids of table ad like 'ad 1000', of type str"):
+        spec.apply(renamed)
+
+
+def test_an_id_outside_its_table_is_refused(features: Features) -> None:
+    """`FeatureSpec.apply` makes none; a batch that was made otherwise ends in an error, not in another id's row."""
+    spec = FeatureSpec.fit(features, CFG, semantic_ids="v")
+    design = spec.apply(features)
+    beyond = Bags.single(np.full(len(design), len(spec.tables["ad"]) + 1))
+    module = build_module(spec, tiny_ranker(), base_rate=0.1, seed=0)
+    with pytest.raises((RuntimeError, IndexError)):
+        predict(module, replace(design, bags={**design.bags, "ad": beyond}))

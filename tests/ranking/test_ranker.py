@@ -19,7 +19,7 @@ from ranking.config import MODELS
 from ranking.features import FeatureBuilder
 from ranking.metrics import Sample, evaluate
 from ranking.prior import GROUPS
-from ranking.rank import rank
+from ranking.rank import influences, rank
 from ranking.ranker import SPEC, WEIGHTS, Ranker, RankerSpans, train_ranker
 from tests.logs import tiny_log
 from tests.ranking.common import tastes, tiny_ids, tiny_ranker
@@ -199,3 +199,25 @@ def test_every_model_is_trained_saved_and_loaded_by_a_config_swap(
     assert again.model == model
     features = spans.evaluation.with_prior(tastes(spans.log), GROUPS)
     np.testing.assert_array_equal(again.probabilities(features), ranker.probabilities(features))
+
+
+def test_a_feature_matters_as_far_as_the_log_odds_change_without_it(
+    spans: RankerSpans, trained: tuple[Ranker, Path]
+) -> None:
+    log, ranker = spans.log, trained[0]
+    ranking = rank(ranker, spans.builder, tastes(log), log.active_ads(1, 10).ad, user=4, market=1, period=10)
+    found = influences(ranker, ranking, candidates=3, features=100)
+    assert len(found) == 3
+    for place, of_ad in enumerate(found):
+        effects = [abs(influence.effect) for influence in of_ad]
+        assert effects == sorted(effects, reverse=True)
+        assert {influence.feature for influence in of_ad} <= {*ranker.spec.dense, *ranker.spec.features}
+        known = next(influence for influence in of_ad if influence.feature == "prior_log_prob")
+        row = int(ranking.order_N[place])
+        mean = ranker.spec.mean[ranker.spec.dense.index("prior_log_prob")]
+        column = ranking.features.dense["prior_log_prob"].copy()
+        column[row] = mean
+        without = replace(ranking.features, dense={**ranking.features.dense, "prior_log_prob": column})
+        odds = [np.log(p / (1 - p)) for p in (ranking.probability_N[place], ranker.probabilities(without)[row])]
+        assert known.effect == pytest.approx(odds[0] - odds[1], abs=1e-4)
+        assert known.value == pytest.approx(ranking.dense["prior_log_prob"][place])

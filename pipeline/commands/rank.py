@@ -1,0 +1,67 @@
+"""``adsid rank`` and ``adsid export``: a trained ranker at work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.commands.terminal import Debug, guarded
+
+RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a finished run.")]
+Arm = Annotated[str, typer.Option(help="Arm of the ranker: none, anchor or lm.")]
+Seed = Annotated[int | None, typer.Option(help="Its seed; the first of the run where none is given.")]
+
+
+def rank(
+    context: typer.Context,
+    directory: RunDirectory,
+    user: Annotated[str, typer.Option(metavar="U", help="Id of the user in the tables.")],
+    period: Annotated[int | None, typer.Option(help="Period of the visit; the last known one else.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Ads to show.")] = 10,
+    features: Annotated[int, typer.Option(min=0, help="Features to show of each ad.")] = 4,
+    arm: Arm = "lm",
+    seed: Seed = None,
+    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Rank the ads of a user's last visit, with the feature values that matter to each."""
+
+    def work() -> None:
+        import json as encoder
+
+        from rich.console import Console
+
+        from data.artifacts import to_plain
+        from pipeline.ranked_user import open_run, rank_user, to_console
+
+        opened = open_run(directory.absolute(), arm=arm, seed=seed)
+        ranked = rank_user(opened, user, period=period, top=top, features=features)
+        if json:
+            typer.echo(encoder.dumps(to_plain(ranked), indent=1, allow_nan=False))
+        else:
+            Console(soft_wrap=True).print(to_console(ranked), highlight=False)
+
+    guarded(work, debug=debug or bool(context.obj))
+
+
+def export(
+    context: typer.Context,
+    directory: RunDirectory,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.")],
+    arm: Arm = "lm",
+    seed: Seed = None,
+    debug: Debug = False,
+) -> None:
+    """Write a ranker of a run for inference, checked against the trained one."""
+
+    def work() -> None:
+        from pipeline.ranked_user import open_run
+        from ranking.serving import export as write
+
+        target = out.expanduser().absolute()
+        difference = write(open_run(directory.absolute(), arm=arm, seed=seed).ranker, target)
+        typer.echo(f"{target}: largest difference to the trained ranker {difference:.1g}")
+
+    guarded(work, debug=debug or bool(context.obj))
