@@ -74,7 +74,9 @@ class AnchorTree:
                 q_BA = q_BA * active.leaf_mask_GA[active.group_B.cpu().numpy()]
             return DenseAnchor(self, torch.stack([self._add_up(q_A) for q_A in q_BA]))
         row_H, advertiser_H, mass_H = self._own(user_B, period_B)
-        weight_B = np.where(np.bincount(row_H, minlength=len(user_B)) > 0, self.base.anchor.constants.own_weight, 0.0)
+        weight = self.base.anchor.constants.own_weight
+        weight_B = np.where(np.bincount(row_H, minlength=len(user_B)) > 0, weight, 0.0)
+        mass_H = weight * mass_H
         if active.leaf_mask_GA is not None:
             leaf_H = self.flat.trie.advertiser_leaf[advertiser_H]
             kept_H = active.leaf_mask_GA[active.group_B.cpu().numpy()[row_H], leaf_H]
@@ -170,7 +172,7 @@ class OpenAnchor:
     Attributes:
         tree: constants of the scores.
         key_U: row · N + node of every node with own mass, rising.
-        own_U: that mass.
+        own_U: that mass, times its weight λ.
         weight_B: λ of each row; 0 without a history.
         popularity: mass of every node, ``(N,)`` for each kind of row.
         kind_B: which of them each row has.
@@ -193,12 +195,11 @@ class OpenAnchor:
             for kind, popularity_N in enumerate(self.popularity):
                 here = kind_M == kind
                 popularity_M[here] = popularity_N[node_M[here]]
-        weight_M = self.weight_B[row_M]
-        mass_M = (1 - weight_M) * popularity_M
+        mass_M = (1 - self.weight_B[row_M]) * popularity_M
         if len(self.key_U):
             key_M = row_M * self.tree.flat.n_nodes + node_M
             place_M = torch.searchsorted(self.key_U, key_M).clamp_max(len(self.key_U) - 1)
-            mass_M += torch.where(self.key_U[place_M] == key_M, weight_M * self.own_U[place_M], 0.0)
+            mass_M += torch.where(self.key_U[place_M] == key_M, self.own_U[place_M], 0.0)
         return mass_M
 
     def scores(self, row_E: Tensor, node_E: Tensor, entry_M: Tensor, child_M: Tensor) -> Tensor:
