@@ -277,12 +277,12 @@ class PriorLM(nn.Module):
 
     def hidden(self, batch: TreeBatch) -> Tensor:
         """Last hidden states of all tokens, ``(B, T, H)``."""
-        return self._decode(
+        return self.run_decoder(
             inputs_embeds=self.embed(batch.input_ids_BT),
             attention_mask=self.additive_mask(batch.visible_BTT),
             position_ids=batch.position_ids_BT,
             use_cache=False,
-        )
+        ).last_hidden_state
 
     def extend(self, cache: DynamicCache, input_ids_BK: Tensor, position_ids_BK: Tensor, visible_BKT: Tensor) -> Tensor:
         """Hidden states of further tokens on top of what the cache holds, which grows by them.
@@ -296,21 +296,20 @@ class PriorLM(nn.Module):
         Returns:
             ``(B, K, H)``.
         """
-        return self._decode(
+        return self.run_decoder(
             inputs_embeds=self.embed(input_ids_BK),
             attention_mask=self.additive_mask(visible_BKT),
             position_ids=position_ids_BK,
             past_key_values=cache,
             use_cache=True,
-        )
+        ).last_hidden_state
 
-    def _decode(self, **inputs: Any) -> Tensor:
-        """Last hidden states; float32 adapters on a bfloat16 decoder multiply in bfloat16, as it does."""
-        device = inputs["inputs_embeds"].device.type
+    def run_decoder(self, **inputs: Any) -> Any:
+        """What the decoder gives; float32 adapters on a bfloat16 decoder multiply in bfloat16, as it does."""
         if self.dtype == torch.bfloat16:
-            with torch.autocast(device, dtype=self.dtype):
-                return self.decoder(**inputs).last_hidden_state
-        return self.decoder(**inputs).last_hidden_state
+            with torch.autocast(inputs["inputs_embeds"].device.type, dtype=self.dtype):
+                return self.decoder(**inputs)
+        return self.decoder(**inputs)
 
     def additive_mask(self, visible: Tensor) -> Tensor:
         """0 where visible and a very negative number elsewhere, with an axis for the attention heads."""

@@ -338,7 +338,12 @@ class _StopOnNaN(Callback):
     ) -> None:
         if trainer.precision == "16-mixed":
             return  # its loss scaler meets infinite gradients by design, and leaves out those steps itself
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [
+            p.grad.coalesce().values() if p.grad.is_sparse else p.grad
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        ]
         norm = torch.nn.utils.get_total_norm(gradients)
         if not torch.isfinite(norm):
             self._stop(trainer, f"the gradient's norm is {float(norm)}")

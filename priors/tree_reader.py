@@ -69,7 +69,7 @@ def takes_tree_mask(model: PriorLM) -> bool:
     alone = [_causal(model, torch.cat([prompt, branch[:, i : i + 1]], 1))[:, -1] for i in range(2)]
     try:
         cache = DynamicCache()
-        model.decoder(inputs_embeds=model.embed(prompt), past_key_values=cache, use_cache=True)
+        model.run_decoder(inputs_embeds=model.embed(prompt), past_key_values=cache, use_cache=True)
         together = model.extend(cache, branch, position, visible)[0].float()
     except (TypeError, ValueError, RuntimeError, IndexError):
         return False
@@ -78,7 +78,7 @@ def takes_tree_mask(model: PriorLM) -> bool:
 
 
 def _causal(model: PriorLM, input_ids: Tensor) -> Tensor:
-    return model.decoder(inputs_embeds=model.embed(input_ids), use_cache=False).last_hidden_state
+    return model.run_decoder(inputs_embeds=model.embed(input_ids), use_cache=False).last_hidden_state
 
 
 class TreeReader:
@@ -106,7 +106,7 @@ class TreeReader:
         if len(prefix):
             cache = DynamicCache()
             ids = torch.from_numpy(np.asarray(prefix, dtype=np.int64))[None].to(self.device)
-            self.model.decoder(inputs_embeds=self.model.embed(ids), past_key_values=cache, use_cache=True)
+            self.model.run_decoder(inputs_embeds=self.model.embed(ids), past_key_values=cache, use_cache=True)
             self._shared = ([int(token) for token in prefix], cache)
 
     def prefill(self, prompts: Prompts) -> TreeReading:
@@ -120,7 +120,7 @@ class TreeReader:
         ids_BT = torch.from_numpy(input_ids).to(self.device)
         position_T = torch.arange(len(shared), len(shared) + ids_BT.shape[1], device=self.device)
         # Padding comes last, so that plain causal attention hides it from every real token.
-        hidden_BTH = self.model.decoder(
+        hidden_BTH = self.model.run_decoder(
             inputs_embeds=self.model.embed(ids_BT),
             position_ids=position_T.expand_as(ids_BT),
             past_key_values=cache,
@@ -204,7 +204,7 @@ class CopyReader:
                 self.device
             )
             cache = DynamicCache()
-            hidden_BTH = self.model.decoder(
+            hidden_BTH = self.model.run_decoder(
                 inputs_embeds=self.model.embed(ids_BT), past_key_values=cache, use_cache=True
             ).last_hidden_state
             groups.append((torch.from_numpy(rows).to(self.device), cache))
@@ -228,7 +228,7 @@ class CopyReading:
                     continue
                 copied = copy.deepcopy(cache)
                 copied.batch_select_indices(torch.searchsorted(rows, row_E[here]))
-                hidden_EH[here] = self.model.decoder(
+                hidden_EH[here] = self.model.run_decoder(
                     inputs_embeds=self.model.embed(path_ED[here, :depth]), past_key_values=copied, use_cache=True
                 ).last_hidden_state[:, -1]
         return hidden_EH, torch.full_like(row_E, -1)

@@ -111,8 +111,8 @@ def test_tables_page_and_json_say_the_same(result: Result, out: Path) -> None:
 
 
 def test_all_arms_are_checked_before_any_runs(tmp_path: Path) -> None:
-    study = replace(STUDY, arms={"a": ("prior.prompts=x",), "b": ("prior.prompt.sesaon=true",)})
-    with pytest.raises(UserError, match=r"(?s)arm a.*prior\.prompts.*arm b.*prior\.prompt\.season"):
+    study = replace(STUDY, arms={"a": ("prior.prompts=x",), "b": ("prior.prompt.dtae.show=true",)})
+    with pytest.raises(UserError, match=r"(?s)arm a.*prior\.prompts.*arm b.*prior\.prompt\.date"):
         run_study(study, PRIOR, tmp_path, TINY, console=QUIET)
     assert not list(tmp_path.iterdir())
 
