@@ -45,9 +45,9 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim import RowWiseAdagrad
 
 from models.pointwise import PointwiseModule
+from models.training import TRAINER_STATE
 
 Obj = TypeVar("Obj")
-TRAINER_STATE = "trainer.pt"
 
 for _noisy in ("torchrec.distributed.planner", "torchrec.distributed.logging_handlers"):
     logging.getLogger(_noisy).setLevel(logging.ERROR)  # advice to those who write planners

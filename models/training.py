@@ -36,6 +36,8 @@ from torch.utils.data import DataLoader, Sampler
 
 from data.errors import UserError
 
+TRAINER_STATE = "trainer.pt"
+"""Of a checkpoint that several processes wrote: all but the weights."""
 _WINDOW_BATCHES = 32
 """Batches whose samples are sorted by length together: enough that little is padding, few enough to stay mixed."""
 
@@ -462,9 +464,11 @@ def resolve_precision(cfg: TrainerConfig) -> str:
 
 
 def _steps_in(checkpoint: Path) -> int:
-    """Optimiser steps behind a checkpoint; 0 where there is none."""
+    """Optimiser steps behind a checkpoint, which is a folder where processes share the weights; 0 where there is none."""
     if not checkpoint.exists():
         return 0
+    if checkpoint.is_dir():
+        checkpoint = checkpoint / TRAINER_STATE
     return int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
 
 
