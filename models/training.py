@@ -464,7 +464,7 @@ def resolve_precision(cfg: TrainerConfig) -> str:
 
 
 def _steps_in(checkpoint: Path) -> int:
-    """Optimiser steps behind a checkpoint, which is a folder where processes share the weights; 0 where there is none."""
+    """Optimiser steps behind a checkpoint, a folder where processes share the weights; 0 where there is none."""
     if not checkpoint.exists():
         return 0
     if checkpoint.is_dir():

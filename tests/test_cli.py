@@ -124,3 +124,15 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         guarded(lambda: fail(RuntimeError("odd")), debug=True)
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["stage=ranker"], ["stage=prior", "strategy=torchrec"], ["stage=semantic_ids"]])
+def test_several_processes_are_for_the_sharded_ranker_alone(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("WORLD_SIZE", "2"), ("RANK", "1")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        train.main([*arguments, "experiment=smoke"])
+    assert ended.value.code == 2
+    assert "stage=ranker strategy=torchrec" in capsys.readouterr().err

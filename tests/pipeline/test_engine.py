@@ -257,3 +257,18 @@ print(outcome.manifest.metrics["started_at"])
     second = subprocess.run(command, capture_output=True, text=True, check=True)
     assert second.stdout == "4\n"
     assert (tmp_path / "long" / "out").read_text() == "xxxxxx"
+
+
+def test_a_process_that_follows_works_on_the_stage_and_keeps_nothing(tmp_path: Path) -> None:
+    calls: list[str] = []
+    make(tmp_path, calls).execute(until="first")
+    follower = make(tmp_path, calls)
+    follower.follows = True
+    with locked(tmp_path):  # as the first process holds it
+        outcome = follower.execute_one("second")
+    assert calls == ["first", "second"]
+    assert outcome.status == "done"
+    assert not (tmp_path / "second").exists()
+    assert list((tmp_path / WORK).glob("second-*/checkpoint"))
+    make(tmp_path, calls).execute(until="second")
+    assert follower.execute_one("second").status == "skipped"
