@@ -1,28 +1,40 @@
 """One way to fit a LightningModule: checkpoints, early stopping, and a resume that changes no figure.
 
-An *epoch* is the unit of work that survives a crash. The order of an epoch's batches and every
-random number drawn in it are functions of ``(seed, epoch)`` alone, so a run that was killed and
-started again from its last checkpoint takes the same steps as one that was left alone. A stage
-whose pass over the data is long (the LM) declares an epoch to be a number of steps instead.
+The order of an epoch's batches and every random number drawn in it are functions of ``(seed, epoch)``
+alone, so a run that was killed and started again from its last checkpoint takes the same steps as one
+that was left alone. A checkpoint is written after every epoch and, by ``checkpoint_every``, within:
 
-    work_dir/checkpoints/last.ckpt    after every epoch: weights, optimiser, schedule, stopping state
+    epoch 0                     epoch 1
+    b0 b1 b2 b3 b4 b5 ─ select ─ b0 b1 b2 b3 … killed     a resume reads b0 b1 without training on them
+             │        │              │                     and goes on with b2
+    last.ckpt┴────────┴──────────────┘
+
+    work_dir/checkpoints/last.ckpt    newest: weights, optimiser, schedule, stopping state, place in the epoch
     work_dir/checkpoints/best.ckpt    the epoch with the best monitored figure
-    work_dir/metrics.csv              every logged figure
+    work_dir/metrics.csv              every logged figure of this attempt
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
+
+from data.errors import UserError
+
+_WINDOW_BATCHES = 32
+"""Batches whose samples are sorted by length together: enough that little is padding, few enough to stay mixed."""
 
 
 @dataclass
@@ -37,6 +49,7 @@ class TrainerConfig:
         gradient_clip: largest norm of the gradient; None does not clip.
         accumulate: batches whose gradients are added before a step.
         devices: number of devices; more than one trains with Lightning's DDP.
+        checkpoint_every: steps between two checkpoints within an epoch; None writes one after each epoch alone.
         progress_bar: show one.
     """
 
@@ -47,7 +60,22 @@ class TrainerConfig:
     gradient_clip: float | None = 1.0
     accumulate: int = 1
     devices: int = 1
+    checkpoint_every: int | None = None
     progress_bar: bool = True
+
+    def __post_init__(self) -> None:
+        counts = {"accumulate": self.accumulate, "devices": self.devices, "checkpoint_every": self.checkpoint_every}
+        errors = [
+            UserError(
+                f"trainer.{name}={value}",
+                expected="a whole number, at least 1",
+                action=f"set trainer.{name} to a positive number",
+            )
+            for name, value in counts.items()
+            if value is not None and value < 1
+        ]
+        if errors:
+            raise UserError.collect(errors)
 
 
 @dataclass(frozen=True)
@@ -107,6 +135,121 @@ class EpochSampler(Sampler[int]):
         return torch.randperm(self.length, generator=generator).tolist()
 
 
+class TokenBatchSampler(Sampler[list[int]]):
+    """Batches of samples of like length, none above a budget of padded tokens; a function of ``(seed, epoch)``.
+
+    A pass over the data is shuffled, then sorted by length within windows of some batches, cut, and its batches are
+    shuffled again. Epochs walk through successive parts of a pass, then of the next, and all have the same number of
+    batches, so a pass leaves out less than one batch an epoch.
+
+    Args:
+        lengths: tokens of each sample, ``(samples,)``.
+        budget: the most tokens of a batch: its samples times the longest of them.
+        seed: of the shuffles.
+        parts: epochs that one pass is cut into.
+
+    Raises:
+        ValueError: no sample, or one longer than the budget.
+    """
+
+    def __init__(self, lengths: Sequence[int] | np.ndarray, *, budget: int, seed: int, parts: int = 1) -> None:
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        if not len(self.lengths):
+            raise ValueError("nothing to sample from: the training set is empty")
+        if self.lengths.max() > budget:
+            raise ValueError(f"a sample of {self.lengths.max()} tokens does not fit into a batch of {budget}")
+        self.budget, self.seed, self.epoch = budget, seed, 0
+        self._window = _WINDOW_BATCHES * max(1, budget // max(1, int(self.lengths.mean())))
+        in_pass = len(self._lap(0))
+        self.per_epoch = max(1, in_pass // parts)
+        self.mean_batch = len(self.lengths) / in_pass
+        """Samples of a batch, on average over a pass."""
+
+    @property
+    def sampler(self) -> TokenBatchSampler:
+        """Itself: where Lightning looks for ``set_epoch``."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.per_epoch // _rank_of_world()[1]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rank, world = _rank_of_world()
+        yield from self._batches()[rank : len(self) * world : world]
+
+    def _batches(self) -> list[list[int]]:
+        """All batches of the epoch, before they are shared among devices."""
+        first, lap, start = self.epoch * self.per_epoch, 0, 0
+        batches: list[list[int]] = []
+        while len(batches) < self.per_epoch:
+            of_lap = self._lap(lap)
+            stop = start + len(of_lap)
+            if stop > first:
+                batches += of_lap[max(0, first - start) :][: self.per_epoch - len(batches)]
+            lap, start = lap + 1, stop
+        return batches
+
+    def _lap(self, lap: int) -> list[list[int]]:
+        rng = np.random.default_rng((self.seed, lap))
+        order = rng.permutation(len(self.lengths))
+        batches: list[list[int]] = []
+        for start in range(0, len(order), self._window):
+            rows = order[start : start + self._window]
+            batch: list[int] = []
+            for row in rows[np.argsort(self.lengths[rows], kind="stable")].tolist():
+                if (len(batch) + 1) * self.lengths[row] > self.budget:
+                    batches.append(batch)
+                    batch = []
+                batch.append(row)
+            batches.append(batch)
+        return [batches[index] for index in rng.permutation(len(batches))]
+
+
+class _ResumableLoader:
+    """A loader that Lightning can set to the middle of an epoch: what was trained on is read and let go.
+
+    Args:
+        loader: its order must be a function of the epoch.
+    """
+
+    def __init__(self, loader: DataLoader) -> None:
+        self.loader, self.sampler, self.batch_sampler = loader, loader.sampler, loader.batch_sampler
+        self._skip = self._taken = 0
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        self._taken, self._skip = self._skip, 0
+        for batch in islice(self.loader, self._taken, None):
+            self._taken += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"taken": self._taken % len(self)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._skip = state["taken"]
+
+
+class _CheckpointEvery(Callback):
+    """Writes the newest checkpoint every so many optimiser steps."""
+
+    def __init__(self, path: Path, every: int) -> None:
+        self.path, self.every = path, every
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Gradients that wait for a step are in no checkpoint; the end of an epoch has one of its own.
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and not trainer.is_last_batch
+        if stepped and trainer.global_step % self.every == 0:
+            trainer.save_checkpoint(self.path)
+
+
 class _SeededBatches(Callback):
     """Seeds torch from (seed, epoch, batch), so that no random state has to survive a crash.
 
@@ -141,17 +284,40 @@ class _History(Callback):
 
 
 class _StopOnNaN(Callback):
-    """A loss that is no number ends the fit before it reaches the weights of a checkpoint."""
+    """A loss or a gradient that is no number ends the fit before it changes a weight.
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    Args:
+        describe: says what a batch holds.
+    """
+
+    def __init__(self, describe: Callable[[Any], str] | None) -> None:
+        self.describe, self.batch, self.index = describe, None, 0
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-        if loss is not None and not torch.isfinite(loss).all():
-            raise FloatingPointError(
-                f"the loss is {float(loss)} at epoch {trainer.current_epoch}, batch {batch_idx}; the last "
-                f"checkpoint is of the epoch before. Lower the learning rate or look at that batch."
-            )
+        self.batch, self.index = batch, batch_idx
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        if not torch.isfinite(loss).all():
+            self._stop(trainer, f"the loss is {float(loss)}")
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if trainer.precision == "16-mixed":
+            return  # its loss scaler meets infinite gradients by design, and leaves out those steps itself
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not torch.isfinite(norm):
+            self._stop(trainer, f"the gradient's norm is {float(norm)}")
+
+    def _stop(self, trainer: L.Trainer, what: str) -> None:
+        holds = "" if self.describe is None else f" ({self.describe(self.batch)})"
+        raise FloatingPointError(
+            f"{what} at epoch {trainer.current_epoch}, batch {self.index}{holds}; it changed no weight, and the "
+            f"last checkpoint is from before it. Lower the learning rate or look at that batch."
+        )
 
 
 def fit(
@@ -165,6 +331,7 @@ def fit(
     monitor: str | None = None,
     mode: Literal["min", "max"] = "min",
     callbacks: tuple[Callback, ...] = (),
+    describe: Callable[[Any], str] | None = None,
 ) -> FitResult:
     """Train, resuming from ``work_dir`` where an earlier attempt left a checkpoint.
 
@@ -178,13 +345,22 @@ def fit(
         monitor: logged figure that early stopping and the choice of the best epoch look at.
         mode: whether a smaller or a larger monitored figure is better.
         callbacks: further Lightning callbacks.
+        describe: says what a batch holds, for the error that names a bad one.
 
     Returns:
         Epochs, steps and the monitored figure's history.
 
     Raises:
-        FloatingPointError: the loss became NaN or infinite.
+        FloatingPointError: loss or gradient became NaN or infinite; the error names the batch.
+        UserError: checkpoints within an epoch on several devices, of a loader that is not shared by its own sampler.
     """
+    shares_itself = isinstance(train_loader.batch_sampler, TokenBatchSampler)
+    if cfg.checkpoint_every is not None and cfg.devices > 1 and not shares_itself:
+        raise UserError(
+            f"trainer.checkpoint_every={cfg.checkpoint_every} with trainer.devices={cfg.devices}",
+            expected="one device, where Lightning shares the samples among devices",
+            action="set trainer.checkpoint_every=null: this stage goes on from its last epoch",
+        )
     checkpoints = work_dir / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     best = ModelCheckpoint(
@@ -192,7 +368,10 @@ def fit(
         enable_version_counter=False, save_on_train_epoch_end=True,
     )  # fmt: skip
     history = _History(monitor)
-    used: list[Callback] = [best, history, _SeededBatches(seed), _StopOnNaN(), *callbacks]
+    last = checkpoints / "last.ckpt"
+    used: list[Callback] = [best, history, _SeededBatches(seed), _StopOnNaN(describe), *callbacks]
+    if cfg.checkpoint_every is not None:
+        used.append(_CheckpointEvery(last, cfg.checkpoint_every))
     if monitor is not None and cfg.patience is not None:
         used.append(EarlyStopping(monitor=monitor, mode=mode, patience=cfg.patience, check_on_train_epoch_end=True))
     if cfg.progress_bar:
@@ -211,11 +390,11 @@ def fit(
         num_sanity_val_steps=0,
         log_every_n_steps=1,
         deterministic="warn",
-        use_distributed_sampler=cfg.devices > 1,
+        use_distributed_sampler=cfg.devices > 1 and not shares_itself,
     )
     torch.manual_seed(seed)
-    last = checkpoints / "last.ckpt"
-    trainer.fit(module, train_loader, val_loader, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+    resumable = train_loader if cfg.devices > 1 and not shares_itself else _ResumableLoader(train_loader)
+    trainer.fit(module, resumable, val_loader, ckpt_path=str(last) if last.exists() else None, weights_only=True)
     chosen = Path(best.best_model_path) if best.best_model_path else last
     state = torch.load(chosen, map_location="cpu", weights_only=True)
     module.load_state_dict(state["state_dict"], strict=module.strict_loading)
@@ -235,6 +414,13 @@ def resolve_precision(cfg: TrainerConfig) -> str:
         return cfg.precision
     on_gpu = cfg.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     return "bf16-mixed" if on_gpu else "32-true"
+
+
+def _rank_of_world() -> tuple[int, int]:
+    """Number of this process and of all that train together; 0 of 1 alone."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
 
 
 def default_workers() -> int:
