@@ -19,7 +19,7 @@ base. ``ĥ`` is the hidden state standardised by constants of the training promp
 LM point almost all one way (Ethayarajh 2019, arXiv 1909.00512), and without the common part what a
 prompt says is learned first.
 
-Shapes: B prompts, T tokens of a row (prompt, padding, tree), N decisions of one level, V codes of
+Shapes: B prompts, T tokens of a row (prompt, tree, padding), N decisions of one level, V codes of
 that level, H hidden size, D codebook dimension, K query tokens, Y target advertisers.
 """
 
@@ -59,7 +59,9 @@ class TreeBatch:
     """Prompts with the trees of their targets.
 
     Attributes:
-        input_ids_BT: prompt, padding, tree; ID tokens are numbered after the base vocabulary.
+        user_B: whose prompts they are.
+        period_B: as-of period of each.
+        input_ids_BT: prompt, tree, padding; ID tokens are numbered after the base vocabulary.
         position_ids_BT: a tree token's position is its depth below the prompt's end.
         visible_BTT: True where a query token (second axis) sees a key token (third).
         levels: the decisions, one entry a level.
@@ -67,6 +69,8 @@ class TreeBatch:
         target_weight_Y: 1 / number of targets of that prompt.
     """
 
+    user_B: Tensor
+    period_B: Tensor
     input_ids_BT: Tensor
     position_ids_BT: Tensor
     visible_BTT: Tensor
@@ -199,6 +203,9 @@ class PriorLM(nn.Module):
         first_id_token: number of the first ID token.
         head: kind of the head.
         train_input_rows: let the ID tokens' input rows learn. The gradient then goes through all layers.
+
+    Raises:
+        ValueError: input rows and codebooks disagree in number, or input rows and decoder in width.
     """
 
     def __init__(
@@ -214,6 +221,9 @@ class PriorLM(nn.Module):
         super().__init__()
         self.decoder = decoder
         self.first_id_token = first_id_token
+        expected = (sum(len(codes_VD) for codes_VD in codebooks), self.word_embedding.embedding_dim)
+        if tuple(id_rows.shape) != expected:
+            raise ValueError(f"{tuple(id_rows.shape)} input rows of ID tokens; codes and decoder ask {expected}")
         self.id_rows = nn.Embedding.from_pretrained(id_rows.float(), freeze=not train_input_rows)
         self.head = IdHead(codebooks, id_rows.shape[1], head)
         self.level_offset = [0]
@@ -322,6 +332,8 @@ class PriorLMModule(L.LightningModule):
         lora_learning_rate: of the decoder's trainable weights.
         head_learning_rate: of the head and the input rows.
         total_steps: optimiser steps of the whole fit; the rate warms up over a tenth and falls as a cosine.
+        prompts_per_batch: what a batch's sum over its prompts is divided by; None: its own number. Where batches
+            differ in number, one divisor for all lets every prompt weigh the same.
         weight_decay: AdamW's.
     """
 
@@ -334,20 +346,22 @@ class PriorLMModule(L.LightningModule):
         lora_learning_rate: float = 2e-4,
         head_learning_rate: float = 1e-3,
         total_steps: int = 100,
+        prompts_per_batch: float | None = None,
         weight_decay: float = 0.01,
     ) -> None:
         super().__init__()
         self.model = model
         self.rates = (lora_learning_rate, head_learning_rate)
         self.total_steps, self.weight_decay = max(1, total_steps), weight_decay
+        self.prompts_per_batch = prompts_per_batch
 
     def training_step(self, batch: TreeBatch, batch_idx: int) -> Tensor:
         log_probs = self.model.log_probs(batch)
-        loss = row_nll(batch, target_log_prob(batch, log_probs)).mean()
-        base = row_nll(batch, base_log_prob(batch)).mean()
-        self.log("train_nll", loss, batch_size=batch.n_prompts)
-        self.log("train_residual", loss.detach() - base, batch_size=batch.n_prompts, prog_bar=True)
-        return loss
+        nll_B = row_nll(batch, target_log_prob(batch, log_probs))
+        base_B = row_nll(batch, base_log_prob(batch))
+        self.log("train_nll", nll_B.detach().mean(), batch_size=batch.n_prompts)
+        self.log("train_residual", (nll_B.detach() - base_B).mean(), batch_size=batch.n_prompts, prog_bar=True)
+        return nll_B.sum() / (self.prompts_per_batch or batch.n_prompts)
 
     def validation_step(self, batch: TreeBatch, batch_idx: int) -> None:
         nll_B = row_nll(batch, target_log_prob(batch, self.model.log_probs(batch)))

@@ -11,11 +11,12 @@ that was left alone. A checkpoint is written after every epoch and, by ``checkpo
 
     work_dir/checkpoints/last.ckpt    newest: weights, optimiser, schedule, stopping state, place in the epoch
     work_dir/checkpoints/best.ckpt    the epoch with the best monitored figure
-    work_dir/metrics.csv              every logged figure of this attempt
+    work_dir/metrics.jsonl            every logged figure, one object a step; a resume drops what it does again
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
@@ -27,7 +28,8 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
@@ -283,6 +285,32 @@ class _History(Callback):
         self.values = list(state_dict["values"])
 
 
+class _StepLog(Logger):
+    """Every logged figure, one JSON object a step; on disk at once, so that a kill leaves all but the last.
+
+    Args:
+        path: the file, appended to.
+        steps: steps that the checkpoint knows of; lines of later ones are dropped, for they are done again.
+    """
+
+    name, version = "", ""
+
+    def __init__(self, path: Path, steps: int) -> None:
+        super().__init__()
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < steps]
+        path.write_text("".join(kept))
+        self.path = path
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """The configuration is in the manifest."""
+
+
 class _StopOnNaN(Callback):
     """A loss or a gradient that is no number ends the fit before it changes a weight.
 
@@ -384,7 +412,7 @@ def fit(
         gradient_clip_val=cfg.gradient_clip,
         accumulate_grad_batches=cfg.accumulate,
         callbacks=used,
-        logger=CSVLogger(work_dir, name="", version=""),
+        logger=_StepLog(work_dir / "metrics.jsonl", _steps_in(last)),
         enable_progress_bar=cfg.progress_bar,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -414,6 +442,13 @@ def resolve_precision(cfg: TrainerConfig) -> str:
         return cfg.precision
     on_gpu = cfg.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     return "bf16-mixed" if on_gpu else "32-true"
+
+
+def _steps_in(checkpoint: Path) -> int:
+    """Optimiser steps behind a checkpoint; 0 where there is none."""
+    if not checkpoint.exists():
+        return 0
+    return int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
 
 
 def _rank_of_world() -> tuple[int, int]:

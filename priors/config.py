@@ -19,14 +19,19 @@ class BaseModelConfig:
     Attributes:
         name: ``packaged:smollm2``, ``packaged:tiny`` (random weights, for tests), or any path or hub name
             that ``transformers.AutoModel`` loads.
-        dtype: of the frozen weights: ``float32``, ``bfloat16``, or ``auto`` (bfloat16 on a GPU and on a CPU
-            with AVX512-BF16 or AMX, else float32, where bfloat16 would be emulated).
+        dtype: of the decoder's weights: ``float32``, ``bfloat16``, or ``auto``: float32 where they are trained;
+            frozen ones are bfloat16 on a GPU and on a CPU with AVX512-BF16 or AMX, else float32, where bfloat16
+            would be emulated.
+        random_weights: the same architecture with weights drawn by ``prior.seed``, to tell what pretraining adds.
         train_input_rows: let the ID tokens' input rows learn; the gradient then goes through all layers.
+        gradient_checkpointing: compute the layers' activations again in the backward pass instead of keeping them.
     """
 
     name: str = "packaged:smollm2"
     dtype: str = "auto"
+    random_weights: bool = False
     train_input_rows: bool = False
+    gradient_checkpointing: bool = False
 
 
 @dataclass
@@ -81,7 +86,10 @@ class PriorConfig:
         max_targets: targets of a training prompt; of more, so many are drawn.
         select_prompts: prompts of the selection span, for stopping and calibrating.
         evaluation_prompts: prompts of the evaluated span whose exact likelihood is computed, with controls.
-        batch_size: prompts of a training step.
+        batch_size: prompts of a training batch, on average, and of a batch of evaluation.
+        batch_tokens: the most tokens of a training batch, padding included; null: ``batch_size`` times the mean
+            length, and at least the longest.
+        train: ``lora`` trains adapters (or the head alone, with ``lora.rank=0``), ``full`` all weights.
         trainer: ``max_epochs`` is the number of parts that the training prompts are cut in; each part ends
             with a checkpoint and a look at the selection span.
         seed: of the choice of prompts and of training.
@@ -101,6 +109,8 @@ class PriorConfig:
     select_prompts: int = 256
     evaluation_prompts: int = 512
     batch_size: int = 8
+    batch_tokens: int | None = None
+    train: str = "lora"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -112,6 +122,7 @@ class PriorConfig:
             "select_prompts": self.select_prompts,
             "evaluation_prompts": self.evaluation_prompts,
             "batch_size": self.batch_size,
+            "batch_tokens": 1 if self.batch_tokens is None else self.batch_tokens,
             "trainer.max_epochs": self.trainer.max_epochs,
             "prompt.max_tokens": self.prompt.max_tokens,
             "decode.beam": self.decode.beam,
@@ -134,6 +145,18 @@ class PriorConfig:
                     f"prior.base.dtype={self.base.dtype}",
                     expected="auto, float32 or bfloat16",
                     action="set prior.base.dtype to one of them",
+                )
+            )
+        if self.train not in ("lora", "full"):
+            errors.append(
+                UserError(f"prior.train={self.train}", expected="lora or full", action="set prior.train to one of them")
+            )
+        if self.train == "full" and self.base.dtype == "bfloat16":
+            errors.append(
+                UserError(
+                    "prior.train=full with prior.base.dtype=bfloat16",
+                    expected="weights in float32, where small steps are not rounded away",
+                    action="set prior.base.dtype=float32; prior.trainer.precision=bf16-mixed multiplies in bfloat16",
                 )
             )
         if self.head.kind not in ("tied", "free", "tied+free"):

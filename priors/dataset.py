@@ -12,13 +12,14 @@ Shapes: B prompts, T tokens, A advertisers, L levels, Y targets.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from data.errors import UserError
 from data.log import Targets
 from models.prior_lm import Decisions, TreeBatch
 from priors.anchor import TunedAnchor
@@ -77,6 +78,24 @@ class PromptDataset(Dataset[Example]):
         return Example(int(self.targets.user[row]), period, prompt.token_ids, np.sort(wanted))
 
 
+@dataclass
+class _Choices:
+    """The decisions of one level while a batch is built, as of :class:`~models.prior_lm.Decisions`."""
+
+    row: list[int] = field(default_factory=list)
+    position: list[int] = field(default_factory=list)
+    node: list[int] = field(default_factory=list)
+    target_node: list[int] = field(default_factory=list)
+    target_code: list[int] = field(default_factory=list)
+
+    def add(self, row: int, position: int, node: int) -> int:
+        """Number of a new decision."""
+        self.row.append(row)
+        self.position.append(position)
+        self.node.append(node)
+        return len(self.row) - 1
+
+
 class TreeCollator:
     """Builds :class:`~models.prior_lm.TreeBatch` from examples.
 
@@ -92,72 +111,75 @@ class TreeCollator:
         self._decides = [np.diff(self.trie.child_ptr[depth]) > 1 for depth in range(self.trie.n_levels)]
         self._has_decision = [np.diff(self.trie.leaf_ptr[depth]) > 1 for depth in range(self.trie.n_levels)]
 
+    def length(self, example: Example) -> int:
+        """Tokens of one row before padding: the prompt's and the tree's."""
+        return len(example.token_ids) + len(self._tree(example.targets))
+
     def __call__(self, examples: Sequence[Example]) -> TreeBatch:
+        """One batch.
+
+        Raises:
+            UserError: an example has no target.
+        """
         trie, n_levels = self.trie, self.trie.n_levels
         user = np.array([example.user for example in examples])
         period = np.array([example.period for example in examples])
+        for example in examples:
+            if not len(example.targets):
+                raise UserError(
+                    f"a prompt without a target: user {example.user}, period {example.period}",
+                    expected="at least one advertiser converted with",
+                    action="leave out user-periods without a conversion",
+                )
         scores = self.base.child_scores(user, period)
-        prompt_length = max(len(example.token_ids) for example in examples)
         trees = [self._tree(example.targets) for example in examples]
-        length = prompt_length + max(len(tree) for tree in trees)
+        length = max(len(example.token_ids) + len(tree) for example, tree in zip(examples, trees, strict=True))
 
         input_ids = np.zeros((len(examples), length), dtype=np.int64)
         positions = np.zeros_like(input_ids)
         visible = np.zeros((len(examples), length, length), dtype=bool)
         visible[:, np.arange(length), np.arange(length)] = True  # padding sees itself: no empty softmax
-        rows: list[list[int]] = [[] for _ in range(n_levels)]
-        where: list[list[int]] = [[] for _ in range(n_levels)]
-        nodes: list[list[int]] = [[] for _ in range(n_levels)]
-        target_node: list[list[int]] = [[] for _ in range(n_levels)]
-        target_code: list[list[int]] = [[] for _ in range(n_levels)]
-        target_row: list[int] = []
-        target_weight: list[float] = []
+        decisions = [_Choices() for _ in range(n_levels)]
         for row, (example, tree) in enumerate(zip(examples, trees, strict=True)):
             n_prompt = len(example.token_ids)
             input_ids[row, :n_prompt] = example.token_ids
             positions[row, :n_prompt] = np.arange(n_prompt)
             visible[row, :n_prompt, :n_prompt] = np.tri(n_prompt, dtype=bool)
             place = {(0, 0): n_prompt - 1}
-            for offset, (depth, node) in enumerate(tree):
-                token = prompt_length + offset
+            for token, (depth, node) in enumerate(tree, n_prompt):
                 place[depth, node] = token
                 input_ids[row, token] = self.id_offset[depth - 1] + trie.child_code[depth - 1][node]
                 positions[row, token] = n_prompt + depth - 1
-                above = place[depth - 1, int(trie.parent[depth - 1][node])] if depth > 1 else None
-                visible[row, token, :n_prompt] = True
-                if above is not None:
-                    visible[row, token, prompt_length:] |= visible[row, above, prompt_length:]
+                above = place[depth - 1, int(trie.parent[depth - 1][node])]
+                visible[row, token, : token + 1] |= visible[row, above, : token + 1]
             index: dict[tuple[int, int], int] = {}
             for depth, node in [(0, 0), *tree]:
                 if depth < n_levels and self._decides[depth][node]:
-                    index[depth, node] = len(rows[depth])
-                    rows[depth].append(row)
-                    where[depth].append(place[depth, node])
-                    nodes[depth].append(node)
-            for advertiser in example.targets:
-                path = [0, *trie.path_AL[advertiser].tolist()]
-                for depth in range(n_levels):
-                    target_node[depth].append(index.get((depth, path[depth]), -1))
-                    target_code[depth].append(int(trie.child_code[depth][path[depth + 1]]))
-                target_row.append(row)
-                target_weight.append(1.0 / len(example.targets))
-        levels = [
-            Decisions(
-                row_N=torch.tensor(rows[depth], dtype=torch.long),
-                position_N=torch.tensor(where[depth], dtype=torch.long),
-                base_NV=self._base(depth, scores[depth], np.array(rows[depth], int), np.array(nodes[depth], int)),
-                target_node_Y=torch.tensor(target_node[depth], dtype=torch.long),
-                target_code_Y=torch.tensor(target_code[depth], dtype=torch.long),
-            )
-            for depth in range(n_levels)
-        ]
+                    index[depth, node] = decisions[depth].add(row, place[depth, node], node)
+            for path in trie.path_AL[example.targets].tolist():
+                for depth, (above, node) in enumerate(zip([0, *path], path, strict=False)):
+                    decisions[depth].target_node.append(index.get((depth, above), -1))
+                    decisions[depth].target_code.append(int(trie.child_code[depth][node]))
+        n_targets = np.array([len(example.targets) for example in examples])
         return TreeBatch(
+            user_B=torch.from_numpy(user),
+            period_B=torch.from_numpy(period),
             input_ids_BT=torch.from_numpy(input_ids),
             position_ids_BT=torch.from_numpy(positions),
             visible_BTT=torch.from_numpy(visible),
-            levels=levels,
-            target_row_Y=torch.tensor(target_row, dtype=torch.long),
-            target_weight_Y=torch.tensor(target_weight, dtype=torch.float32),
+            levels=[self._decisions(depth, scores[depth], decisions[depth]) for depth in range(n_levels)],
+            target_row_Y=torch.from_numpy(np.repeat(np.arange(len(examples)), n_targets)),
+            target_weight_Y=torch.from_numpy(np.repeat(1.0 / n_targets, n_targets).astype(np.float32)),
+        )
+
+    def _decisions(self, depth: int, scores_BN: NDArray, choices: _Choices) -> Decisions:
+        row_N, node_N = np.array(choices.row, dtype=np.int64), np.array(choices.node, dtype=np.int64)
+        return Decisions(
+            row_N=torch.from_numpy(row_N),
+            position_N=torch.tensor(choices.position, dtype=torch.long),
+            base_NV=self._base(depth, scores_BN, row_N, node_N),
+            target_node_Y=torch.tensor(choices.target_node, dtype=torch.long),
+            target_code_Y=torch.tensor(choices.target_code, dtype=torch.long),
         )
 
     def _tree(self, targets: NDArray[np.int64]) -> list[tuple[int, int]]:

@@ -9,7 +9,8 @@ The artifact is a directory:
 
     prior.json           base model's reference, anchor, calibration, version of the advertiser IDs, config
     ids/                 the advertiser IDs it was fitted on
-    adapter/             LoRA weights as peft loads them
+    adapter/             LoRA weights as peft loads them, with prior.train=lora
+    decoder/             all weights, where they are not the base model's: prior.train=full, random weights
     head.safetensors     head, ID input rows, constants of the standardisation
     tokenizer/           the base tokenizer with the ID tokens
 """
@@ -35,7 +36,7 @@ from data.artifacts import to_plain
 from data.errors import LineageError, UserError
 from data.log import Log, Targets
 from models.prior_lm import LoraSettings, PriorLM, PriorLMModule, TreeBatch
-from models.training import EpochSampler, FitResult, fit
+from models.training import EpochSampler, FitResult, TokenBatchSampler, fit
 from priors.anchor import Anchor, Counts, TunedAnchor, choose_constants
 from priors.base_model import BaseModel, load_base_model
 from priors.calibration import Calibration, calibrated_nll, fit_anchor_levels, fit_calibration
@@ -81,7 +82,7 @@ class PriorModel:
     def save(self, directory: Path) -> None:
         """Write the artifact into an existing directory."""
         plain = {
-            "base_model": to_plain(self.cfg.base) | {"name": self.base_reference},
+            "base_model": to_plain(self.cfg.base) | {"name": self.base_reference} | self._kept_dtype(),
             "prompt": to_plain(self.cfg.prompt),
             "head": to_plain(self.cfg.head),
             "anchor": self.base.to_plain(),
@@ -95,9 +96,22 @@ class PriorModel:
         state = {f"head.{name}": value.contiguous() for name, value in self.model.head.state_dict().items()}
         state |= {"id_rows": self.model.id_rows.weight.detach(), "constant_LH": self.constant_LH.contiguous()}
         save_file(state, directory / "head.safetensors")
-        if isinstance(self.model.decoder, PeftModel):
-            self.model.decoder.save_pretrained(str(directory / "adapter"))
+        decoder: Any = self.model.decoder
+        if isinstance(decoder, PeftModel):
+            decoder.save_pretrained(str(directory / "adapter"))
+        if self.cfg.train == "full" or self.cfg.base.random_weights:
+            plain_decoder: Any = decoder.get_base_model() if isinstance(decoder, PeftModel) else decoder
+            weights = {
+                name.replace(".base_layer.", "."): value
+                for name, value in plain_decoder.state_dict().items()
+                if ".lora_" not in name
+            }
+            plain_decoder.save_pretrained(directory / "decoder", state_dict=weights)
         with_id_tokens(self.compiler.tokenizer, self.base.trie).save_pretrained(directory / "tokenizer")
+
+    def _kept_dtype(self) -> dict[str, str]:
+        """Weights that were trained are loaded as they were, not as frozen ones would be."""
+        return {"dtype": "float32"} if self.cfg.train == "full" else {}
 
     @classmethod
     def load(cls, directory: Path, log: Log, ids: AdvertiserIds, cfg: PriorConfig) -> PriorModel:
@@ -125,7 +139,10 @@ class PriorModel:
             ) from error
         fitted_ids = _same_codes(directory, plain["ids_version"], ids)
         _same_advertisers(log, ids)
-        base_model = load_base_model(BaseModelConfig(**plain["base_model"]))
+        weights = directory / "decoder"
+        base_model = load_base_model(
+            BaseModelConfig(**plain["base_model"]), weights=weights if weights.exists() else None
+        )
         compiler = PromptCompiler(
             log, ids, base_model.tokenizer, PromptConfig.from_plain(plain["prompt"]), window=base_model.window
         )
@@ -134,15 +151,22 @@ class PriorModel:
         decoder: Any = base_model.decoder
         if (directory / "adapter").exists():
             decoder = PeftModel.from_pretrained(decoder, str(directory / "adapter"))
-        model = PriorLM(
-            decoder,
-            codebooks=[torch.from_numpy(codebook) for codebook in ids.codebooks],
-            id_rows=state.pop("id_rows"),
-            first_id_token=plain["first_id_token"],
-            head=plain["head"]["kind"],
-        )
-        constant_LH = state.pop("constant_LH")
-        model.head.load_state_dict({name.removeprefix("head."): value for name, value in state.items()})
+        id_rows, constant_LH = state.pop("id_rows"), state.pop("constant_LH")
+        try:
+            model = PriorLM(
+                decoder,
+                codebooks=[torch.from_numpy(codebook) for codebook in ids.codebooks],
+                id_rows=id_rows,
+                first_id_token=plain["first_id_token"],
+                head=plain["head"]["kind"],
+            )
+            model.head.load_state_dict({name.removeprefix("head."): value for name, value in state.items()})
+        except (ValueError, RuntimeError) as error:
+            raise LineageError(
+                f"prior LM in {directory}: {str(error).splitlines()[-1].strip()}",
+                expected="a head and input rows that fit the IDs' codebooks and the base model",
+                action="take the IDs and the base model it was fitted with, or fit it again: train.py stage=prior",
+            ) from error
         calibration = {name: tuple(values) for name, values in plain["calibration"].items()}
         return cls(
             model=model.eval(),
@@ -169,8 +193,12 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
         The forecaster, and its metrics: the trials of the anchor, the NLL by part, the calibration.
 
     Raises:
-        UserError: the fit or the selection span has no conversion.
+        UserError: the fit or the selection span has no conversion, or a prompt with its tree is longer than the base
+            model's window or than a batch may be.
+        LineageError: the IDs are not those of the log's advertisers.
+        FloatingPointError: the loss became NaN or infinite; the error names users and periods of the batch.
     """
+    _same_advertisers(log, ids)
     trie, counts = Trie.from_codes(ids.codes_AL, ids.level_sizes), Counts.of(log)
     train_rows = sample_rows(log.advertiser_targets(cfg.prompt_span(log.split.prior_fit)), cfg.prompts, cfg.seed)
     select = log.advertiser_targets("prior_select")
@@ -183,7 +211,7 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
                 action=f"widen data.split.{name}, or lower prior.first_period",
             )
     anchor_rows = sample_rows(select, cfg.anchor.select_rows, cfg.seed)
-    base_model = load_base_model(cfg.base)
+    base_model = load_base_model(cfg.base, trained=cfg.train == "full", seed=cfg.seed)
     compiler = PromptCompiler(log, ids, base_model.tokenizer, cfg.prompt, window=base_model.window)
     train_set = PromptDataset(train_rows, compiler, max_targets=cfg.max_targets, seed=cfg.seed)
     select_set = PromptDataset(select_rows, compiler)
@@ -191,7 +219,8 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
     collator = TreeCollator(base, first_id_token=compiler.first_id_token)
 
     model = build_model(base_model, ids, log, compiler, cfg)
-    result, module = _fit_lm(model, train_set, select_set, collator, cfg, work_dir)
+    sampler = _sampler(train_set, collator, cfg)
+    result, module = _fit_lm(model, train_set, select_set, sampler, collator, log, cfg, work_dir)
     select_batches = list(batches(select_set, collator, cfg.batch_size))
     logits, constant_LH = _logits(module.model, select_batches)
     calibration = fit_calibration(select_batches, logits)
@@ -205,6 +234,8 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
             np.mean([len(train_set[row].token_ids) for row in range(min(100, len(train_set)))])
         ),
         "steps": result.steps,
+        "prompts_a_part": round(sampler.per_epoch * sampler.mean_batch),
+        "batch_tokens": sampler.budget,
         "best_part": result.best_epoch,
         "select_nll_by_part": result.history,
         "select_nll_anchor": select_anchor,
@@ -244,7 +275,9 @@ def build_model(
     """The untrained forecaster: LoRA in the base model, a head of zeros, ID rows from words."""
     decoder: Any = base_model.decoder
     torch.manual_seed(cfg.seed)
-    if cfg.lora.rank > 0:
+    if cfg.base.gradient_checkpointing:
+        decoder.gradient_checkpointing_enable({"use_reentrant": False})
+    if cfg.train == "lora" and cfg.lora.rank > 0:
         adapter = LoraConfig(
             r=cfg.lora.rank,
             lora_alpha=cfg.lora.alpha,  # type: ignore[arg-type]
@@ -322,28 +355,53 @@ def sample_rows(targets: Targets, n: int, seed: int) -> Targets:
     return targets.select(np.sort(np.random.default_rng(seed).choice(len(targets), n, replace=False)))
 
 
+def _sampler(train: PromptDataset, collator: TreeCollator, cfg: PriorConfig) -> TokenBatchSampler:
+    """Training batches of like length, within the budget of tokens.
+
+    Raises:
+        UserError: a prompt with its tree is longer than a batch may be.
+    """
+    lengths = np.array([collator.length(train[row]) for row in range(len(train))])
+    budget = cfg.batch_tokens or max(int(lengths.max()), round(cfg.batch_size * float(lengths.mean())))
+    if lengths.max() > budget:
+        raise UserError(
+            f"prior.batch_tokens={budget}",
+            expected=f"at least {lengths.max()}, the tokens of the longest prompt with its tree",
+            action="raise prior.batch_tokens, or lower prior.prompt.max_tokens or prior.max_targets",
+        )
+    return TokenBatchSampler(lengths, budget=budget, seed=cfg.seed, parts=cfg.trainer.max_epochs)
+
+
 def _fit_lm(
     model: PriorLM,
     train: PromptDataset,
     select: PromptDataset,
+    sampler: TokenBatchSampler,
     collator: TreeCollator,
+    log: Log,
     cfg: PriorConfig,
     work_dir: Path,
 ) -> tuple[FitResult, PriorLMModule]:
-    per_epoch = max(cfg.batch_size, len(train) // cfg.trainer.max_epochs // cfg.batch_size * cfg.batch_size)
-    sampler = EpochSampler(train, seed=cfg.seed, per_epoch=per_epoch)
-    train_loader: DataLoader = DataLoader(train, batch_size=cfg.batch_size, sampler=sampler, collate_fn=collator)
     if not (work_dir / "checkpoints" / "last.ckpt").exists():
         _standardise(model, train, collator, cfg)
+    steps_a_part = -(-len(sampler) // cfg.trainer.accumulate)
     module = PriorLMModule(
         model.train(),
         lora_learning_rate=cfg.lora.learning_rate,
         head_learning_rate=cfg.head.learning_rate,
-        total_steps=cfg.trainer.max_epochs * per_epoch // cfg.batch_size // cfg.trainer.accumulate,
+        total_steps=cfg.trainer.max_epochs * steps_a_part,
+        prompts_per_batch=sampler.mean_batch,
     )
+    train_loader: DataLoader = DataLoader(train, batch_sampler=sampler, collate_fn=collator)
+
+    def describe(batch: TreeBatch) -> str:
+        users, periods = log.user_ids[batch.user_B.cpu().numpy()].tolist(), batch.period_B.tolist()
+        prompts = (f"{user} as of period {period}" for user, period in zip(users, periods, strict=True))
+        return f"prompts of users {', '.join(prompts)}"
+
     result = fit(
         module, train_loader, batches(select, collator, cfg.batch_size), cfg.trainer,
-        work_dir=work_dir, seed=cfg.seed, monitor="select_nll",
+        work_dir=work_dir, seed=cfg.seed, monitor="select_nll", describe=describe,
     )  # fmt: skip
     return result, module
 

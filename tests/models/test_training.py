@@ -100,6 +100,9 @@ def test_a_fit_killed_within_an_epoch_goes_on_with_the_next_batch(tmp_path: Path
     first = max(within, default=0) * accumulate
     assert list(resumed.losses) == [key for key in whole.losses if key >= (3, first)]
     assert killed.losses | resumed.losses == whole.losses
+    logged = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "killed")]
+    assert logged[0] == logged[1]
+    assert len(logged[0].splitlines()) == 5
     torch.testing.assert_close(resumed.layer.weight, whole.layer.weight, atol=0, rtol=0)
 
 

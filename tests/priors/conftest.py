@@ -19,7 +19,7 @@ from tests.logs import tiny_log
 def tiny_prior_config(**changes: object) -> PriorConfig:
     """A forecaster of two random layers that trains in seconds."""
     values: dict[str, object] = {
-        "base": BaseModelConfig("packaged:tiny"),
+        "base": BaseModelConfig("packaged:tiny", dtype="float32"),  # bf16 would round by the company of a batch
         "panel": 20,
         "prompts": 48,
         "first_period": 2,
