@@ -1,0 +1,247 @@
+"""Fitting the LM: exact after a kill, equal by whatever path, and clear about what cannot be fitted."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from data.errors import LineageError, UserError
+from models.prior_lm import PriorLMModule, TreeBatch, row_nll, target_log_prob
+from models.training import TrainerConfig
+from priors.base_model import load_base_model
+from priors.config import BaseModelConfig, PriorConfig, PromptConfig
+from priors.dataset import Example, PromptDataset
+from priors.fit import PriorModel, batches, build_model, fit_prior
+from tests.priors.conftest import Fitted, random_ids, tiny_prior_config
+
+BRIEF = TrainerConfig(max_epochs=2, patience=None, progress_bar=False, checkpoint_every=2)
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from priors.dataset import TreeCollator
+from priors.fit import fit_prior
+from tests.logs import tiny_log
+from tests.priors.conftest import random_ids
+from tests.priors.test_fit import resumed_config
+
+folder, last_step = Path(sys.argv[1]), int(sys.argv[2])
+from models.prior_lm import PriorLMModule
+step = PriorLMModule.training_step
+
+def dies(self, batch, batch_idx):
+    if self.global_step == last_step:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, batch, batch_idx)
+
+PriorLMModule.training_step = dies
+log = tiny_log(folder)
+fit_prior(log, random_ids(log), resumed_config(), work_dir=folder / "work")
+"""
+
+
+def resumed_config() -> PriorConfig:
+    return tiny_prior_config(trainer=BRIEF, batch_size=6)
+
+
+def curve(work_dir: Path) -> list[float]:
+    lines = [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line["train_nll"] for line in lines if "train_nll" in line]
+
+
+def test_a_fit_ended_by_kill_9_has_the_loss_curve_of_an_undisturbed_one(fitted: Fitted, tmp_path: Path) -> None:
+    """Killed in the second part, three steps after its last checkpoint."""
+    whole, _ = fit_prior(fitted.log, fitted.ids, resumed_config(), work_dir=tmp_path / "whole")
+    expected = curve(tmp_path / "whole")
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), "7"], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+    assert len(curve(tmp_path / "work")) == 7 < len(expected)
+    resumed, metrics = fit_prior(fitted.log, fitted.ids, resumed_config(), work_dir=tmp_path / "work")
+    np.testing.assert_allclose(curve(tmp_path / "work"), expected, atol=1e-5)
+    assert metrics["steps"] == len(expected)
+    for name, value in whole.model.head.state_dict().items():
+        torch.testing.assert_close(resumed.model.head.state_dict()[name], value, atol=1e-6, rtol=0)
+
+
+def untrained(fitted: Fitted, **base: Any) -> tuple[PriorLMModule, list[TreeBatch]]:
+    """A module with a head that is not zero, and batches for it."""
+    cfg = replace(fitted.cfg, base=replace(fitted.cfg.base, **base))
+    compiler = fitted.prior.compiler
+    model = build_model(load_base_model(cfg.base), fitted.ids, fitted.log, compiler, cfg)
+    model.head.load_state_dict(fitted.prior.model.head.state_dict())
+    dataset = PromptDataset(fitted.log.advertiser_targets("prior_select"), compiler)
+    return PriorLMModule(model.train()), list(batches(dataset, fitted.prior.collator, 8))[:2]
+
+
+def gradients(module: PriorLMModule, batch: TreeBatch) -> dict[str, torch.Tensor]:
+    module.zero_grad()
+    log_probs = module.model.log_probs(batch)
+    row_nll(batch, target_log_prob(batch, log_probs)).mean().backward()
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def test_gradient_checkpointing_changes_no_gradient(fitted: Fitted) -> None:
+    plain, tree = untrained(fitted)
+    checkpointed, _ = untrained(fitted, gradient_checkpointing=True)
+    checkpointed.load_state_dict(plain.state_dict(), strict=False)
+    expected, found = gradients(plain, tree[0]), gradients(checkpointed, tree[0])
+    assert expected.keys() == found.keys()
+    assert any("lora_A" in name for name in expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-5)
+
+
+def test_every_prompt_weighs_the_same_whatever_its_batch(fitted: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A divisor for all batches: the sum over batches of their losses is the sum over prompts."""
+    module, _ = untrained(fitted)
+    module.prompts_per_batch = 5.0
+    monkeypatch.setattr(module, "log", lambda *args, **kwargs: None)
+    dataset = PromptDataset(fitted.log.advertiser_targets("prior_select"), fitted.prior.compiler)
+    losses = {
+        size: sum(float(module.training_step(batch, 0)) for batch in batches(dataset, fitted.prior.collator, size))
+        for size in (3, 16)
+    }
+    assert losses[3] == pytest.approx(losses[16], rel=1e-5)
+
+
+def test_a_row_is_prompt_tree_and_padding(fitted: Fitted) -> None:
+    collator, compiler = fitted.prior.collator, fitted.prior.compiler
+    everyone = np.arange(len(fitted.log.advertiser_ids))
+    long, short = (compiler.compile(user, period).token_ids for user, period in ((0, 9), (1, 1)))
+    examples = [Example(0, 9, long, everyone[:1]), Example(1, 1, short, everyone)]
+    batch = collator(examples)
+    lengths = [collator.length(example) for example in examples]
+    assert batch.input_ids_BT.shape == (2, max(lengths))
+    for row, (example, length) in enumerate(zip(examples, lengths, strict=True)):
+        seen = batch.visible_BTT[row].sum(1)
+        n_prompt = len(example.token_ids)
+        assert seen[:n_prompt].tolist() == list(range(1, n_prompt + 1))
+        # A code of level l sees the prompt and l codes, its own among them; padding itself alone.
+        depth = batch.position_ids_BT[row, n_prompt:length] - n_prompt + 1
+        assert torch.equal(seen[n_prompt:length], n_prompt + depth)
+        assert (seen[length:] == 1).all()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train": "full"},
+        {"base": BaseModelConfig("packaged:tiny", dtype="float32", random_weights=True), "seed": 3},
+        {"base": BaseModelConfig("packaged:tiny", random_weights=True), "train": "full", "seed": 3},
+    ],
+    ids=["full", "lora on random weights", "full from random weights"],
+)
+def test_what_is_trained_is_kept(fitted: Fitted, tmp_path: Path, changes: dict[str, Any]) -> None:
+    cfg = tiny_prior_config(prompts=16, select_prompts=8, trainer=replace(BRIEF, max_epochs=1), **changes)
+    prior, metrics = fit_prior(fitted.log, fitted.ids, cfg, work_dir=tmp_path / "work")
+    (tmp_path / "out").mkdir()
+    prior.save(tmp_path / "out")
+    loaded = PriorModel.load(tmp_path / "out", fitted.log, fitted.ids, cfg)
+    batch = fitted.prior.collator([PromptDataset(fitted.log.advertiser_targets("prior_select"), prior.compiler)[0]])
+    with torch.no_grad():
+        for ours, theirs in zip(prior.model.log_probs(batch), loaded.model.log_probs(batch), strict=True):
+            torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
+    base, now = (model.decoder.state_dict() for model in (fitted.prior.model, prior.model))
+    same = {name.split("model.")[-1]: value for name, value in base.items() if "lora" not in name}
+    changed = [
+        name for name, value in now.items()
+        if "mlp" in name and not torch.equal(value.float(), same[name.split("model.")[-1]].float())
+    ]  # fmt: skip
+    assert changed
+    in_full = sum(p.numel() for p in prior.model.decoder.parameters())
+    assert (metrics["trainable_parameters"] >= in_full) == (cfg.train == "full")
+
+
+def test_random_weights_are_those_of_their_seed() -> None:
+    cfg = BaseModelConfig("packaged:tiny", random_weights=True)
+    first, again, other = (load_base_model(cfg, seed=seed).decoder.state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert any(not torch.equal(value, other[name]) for name, value in first.items())
+
+
+PROBLEMS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "window": ({"prompt": PromptConfig(max_tokens=2000)}, UserError, r"max_tokens=2000.*at most 1022.*1024 tokens"),
+    "budget": ({"batch_tokens": 20}, UserError, r"batch_tokens=20.*longest prompt"),
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_what_cannot_be_fitted_is_told(fitted: Fitted, tmp_path: Path, name: str) -> None:
+    changes, error, match = PROBLEMS[name]
+    with pytest.raises(error, match=f"(?s){match}"):
+        fit_prior(fitted.log, fitted.ids, tiny_prior_config(**changes), work_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"train": "some"}, r"prior\.train=some"),
+        ({"train": "full", "base": BaseModelConfig(dtype="bfloat16")}, r"train=full with prior\.base\.dtype=bfloat16"),
+        ({"batch_tokens": 0}, r"prior\.batch_tokens=0"),
+    ],
+)
+def test_a_config_that_cannot_be_is_told(changes: dict[str, Any], match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        PriorConfig(**changes)
+
+
+def test_an_advertiser_without_an_id_is_told(fitted: Fitted, tmp_path: Path) -> None:
+    ids = random_ids(fitted.log)
+    fewer = replace(ids, advertiser_ids=ids.advertiser_ids[1:], codes_AL=ids.codes_AL[1:])
+    with pytest.raises(LineageError, match=r"1 of the log without an ID, e\.g\. 100"):
+        fit_prior(fitted.log, fewer, fitted.cfg, work_dir=tmp_path)
+
+
+def test_an_artifact_whose_rows_do_not_fit_its_ids_is_told(fitted: Fitted, tmp_path: Path) -> None:
+    fitted.prior.save(tmp_path)
+    state = load_file(tmp_path / "head.safetensors")
+    save_file(state | {"id_rows": state["id_rows"][:-1].contiguous()}, tmp_path / "head.safetensors")
+    with pytest.raises(LineageError, match=r"\(11, 64\) input rows of ID tokens; codes and decoder ask \(12, 64\)"):
+        PriorModel.load(tmp_path, fitted.log, fitted.ids, fitted.cfg)
+
+
+def test_a_prompt_without_a_target_is_told(fitted: Fitted) -> None:
+    example = Example(4, 7, np.array([5, 6]), np.zeros(0, np.int64))
+    with pytest.raises(UserError, match="without a target: user 4, period 7"):
+        fitted.prior.collator([example])
+
+
+def test_a_tokenizer_without_pad_token_and_a_user_without_history_train_like_any(fitted: Fitted) -> None:
+    """Padding is masked, so it needs no token; an empty history is a prompt that says so."""
+    compiler = fitted.prior.compiler
+    empty = Example(0, 1, compiler.compile(0, 1).token_ids, np.array([3]))
+    full = Example(1, 9, compiler.compile(1, 9).token_ids, np.array([4, 5]))
+    collator, model = fitted.prior.collator, fitted.prior.model
+    pad, compiler.tokenizer.pad_token = compiler.tokenizer.pad_token, None
+    try:
+        with torch.no_grad():
+            together = row_nll(batch := collator([empty, full]), target_log_prob(batch, model.log_probs(batch)))
+            alone = row_nll(batch := collator([empty]), target_log_prob(batch, model.log_probs(batch)))
+    finally:
+        compiler.tokenizer.pad_token = pad
+    assert together.isfinite().all()
+    torch.testing.assert_close(together[:1], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_a_loss_that_is_no_number_names_its_prompts(fitted: Fitted, tmp_path: Path, monkeypatch: Any) -> None:
+    step = PriorLMModule.training_step
+
+    def broken(self: PriorLMModule, batch: TreeBatch, batch_idx: int) -> torch.Tensor:
+        return step(self, batch, batch_idx) * (torch.nan if self.global_step == 4 else 1.0)
+
+    monkeypatch.setattr(PriorLMModule, "training_step", broken)
+    with pytest.raises(FloatingPointError, match=r"batch \d+ \(prompts of users u\d+ as of period \d, u\d+ as of"):
+        fit_prior(fitted.log, fitted.ids, resumed_config(), work_dir=tmp_path)
+    state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert state["global_step"] == 4
+    assert all(value.isfinite().all() for value in state["state_dict"].values())
