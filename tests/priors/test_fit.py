@@ -170,7 +170,7 @@ def test_random_weights_are_those_of_their_seed() -> None:
 
 
 PROBLEMS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "window": ({"prompt": PromptConfig(max_tokens=2000)}, UserError, r"max_tokens=2000.*at most 1022.*1024 tokens"),
+    "window": ({"prompt": PromptConfig(max_tokens=2000)}, UserError, r"max_tokens=2000.*1024 positions.*at most 1022"),
     "budget": ({"batch_tokens": 20}, UserError, r"batch_tokens=20.*longest prompt"),
 }
 
