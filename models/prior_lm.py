@@ -181,6 +181,15 @@ class IdHead(nn.Module):
     mean_LH: Tensor
     scale_L: Tensor
 
+    def affine(self, level: int) -> tuple[Tensor, Tensor]:
+        """The scores of a level as a plain linear layer of the hidden state: ``(V, H)`` rows and ``(V,)`` biases."""
+        codes_VD = getattr(self, f"codes_{level}")
+        rows_VH = codes_VD @ self.projections[level] if self.tied else torch.zeros(len(codes_VD), len(self.mean_LH[0]))
+        if str(level) in self.rows:
+            rows_VH = rows_VH + self.rows[str(level)]
+        rows_VH = rows_VH / self.scale_L[level]
+        return rows_VH, -rows_VH @ self.mean_LH[level]
+
     def forward(self, hidden_NH: Tensor, level: int) -> Tensor:
         """Scores ``(N, V_level)`` in float32."""
         unit_NH = (hidden_NH.float() - self.mean_LH[level]) / self.scale_L[level]
@@ -221,6 +230,11 @@ class PriorLM(nn.Module):
         super().__init__()
         self.decoder = decoder
         self.first_id_token = first_id_token
+        if self.dtype == torch.bfloat16:
+            # Else peft casts every activation to the adapters' float32 and back.
+            for module in decoder.modules():
+                if hasattr(module, "cast_input_dtype_enabled"):
+                    setattr(module, "cast_input_dtype_enabled", False)  # noqa: B010
         expected = (sum(len(codes_VD) for codes_VD in codebooks), self.word_embedding.embedding_dim)
         if tuple(id_rows.shape) != expected:
             raise ValueError(f"{tuple(id_rows.shape)} input rows of ID tokens; codes and decoder ask {expected}")
@@ -254,12 +268,12 @@ class PriorLM(nn.Module):
 
     def hidden(self, batch: TreeBatch) -> Tensor:
         """Last hidden states of all tokens, ``(B, T, H)``."""
-        return self.decoder(
+        return self._decode(
             inputs_embeds=self.embed(batch.input_ids_BT),
             attention_mask=self.additive_mask(batch.visible_BTT),
             position_ids=batch.position_ids_BT,
             use_cache=False,
-        ).last_hidden_state
+        )
 
     def extend(self, cache: DynamicCache, input_ids_BK: Tensor, position_ids_BK: Tensor, visible_BKT: Tensor) -> Tensor:
         """Hidden states of further tokens on top of what the cache holds, which grows by them.
@@ -273,13 +287,21 @@ class PriorLM(nn.Module):
         Returns:
             ``(B, K, H)``.
         """
-        return self.decoder(
+        return self._decode(
             inputs_embeds=self.embed(input_ids_BK),
             attention_mask=self.additive_mask(visible_BKT),
             position_ids=position_ids_BK,
             past_key_values=cache,
             use_cache=True,
-        ).last_hidden_state
+        )
+
+    def _decode(self, **inputs: Any) -> Tensor:
+        """Last hidden states; float32 adapters on a bfloat16 decoder multiply in bfloat16, as it does."""
+        device = inputs["inputs_embeds"].device.type
+        if self.dtype == torch.bfloat16:
+            with torch.autocast(device, dtype=self.dtype):
+                return self.decoder(**inputs).last_hidden_state
+        return self.decoder(**inputs).last_hidden_state
 
     def additive_mask(self, visible: Tensor) -> Tensor:
         """0 where visible and a very negative number elsewhere, with an axis for the attention heads."""

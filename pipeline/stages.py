@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
-from data.artifacts import Manifest, fingerprint, to_plain
+from data.artifacts import Manifest, fingerprint, package_versions, to_plain
 from data.log import Log, load_log
 from data.prepare import prepare
 from data.statistics import Row
@@ -30,8 +30,9 @@ from pipeline.console import progress_bars
 from pipeline.engine import Context, Stage
 from pipeline.example import user_example
 from pipeline.report import Curves, RunInfo, write_report
+from priors.card import model_card
 from priors.evaluate import evaluate_forecast
-from priors.fit import PriorModel, fit_prior
+from priors.fit import PriorModel, fit_prior, read_plain
 from priors.forecast import Forecast, TableForecast
 from priors.generate import generate_priors
 from priors.table import PriorTable
@@ -150,6 +151,9 @@ def make_prior(context: Work) -> dict[str, Any]:
     """The fine-tuned forecaster with its tuned anchor."""
     prior, metrics = fit_prior(_log(context), _ids(context), context.config.prior, work_dir=context.work)
     prior.save(context.output)
+    config = {"data": to_plain(context.config.data), "prior": _fitting(context.config)}
+    card = model_card(config, metrics, package_versions(), read_plain(context.output), exported=False)
+    (context.output / "README.md").write_text(card, encoding="utf-8")
     return metrics
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -41,11 +42,13 @@ class BaseModel:
         decoder: takes ``inputs_embeds`` and a 4-D attention mask.
         tokenizer: of the decoder.
         reference: where it came from, for the artifact.
+        source: directory or hub name of its weights; None where they are random.
     """
 
     decoder: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     reference: str
+    source: str | None
 
     @property
     def window(self) -> int | None:
@@ -82,7 +85,20 @@ def load_base_model(
         decoder = AutoModel.from_pretrained(source)
     decoder = decoder.to(dtype=resolve_dtype(cfg.dtype, trained=trained)).eval()
     decoder.requires_grad_(trained)
-    return BaseModel(decoder, tokenizer, cfg.name)
+    return BaseModel(decoder, tokenizer, cfg.name, None if cfg.random_weights else source)
+
+
+def vocabulary_head(base: BaseModel) -> Tensor:
+    """Rows that score the words of the vocabulary, ``(V, H)``; the forecaster never multiplies them.
+
+    A model that ties them to its input embedding has none of its own, nor has one of random weights.
+    """
+    if base.source is None or base.decoder.config.tie_word_embeddings:
+        embedding = base.decoder.get_input_embeddings()
+        assert isinstance(embedding, torch.nn.Embedding)
+        return embedding.weight.detach()
+    causal = AutoModelForCausalLM.from_pretrained(base.source)
+    return causal.get_output_embeddings().weight.detach()
 
 
 def resolve_dtype(name: str, *, trained: bool = False) -> torch.dtype:

@@ -9,6 +9,7 @@ The artifact is a directory:
 
     prior.json           base model's reference, anchor, calibration, version of the advertiser IDs, config
     ids/                 the advertiser IDs it was fitted on
+    README.md            model card, written by the stage
     adapter/             LoRA weights as peft loads them, with prior.train=lora
     decoder/             all weights, where they are not the base model's: prior.train=full, random weights
     head.safetensors     head, ID input rows, constants of the standardisation
@@ -19,6 +20,8 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +33,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AddedToken, PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
 from data.artifacts import to_plain
 from data.errors import LineageError, UserError
 from data.log import Log, Targets
 from models.prior_lm import LoraSettings, PriorLM, PriorLMModule, TreeBatch
-from models.training import EpochSampler, FitResult, TokenBatchSampler, fit
+from models.training import EpochSampler, FitResult, TokenBatchSampler, TrainerConfig, fit
 from priors.anchor import Anchor, Counts, TunedAnchor, choose_constants
 from priors.base_model import BaseModel, load_base_model
 from priors.calibration import Calibration, calibrated_nll, fit_anchor_levels, fit_calibration
@@ -81,8 +84,10 @@ class PriorModel:
 
     def save(self, directory: Path) -> None:
         """Write the artifact into an existing directory."""
+        # Weights that were trained are loaded as they were, not as frozen ones would be.
+        kept = {"dtype": "float32"} if self.cfg.train == "full" else {}
         plain = {
-            "base_model": to_plain(self.cfg.base) | {"name": self.base_reference} | self._kept_dtype(),
+            "base_model": to_plain(self.cfg.base) | {"name": self.base_reference} | kept,
             "prompt": to_plain(self.cfg.prompt),
             "head": to_plain(self.cfg.head),
             "anchor": self.base.to_plain(),
@@ -100,18 +105,14 @@ class PriorModel:
         if isinstance(decoder, PeftModel):
             decoder.save_pretrained(str(directory / "adapter"))
         if self.cfg.train == "full" or self.cfg.base.random_weights:
-            plain_decoder: Any = decoder.get_base_model() if isinstance(decoder, PeftModel) else decoder
+            plain_decoder = _without_adapters(decoder)
             weights = {
                 name.replace(".base_layer.", "."): value
                 for name, value in plain_decoder.state_dict().items()
                 if ".lora_" not in name
             }
             plain_decoder.save_pretrained(directory / "decoder", state_dict=weights)
-        with_id_tokens(self.compiler.tokenizer, self.base.trie).save_pretrained(directory / "tokenizer")
-
-    def _kept_dtype(self) -> dict[str, str]:
-        """Weights that were trained are loaded as they were, not as frozen ones would be."""
-        return {"dtype": "float32"} if self.cfg.train == "full" else {}
+        with_id_tokens(self.compiler.tokenizer, self.fitted_ids.level_sizes).save_pretrained(directory / "tokenizer")
 
     @classmethod
     def load(cls, directory: Path, log: Log, ids: AdvertiserIds, cfg: PriorConfig) -> PriorModel:
@@ -129,55 +130,80 @@ class PriorModel:
             LineageError: advertisers it was fitted on have other codes now or are gone, or the IDs are not those of
                 the log's advertisers.
         """
-        try:
-            plain = json.loads((directory / "prior.json").read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"prior LM in {directory}",
-                expected="a directory with prior.json",
-                action="fit it first: train.py stage=prior",
-            ) from error
+        plain = read_plain(directory)
         fitted_ids = _same_codes(directory, plain["ids_version"], ids)
         _same_advertisers(log, ids)
-        weights = directory / "decoder"
-        base_model = load_base_model(
-            BaseModelConfig(**plain["base_model"]), weights=weights if weights.exists() else None
-        )
+        model, base_model, constant_LH = load_model(directory, plain, ids)
         compiler = PromptCompiler(
             log, ids, base_model.tokenizer, PromptConfig.from_plain(plain["prompt"]), window=base_model.window
         )
         trie = Trie.from_codes(ids.codes_AL, ids.level_sizes)
-        state = load_file(directory / "head.safetensors")
-        decoder: Any = base_model.decoder
-        if (directory / "adapter").exists():
-            decoder = PeftModel.from_pretrained(decoder, str(directory / "adapter"))
-        id_rows, constant_LH = state.pop("id_rows"), state.pop("constant_LH")
-        try:
-            model = PriorLM(
-                decoder,
-                codebooks=[torch.from_numpy(codebook) for codebook in ids.codebooks],
-                id_rows=id_rows,
-                first_id_token=plain["first_id_token"],
-                head=plain["head"]["kind"],
-            )
-            model.head.load_state_dict({name.removeprefix("head."): value for name, value in state.items()})
-        except (ValueError, RuntimeError) as error:
-            raise LineageError(
-                f"prior LM in {directory}: {str(error).splitlines()[-1].strip()}",
-                expected="a head and input rows that fit the IDs' codebooks and the base model",
-                action="take the IDs and the base model it was fitted with, or fit it again: train.py stage=prior",
-            ) from error
-        calibration = {name: tuple(values) for name, values in plain["calibration"].items()}
         return cls(
-            model=model.eval(),
+            model=model,
             base=TunedAnchor.from_plain(plain["anchor"], Counts.of(log), trie),
-            calibration=Calibration(**calibration),
+            calibration=Calibration(**{name: tuple(values) for name, values in plain["calibration"].items()}),
             compiler=compiler,
             constant_LH=constant_LH,
             cfg=cfg,
             base_reference=plain["base_model"]["name"],
             fitted_ids=fitted_ids,
         )
+
+
+def read_plain(directory: Path) -> dict[str, Any]:
+    """``prior.json`` of an artifact.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        plain: dict[str, Any] = json.loads((directory / "prior.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"prior LM in {directory}",
+            expected="a directory with prior.json",
+            action="fit it first: train.py stage=prior",
+        ) from error
+    return plain
+
+
+def load_model(directory: Path, plain: dict[str, Any], ids: AdvertiserIds) -> tuple[PriorLM, BaseModel, Tensor]:
+    """The LM of an artifact, without prompts and anchor.
+
+    Args:
+        directory: the artifact.
+        plain: its :func:`read_plain`.
+        ids: codebooks it was fitted with.
+
+    Returns:
+        The LM in evaluation mode, the base model below it, and the mean hidden state of each level.
+
+    Raises:
+        LineageError: head or input rows fit neither the codebooks nor the base model.
+    """
+    weights = directory / "decoder"
+    base_model = load_base_model(BaseModelConfig(**plain["base_model"]), weights=weights if weights.exists() else None)
+    state = load_file(directory / "head.safetensors")
+    decoder: Any = base_model.decoder
+    if (directory / "adapter").exists():
+        decoder = PeftModel.from_pretrained(decoder, str(directory / "adapter"))
+    id_rows, constant_LH = state.pop("id_rows"), state.pop("constant_LH")
+    try:
+        model = PriorLM(
+            decoder,
+            codebooks=[torch.from_numpy(codebook) for codebook in ids.codebooks],
+            id_rows=id_rows,
+            first_id_token=plain["first_id_token"],
+            head=plain["head"]["kind"],
+        )
+        model.head.load_state_dict({name.removeprefix("head."): value for name, value in state.items()})
+    except (ValueError, RuntimeError) as error:
+        raise LineageError(
+            f"prior LM in {directory}: {str(error).splitlines()[-1].strip()}",
+            expected="a head and input rows that fit the IDs' codebooks and the base model",
+            action="take the IDs and the base model it was fitted with, or fit it again: train.py stage=prior",
+        ) from error
+    return model.eval(), base_model, constant_LH
 
 
 def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path) -> tuple[PriorModel, dict[str, Any]]:
@@ -335,10 +361,10 @@ def word_rows(base_model: BaseModel, ids: AdvertiserIds, log: Log) -> Tensor:
     return torch.cat(rows)
 
 
-def with_id_tokens(tokenizer: PreTrainedTokenizerBase, trie: Trie) -> PreTrainedTokenizerBase:
+def with_id_tokens(tokenizer: PreTrainedTokenizerBase, level_sizes: tuple[int, ...]) -> PreTrainedTokenizerBase:
     """A copy of the tokenizer with ``<adv_level_code>`` tokens, numbered as the model numbers them."""
     tokenizer = copy.deepcopy(tokenizer)
-    names = [f"<adv_{level + 1}_{code}>" for level, size in enumerate(trie.level_sizes) for code in range(size)]
+    names = [f"<adv_{level + 1}_{code}>" for level, size in enumerate(level_sizes) for code in range(size)]
     tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in names])
     return tokenizer
 
@@ -399,11 +425,31 @@ def _fit_lm(
         prompts = (f"{user} as of period {period}" for user, period in zip(users, periods, strict=True))
         return f"prompts of users {', '.join(prompts)}"
 
-    result = fit(
-        module, train_loader, batches(select, collator, cfg.batch_size), cfg.trainer,
-        work_dir=work_dir, seed=cfg.seed, monitor="select_nll", describe=describe,
-    )  # fmt: skip
+    with _quick_attention(model.decoder, cfg.trainer):
+        result = fit(
+            module, train_loader, batches(select, collator, cfg.batch_size), cfg.trainer,
+            work_dir=work_dir, seed=cfg.seed, monitor="select_nll", describe=describe,
+        )  # fmt: skip
     return result, module
+
+
+def _without_adapters(decoder: Any) -> PreTrainedModel:
+    """The decoder itself, below peft where it has adapters."""
+    plain: Any = decoder.get_base_model() if isinstance(decoder, PeftModel) else decoder
+    return plain
+
+
+@contextmanager
+def _quick_attention(decoder: Any, cfg: TrainerConfig) -> Iterator[None]:
+    """Train with plain products on a CPU, where the backward pass of the fused attention takes longer."""
+    plain = _without_adapters(decoder)
+    usual = plain.config._attn_implementation
+    on_gpu = cfg.accelerator != "cpu" and torch.cuda.is_available()
+    plain.set_attn_implementation(usual if on_gpu else "eager")
+    try:
+        yield
+    finally:
+        plain.set_attn_implementation(usual)
 
 
 @torch.inference_mode()

@@ -67,6 +67,7 @@ def test_help_is_there_for_every_command() -> None:
         ["ids", "refit"],
         ["priors"],
         ["priors", "prompt"],
+        ["priors", "export"],
     ):
         result = CliRunner().invoke(cli.app, [*names, "--help"])
         assert result.exit_code == 0

@@ -11,11 +11,13 @@ from pipeline.commands.terminal import Debug, guarded
 
 app = typer.Typer(
     name="priors",
-    help="The forecaster: what it reads about a user.",
+    help="The forecaster: what it reads about a user, and the fitted one as a plain causal LM.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Examples:\n\n  adsid priors prompt --run runs/quickstart --user 1 --as-of 43",
+    epilog="Examples:\n\n"
+    "  adsid priors prompt --run runs/quickstart --user 1 --as-of 43\n\n"
+    "  adsid priors export --run runs/quickstart --out exported",
 )
 
 RunDirectory = Annotated[
@@ -58,5 +60,31 @@ def priors_prompt(
             typer.echo(encoder.dumps(to_plain(shown), indent=1, ensure_ascii=False))
             return
         Console(soft_wrap=True).print(to_console(shown), highlight=False)
+
+    guarded(work, debug=debug or bool(context.obj))
+
+
+@app.command(
+    "export",
+    epilog="Example:\n\n"
+    "  adsid priors export --run runs/quickstart --out exported\n\n"
+    "The folder's README.md says how transformers and peft load it.",
+)
+def priors_export(
+    context: typer.Context,
+    run: Annotated[
+        Path, typer.Option("--run", metavar="DIR", help="The folder of the stage prior, or of a run that has it.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write.")],
+    debug: Debug = False,
+) -> None:
+    """Write the fine-tuned LM as a plain Hugging Face model, ID tokens as ordinary rows, with a model card."""
+
+    def work() -> None:
+        from priors.export import export_prior
+
+        folder, target = run.expanduser(), out.expanduser().absolute()
+        export_prior(folder / "prior" if (folder / "prior").is_dir() else folder, target)
+        typer.echo(f"{target}: load it as README.md says")
 
     guarded(work, debug=debug or bool(context.obj))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.prior_lm import IdHead
+from models.prior_lm import IdHead, PriorLM
 
 HIDDEN = 12
 
@@ -51,3 +51,22 @@ def test_names_of_the_weights_stay_those_of_earlier_artifacts() -> None:
     assert names("free", 0) == {"rows.0", "rows.1"}
     assert names("tied+free", 0) == names("tied", 0) | names("free", 0)
     assert names("tied", 3) == names("tied", 0) | {"projections.2", "rows.2"}
+
+
+@pytest.mark.parametrize("kind", ["tied", "free", "tied+free"])
+def test_a_level_is_a_linear_layer_of_the_hidden_state(kind: str) -> None:
+    head = IdHead(books(extra=3), HIDDEN, kind)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter)
+    head.standardise_by([torch.randn(20, HIDDEN) * 3 + 5 for _ in range(3)])
+    hidden = torch.randn(5, HIDDEN)
+    for level in range(3):
+        rows, bias = head.affine(level)
+        torch.testing.assert_close(hidden @ rows.T + bias, head(hidden, level), atol=1e-4, rtol=1e-4)
+
+
+def test_input_rows_that_do_not_fit_are_told() -> None:
+    decoder = torch.nn.Module()
+    decoder.get_input_embeddings = lambda: torch.nn.Embedding(7, HIDDEN)  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"\(10, 5\) input rows of ID tokens; codes and decoder ask \(10, 12\)"):
+        PriorLM(decoder, codebooks=books(), id_rows=torch.zeros(10, 5), first_id_token=7)

@@ -1,0 +1,76 @@
+"""The model card of a forecaster: what its configuration, its metrics and its files say, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+_USE = """```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(directory)
+model = AutoModelForCausalLM.from_pretrained(directory)
+model = PeftModel.from_pretrained(model, f"{directory}/id_bias")  # the bias of the ID tokens' logits
+```
+
+The logits of ID tokens are what the LM adds to the counts. A forecast also needs the anchor's score of every code,
+weighs both as `prior.json` says (`calibration`), and normalises over the codes that continue an advertiser's ID
+(`ids/`). The adapters are merged and all weights are in float32."""
+
+
+def model_card(
+    config: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    versions: Mapping[str, str],
+    plain: Mapping[str, Any],
+    *,
+    exported: bool,
+) -> str:
+    """Text of a ``README.md``.
+
+    Args:
+        config, metrics, versions: of the manifest of the stage ``prior``.
+        plain: its ``prior.json``.
+        exported: whether it goes with the plain causal LM or with the compact artifact.
+    """
+    prior, data = config["prior"], config["data"]
+    base = plain["base_model"]
+    weights = "random weights of its architecture" if base.get("random_weights") else "its pretrained weights"
+    how = "all weights" if prior.get("train") == "full" else f"LoRA of rank {prior['lora']['rank']}"
+    nll = metrics.get("select_nll_by_part") or []
+    split = ", ".join(f"{name} {data['split'][name]}" for name in ("prior_fit", "prior_select"))
+    facts = {
+        "Base model": f"`{base['name']}`, from {weights}",
+        "Trained": f"{how}, and a head of kind `{plain['head']['kind']}` over semantic IDs",
+        "Data": f"`{data['source']}`; spans: {split} (by {data['split']['by']})",
+        "Prompts": f"{metrics.get('prompts')}, at most {plain['prompt']['max_tokens']} tokens each",
+        "Steps": metrics.get("steps"),
+        "NLL on the selection span, after each part": ", ".join(f"{value:.4f}" for value in nll),
+        "NLL of the anchor on the same prompts": f"{metrics.get('select_nll_anchor', float('nan')):.4f}",
+        "Advertiser IDs": f"version `{plain['ids_version'][:12]}`",
+        "Packages": ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
+    }
+    command = "adsid priors export --run <run directory> --out <this directory>"
+    made = f"`{command}`, of the stage `prior`" if exported else "the stage `prior` (`python train.py stage=prior`)"
+    table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    settings = json.dumps(prior, indent=1, ensure_ascii=False)
+    return f"""# Advertiser forecaster
+
+A causal LM that reads a prompt about a user and scores the tokens of advertisers' semantic IDs. Made by {made}.
+
+| | |
+|---|---|
+{table}
+
+## Use
+
+{_USE if exported else "`priors.fit.PriorModel.load`; `adsid priors export` writes a plain causal LM of it."}
+
+## Configuration
+
+```json
+{settings}
+```
+"""
