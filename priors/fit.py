@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import Callback
 from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -245,14 +246,13 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
     collator = TreeCollator(base, first_id_token=compiler.first_id_token)
 
     model = build_model(base_model, ids, log, compiler, cfg)
-    sampler = _sampler(train_set, collator, cfg)
-    result, module = _fit_lm(model, train_set, select_set, sampler, collator, log, cfg, work_dir)
+    result, sampler = fit_lm(model, train_set, select_set, collator, cfg, user_ids=log.user_ids, work_dir=work_dir)
     select_batches = list(batches(select_set, collator, cfg.batch_size))
-    logits, constant_LH = _logits(module.model, select_batches)
+    logits, constant_LH = _logits(model, select_batches)
     calibration = fit_calibration(select_batches, logits)
     zeros, ones = torch.zeros(trie.n_levels), torch.ones(trie.n_levels)
     select_anchor = float(calibrated_nll(select_batches, None, zeros, ones).mean())
-    fitted = PriorModel(module.model.eval(), base, calibration, compiler, constant_LH, cfg, base_model.reference, ids)
+    fitted = PriorModel(model.eval(), base, calibration, compiler, constant_LH, cfg, base_model.reference, ids)
     metrics = {
         **anchor_metrics,
         "prompts": len(train_rows),
@@ -398,39 +398,59 @@ def _sampler(train: PromptDataset, collator: TreeCollator, cfg: PriorConfig) -> 
     return TokenBatchSampler(lengths, budget=budget, seed=cfg.seed, parts=cfg.trainer.max_epochs)
 
 
-def _fit_lm(
+def fit_lm(
     model: PriorLM,
     train: PromptDataset,
     select: PromptDataset,
-    sampler: TokenBatchSampler,
     collator: TreeCollator,
-    log: Log,
     cfg: PriorConfig,
+    *,
+    user_ids: NDArray[np.generic],
     work_dir: Path,
-) -> tuple[FitResult, PriorLMModule]:
+    callbacks: tuple[Callback, ...] = (),
+) -> tuple[FitResult, TokenBatchSampler]:
+    """Train the LM on trees of targets; it ends with the weights of the best part.
+
+    Args:
+        model: trained in place.
+        train: prompts, each seen once.
+        select: prompts that the best part is chosen by.
+        collator: makes the trees over their base scores.
+        cfg: batches, rates, parts.
+        user_ids: of the log, to name the users of a bad batch.
+        work_dir: checkpoints; an interrupted fit goes on from there.
+        callbacks: further Lightning callbacks.
+
+    Returns:
+        What the fit did, and the sampler of its batches.
+
+    Raises:
+        UserError: a prompt with its tree is longer than a batch may be.
+        FloatingPointError: loss or gradient became NaN or infinite.
+    """
+    sampler = _sampler(train, collator, cfg)
     if not (work_dir / "checkpoints" / "last.ckpt").exists():
         _standardise(model, train, collator, cfg)
-    steps_a_part = -(-len(sampler) // cfg.trainer.accumulate)
     module = PriorLMModule(
         model.train(),
         lora_learning_rate=cfg.lora.learning_rate,
         head_learning_rate=cfg.head.learning_rate,
-        total_steps=cfg.trainer.max_epochs * steps_a_part,
+        total_steps=cfg.trainer.max_epochs * -(-len(sampler) // cfg.trainer.accumulate),
         prompts_per_batch=sampler.mean_batch,
     )
     train_loader: DataLoader = DataLoader(train, batch_sampler=sampler, collate_fn=collator)
 
     def describe(batch: TreeBatch) -> str:
-        users, periods = log.user_ids[batch.user_B.cpu().numpy()].tolist(), batch.period_B.tolist()
+        users, periods = user_ids[batch.user_B.cpu().numpy()].tolist(), batch.period_B.tolist()
         prompts = (f"{user} as of period {period}" for user, period in zip(users, periods, strict=True))
         return f"prompts of users {', '.join(prompts)}"
 
     with _quick_attention(model.decoder, cfg.trainer):
         result = fit(
             module, train_loader, batches(select, collator, cfg.batch_size), cfg.trainer,
-            work_dir=work_dir, seed=cfg.seed, monitor="select_nll", describe=describe,
+            work_dir=work_dir, seed=cfg.seed, monitor="select_nll", callbacks=callbacks, describe=describe,
         )  # fmt: skip
-    return result, module
+    return result, sampler
 
 
 def _without_adapters(decoder: Any) -> PreTrainedModel:
