@@ -204,14 +204,12 @@ class _Meter(Callback):
     """What was learned, from the second step on."""
 
     def __init__(self) -> None:
-        self.begun, self.first, self.last, self.core_seconds = 0.0, 0.0, 0.0, 0.0
+        self.begun, self.first, self.last = 0.0, 0.0, 0.0
+        self.cores = [0.0, 0.0]
         self.targets, self.prompts, self.tokens, self.all_prompts = 0, 0, 0, 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.begun = self.last = time.monotonic()
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.core_seconds += time.process_time()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: TreeBatch, batch_idx: int
@@ -219,8 +217,9 @@ class _Meter(Callback):
         self.last = time.monotonic()
         self.all_prompts += batch.n_prompts
         if not self.first:
-            self.first, self.core_seconds = self.last, -time.process_time()
+            self.first, self.cores[0] = self.last, time.process_time()
             return
+        self.cores[1] = time.process_time()
         self.targets += len(batch.target_row_Y)
         self.prompts += batch.n_prompts
         # Padding and a prompt's first token see themselves alone.
@@ -231,13 +230,13 @@ class _Meter(Callback):
         return self.prompts / (self.last - self.first)
 
     def figures(self) -> dict[str, float]:
-        seconds = self.last - self.first
+        seconds, core_seconds = self.last - self.first, self.cores[1] - self.cores[0]
         return {
             "targets_a_second": self.targets / seconds,
-            "targets_a_core_second": self.targets / self.core_seconds,
+            "targets_a_core_second": self.targets / core_seconds,
             "prompts_a_second": self.prompts / seconds,
             "tokens_a_second": self.tokens / seconds,
-            "tokens_a_core_second": self.tokens / self.core_seconds,
+            "tokens_a_core_second": self.tokens / core_seconds,
             "minutes": (self.last - self.begun) / 60,
             "prompts": self.all_prompts,
         }
