@@ -82,7 +82,7 @@ def main() -> None:
 
     trial = run("trial")
     variant = int(trial["variant"])
-    theirs = run("trl", variant=variant, steps=int(60 * minutes * trial["steps_a_second"]))
+    theirs = run("trl", variant=variant, steps=max(TRIAL_STEPS, int(60 * minutes * trial["steps_a_second"])))
     dense, anchored, plain = run("bare"), run("ours"), run("uniform")
 
     ratio = anchored["targets_a_second"] / theirs["targets_a_second"]
