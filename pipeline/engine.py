@@ -289,19 +289,6 @@ class Run(Generic[Config]):
         self.observer.on_end(outcome, stage)
         return outcome
 
-    def _follow(self, stage: Stage[Config]) -> Outcome:
-        """Do what the process that holds the run directory does, with its checkpoints, and let the result go."""
-        key = self._key(stage, self._input_hashes(stage))
-        manifest = self._finished(self.directory / stage.name, key)
-        if manifest is not None:
-            return Outcome(stage.name, "skipped", manifest)
-        work = self.directory / WORK / f"{stage.name}-{key[:16]}"
-        make_directory(work)
-        inputs = {name: self.directory / name for name in stage.inputs}
-        with TemporaryDirectory() as scratch:
-            stage.run(Context(self.config, inputs, Path(scratch), work, self.shared))
-        return Outcome(stage.name, "done", Manifest(kind=stage.name, key=key))
-
     def _finished(self, directory: Path, key: str) -> Manifest | None:
         try:
             manifest = Manifest.read(directory)
@@ -362,6 +349,19 @@ class Run(Generic[Config]):
                 shutil.rmtree(leftover, ignore_errors=True)
         gc.collect()
         return manifest
+
+    def _follow(self, stage: Stage[Config]) -> Outcome:
+        """Do what the process that holds the run directory does, with its checkpoints, and let the result go."""
+        key = self._key(stage, self._input_hashes(stage))
+        manifest = self._finished(stage.name, key)
+        if manifest is not None:
+            return Outcome(stage.name, "skipped", manifest)
+        work = self.directory / WORK / f"{stage.name}-{key[:16]}"
+        make_directory(work)
+        inputs = {name: self.directory / name for name in stage.inputs}
+        with TemporaryDirectory() as scratch:
+            stage.run(Context(self.config, inputs, Path(scratch), work, self.shared))
+        return Outcome(stage.name, "done", Manifest(kind=stage.name, key=key))
 
 
 @contextmanager
