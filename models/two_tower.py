@@ -7,10 +7,13 @@ ad never seen lies near through its advertiser, semantic-ID prefix, category and
     ad ids, advertiser, ID prefixes, categories ── EmbeddingBagCollection ─┐
     text of the advertiser ────────────────────── linear ──────────────────┴─ sum ── x_ND ─┬─ MLP ── ad vector
                                                                                            │
-    history: x of each ad + how long ago + how often ── attention pooling ─┐               │ (the same x)
+    history: x of each ad + how long ago + how often                                       │ (the same x)
+        └─ transformer layers, by config ──────────── attention pooling ───┐               │
     profile ── EmbeddingBagCollection ─────────────────────────────────────┴─ MLP ── user vector
 
-Both vectors have unit length; the score is their inner product over a temperature.
+Both vectors have unit length; the score is their inner product over a temperature, plus a learned weight times
+the log of the ad's conversions so far. Popularity is counted anew for every request, in training as in serving, so
+the towers learn what it does not tell and the index never ages by it.
 
 Training is a softmax over sampled candidates: the targets of the whole batch plus ads drawn uniformly
 from the batch's own placements (mixed negatives: Yang et al., *Mixed Negative Sampling for Learning
@@ -19,11 +22,15 @@ out of its logit (log-Q correction: Yi et al., *Sampling-Bias-Corrected Neural M
 Item Recommendations*, RecSys 2019). A row's candidates are those its request could have shown, less
 its other targets, so the softmax estimates the choice among the ads active in the visited market.
 
+An epoch of a large catalogue reads few rows of its embedding tables, so their gradients are sparse, and Adam moves
+the rows that a batch has read and no others.
+
 Shapes: B users, H history, N items, C candidates, P (user, target) pairs, F features, D width, K heads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, TypedDict
 
@@ -43,7 +50,10 @@ class TwoTowerConfig:
         dim: width of embeddings and vectors.
         hidden: width of the hidden layer of each tower.
         heads: attention queries that pool the history.
+        layers: transformer layers over the history before it is pooled; 0 pools the items as they are.
         dropout: applied to the embedded items in training.
+        id_dropout: share of training items whose own id is hidden, so that their other features have to serve.
+        popularity_weight: of the log of an ad's conversions so far, where training begins; null leaves them out.
         temperature: divides the inner product of unit vectors.
         learning_rate: of Adam.
         weight_decay: of the layers; embeddings have none.
@@ -52,7 +62,10 @@ class TwoTowerConfig:
     dim: int = 64
     hidden: int = 128
     heads: int = 4
+    layers: int = 0
     dropout: float = 0.1
+    id_dropout: float = 0.0
+    popularity_weight: float | None = 0.3
     temperature: float = 0.07
     learning_rate: float = 3e-3
     weight_decay: float = 1e-4
@@ -61,8 +74,14 @@ class TwoTowerConfig:
         for name in ("dim", "hidden", "heads", "temperature", "learning_rate"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)}; expected a positive number")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout}; expected a share in [0, 1)")
+        for name in ("dropout", "id_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; expected a share in [0, 1)")
+        if self.layers < 0 or (self.layers and self.dim % self.heads):
+            raise ValueError(
+                f"layers={self.layers} with dim={self.dim} and heads={self.heads}; expected at least 0, and heads "
+                "that divide dim"
+            )
 
 
 @dataclass(frozen=True)
@@ -100,6 +119,7 @@ class Batch(TypedDict):
         pair_row_P: the user row of each pair; its target is candidate ``p``.
         log_q_C: logarithm of each candidate's expected count in a batch.
         legal_BC: True where a candidate is a negative of the row: active in its market, no target of it.
+        popularity_BC: log of each candidate's conversions before the row's request; 0 where it is not scored.
     """
 
     history_BH: Tensor
@@ -110,6 +130,7 @@ class Batch(TypedDict):
     pair_row_P: Tensor
     log_q_C: Tensor
     legal_BC: Tensor
+    popularity_BC: Tensor
 
 
 class ValidationBatch(TypedDict):
@@ -119,6 +140,7 @@ class ValidationBatch(TypedDict):
         history_BH, age_BH, count_BH, profile_BF: as in :class:`Batch`.
         active_BN: True where an ad was active in the request's market.
         target_BN: True where it was bought.
+        popularity_BN: log of its conversions before the request, 0 where it is not active.
     """
 
     history_BH: Tensor
@@ -127,6 +149,7 @@ class ValidationBatch(TypedDict):
     profile_BF: Tensor
     active_BN: Tensor
     target_BN: Tensor
+    popularity_BN: Tensor
 
 
 def single_valued(codes_NF: Tensor, names: list[str]) -> KeyedJaggedTensor:
@@ -145,8 +168,8 @@ def single_valued(codes_NF: Tensor, names: list[str]) -> KeyedJaggedTensor:
 
 
 def summed_bags(features: dict[str, int], dim: int) -> EmbeddingBagCollection:
-    """One table a feature, all of the same width, so that a row's embeddings can be added."""
-    return EmbeddingBagCollection(
+    """One table a feature, all of the same width, so that a row's embeddings can be added; gradients are sparse."""
+    bags = EmbeddingBagCollection(
         tables=[
             EmbeddingBagConfig(
                 name=name,
@@ -158,6 +181,9 @@ def summed_bags(features: dict[str, int], dim: int) -> EmbeddingBagCollection:
             for name, size in features.items()
         ]
     )
+    for bag in bags.embedding_bags.values():
+        bag.sparse = True
+    return bags
 
 
 class ItemEncoder(nn.Module):
@@ -169,6 +195,7 @@ class ItemEncoder(nn.Module):
         text_AE: text embedding of every advertiser.
         shape: sizes of the features.
         dim: width D.
+        id_dropout: share of items whose first feature, their own id, is hidden in training.
     """
 
     codes_NF: Tensor
@@ -176,9 +203,17 @@ class ItemEncoder(nn.Module):
     text_AE: Tensor
 
     def __init__(
-        self, codes_NF: Tensor, advertiser_N: Tensor, text_AE: Tensor, *, shape: TwoTowerShape, dim: int
+        self,
+        codes_NF: Tensor,
+        advertiser_N: Tensor,
+        text_AE: Tensor,
+        *,
+        shape: TwoTowerShape,
+        dim: int,
+        id_dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        self.id_dropout = id_dropout
         # Saved with the weights, so that a trained encoder needs nothing else.
         self.register_buffer("codes_NF", codes_NF.int())
         self.register_buffer("advertiser_N", advertiser_N.int())
@@ -189,10 +224,15 @@ class ItemEncoder(nn.Module):
 
     def forward(self, items_N: Tensor) -> Tensor:
         """Embeddings of items, shape ``(N, D)``."""
-        pooled = self.bags(single_valued(self.codes_NF[items_N].long(), self.names))
+        codes_NF = self.codes_NF[items_N].long()
+        if self.training and self.id_dropout:
+            hidden_N = torch.rand(len(codes_NF), device=codes_NF.device) < self.id_dropout
+            codes_NF[:, 0] = codes_NF[:, 0].masked_fill(hidden_N, 0)
+        pooled = self.bags(single_valued(codes_NF, self.names))
         x_ND = torch.stack([pooled[name] for name in self.names]).sum(0)
         row_N = self.advertiser_N[items_N].long()
-        text_ND = self.text(self.text_AE)[row_N.clamp_min(0)]
+        rows, position_N = row_N.clamp_min(0).unique(return_inverse=True)
+        text_ND = self.text(self.text_AE[rows])[position_N]
         return x_ND + text_ND * (row_N >= 0).unsqueeze(1)
 
 
@@ -225,8 +265,9 @@ class AdTower(nn.Module):
 class UserTower(nn.Module):
     """Embedded history and profile → unit user vectors.
 
-    The history is pooled by learned queries (K heads over whole embeddings; their outputs are mixed by
-    learned weights). A user without history is represented by a learned vector and the profile.
+    The history goes through transformer layers, if the config has any, and is pooled by learned queries (K heads
+    over whole embeddings; their outputs are mixed by learned weights). A user without history is represented by a
+    learned vector and the profile.
     """
 
     def __init__(self, shape: TwoTowerShape, cfg: TwoTowerConfig) -> None:
@@ -236,6 +277,7 @@ class UserTower(nn.Module):
         self.score = nn.Sequential(
             nn.LayerNorm(cfg.dim), nn.Linear(cfg.dim, cfg.dim), nn.GELU(), nn.Linear(cfg.dim, cfg.heads)
         )
+        self.sequence = _sequence_encoder(cfg) if cfg.layers else None
         self.mix = nn.Parameter(torch.full((cfg.heads,), 1.0 / cfg.heads))
         self.empty = nn.Parameter(torch.randn(cfg.dim) * cfg.dim**-0.5)
         self.names = list(shape.user_features)
@@ -257,15 +299,30 @@ class UserTower(nn.Module):
         Returns:
             Shape ``(B, D)``.
         """
-        logits_BHK = self.score(x_BHD + self.age(age_BH) + self.count(count_BH))
-        logits_BHK = logits_BHK.masked_fill(~there_BH.unsqueeze(-1), -1e9)
-        weights_BH = (logits_BHK.softmax(1) * self.mix).sum(-1)
-        pooled_BD = torch.einsum("bh,bhd->bd", weights_BH, x_BHD)
-        u_BD = torch.where(there_BH.any(1, keepdim=True), pooled_BD, self.empty)
+        u_BD = self._pooled(x_BHD, age_BH, count_BH, there_BH) if x_BHD.shape[1] else self.empty.expand(len(x_BHD), -1)
         if self.profile is not None:
             pooled = self.profile(single_valued(profile_BF, self.names))
             u_BD = u_BD + torch.stack([pooled[name] for name in self.names]).sum(0)
         return nn.functional.normalize(self.body(u_BD), dim=-1)
+
+    def _pooled(self, x_BHD: Tensor, age_BH: Tensor, count_BH: Tensor, there_BH: Tensor) -> Tensor:
+        context_BHD = self.age(age_BH) + self.count(count_BH)
+        if self.sequence is not None:
+            absent_BH = ~there_BH
+            absent_BH[:, 0] = False  # attention over nothing is not a number; what it says there is not read
+            x_BHD = self.sequence(x_BHD + context_BHD, src_key_padding_mask=absent_BH)
+        logits_BHK = self.score(x_BHD + context_BHD)
+        logits_BHK = logits_BHK.masked_fill(~there_BH.unsqueeze(-1), -1e9)
+        weights_BH = (logits_BHK.softmax(1) * self.mix).sum(-1)
+        pooled_BD = torch.einsum("bh,bhd->bd", weights_BH, x_BHD)
+        return torch.where(there_BH.any(1, keepdim=True), pooled_BD, self.empty)
+
+
+def _sequence_encoder(cfg: TwoTowerConfig) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(
+        cfg.dim, cfg.heads, cfg.hidden, cfg.dropout, "gelu", batch_first=True, norm_first=True
+    )
+    return nn.TransformerEncoder(layer, cfg.layers, enable_nested_tensor=False)
 
 
 class TwoTower(nn.Module):
@@ -278,13 +335,21 @@ class TwoTower(nn.Module):
         self.ad_tower = AdTower(cfg)
         self.user_tower = UserTower(shape, cfg)
         self.dropout = nn.Dropout(cfg.dropout)
+        weight = cfg.popularity_weight
+        self.popularity_weight = None if weight is None else nn.Parameter(torch.tensor(float(weight)))
 
     def users(self, history_BH: Tensor, age_BH: Tensor, count_BH: Tensor, profile_BF: Tensor) -> Tensor:
         """Unit user vectors, shape ``(B, D)``; arguments as in :class:`Batch`."""
-        there_BH = history_BH != NO_ITEM
-        items, position_BH = history_BH.clamp_min(0).unique(return_inverse=True)
-        x_BHD = self.dropout(self.encoder(items))[position_BH]
-        return self.user_tower(x_BHD, age_BH, count_BH, there_BH, profile_BF)
+        if history_BH.shape[1]:
+            items, position_BH = history_BH.clamp_min(0).unique(return_inverse=True)
+            x_BHD = self.dropout(self.encoder(items))[position_BH]
+        else:  # a user by profile alone
+            x_BHD = self.user_tower.empty.new_zeros(*history_BH.shape, self.dim)
+        return self.user_tower(x_BHD, age_BH, count_BH, history_BH != NO_ITEM, profile_BF)
+
+    def biased(self, scores: Tensor, popularity: Tensor) -> Tensor:
+        """Scores with what popularity adds, both of any one shape."""
+        return scores if self.popularity_weight is None else scores + self.popularity_weight * popularity
 
     def ads(self, ads_N: Tensor) -> Tensor:
         """Unit ad vectors, shape ``(N, D)``."""
@@ -326,13 +391,17 @@ class TwoTowerModule(L.LightningModule):
         self._ad_vectors_ND: Tensor | None = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["history_BH"]))
+        return loss
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Of a batch of training requests."""
         user_BD = self.model.users(batch["history_BH"], batch["age_BH"], batch["count_BH"], batch["profile_BF"])
         ads, position_C = batch["candidates_C"].unique(return_inverse=True)
         ad_CD = self.model.ads(ads)[position_C]
-        scores_BC = user_BD @ ad_CD.t() / self.cfg.temperature
-        loss = sampled_softmax(scores_BC, batch["pair_row_P"], batch["log_q_C"], batch["legal_BC"])
-        self.log("train_loss", loss, prog_bar=True, batch_size=len(user_BD))
-        return loss
+        scores_BC = self.model.biased(user_BD @ ad_CD.t() / self.cfg.temperature, batch["popularity_BC"])
+        return sampled_softmax(scores_BC, batch["pair_row_P"], batch["log_q_C"], batch["legal_BC"])
 
     def on_validation_epoch_start(self) -> None:
         self._ad_vectors_ND = ad_vectors(self.model, self.n_ads)
@@ -341,7 +410,9 @@ class TwoTowerModule(L.LightningModule):
         user_BD = self.model.users(batch["history_BH"], batch["age_BH"], batch["count_BH"], batch["profile_BF"])
         assert self._ad_vectors_ND is not None
         active_BN, target_BN = batch["active_BN"], batch["target_BN"] & batch["active_BN"]
-        scores_BN = (user_BD @ self._ad_vectors_ND.t() / self.cfg.temperature).masked_fill(~active_BN, -torch.inf)
+        scores_BN = self.model.biased(
+            user_BD @ self._ad_vectors_ND.t() / self.cfg.temperature, batch["popularity_BN"]
+        ).masked_fill(~active_BN, -torch.inf)
         targets_B = target_BN.sum(1)
         nll_B = scores_BN.logsumexp(1) - scores_BN.masked_fill(~target_BN, 0).sum(1) / targets_B.clamp_min(1)
         top_BK = scores_BN.topk(min(self.k, self.n_ads), dim=1).indices
@@ -355,17 +426,73 @@ class TwoTowerModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         self._ad_vectors_ND = None
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        tables = [p for name, p in self.named_parameters() if "bags" in name or "profile" in name]
-        known = {id(p) for p in tables}
-        layers = [p for p in self.parameters() if id(p) not in known]
-        return torch.optim.AdamW(
-            [
-                {"params": tables, "weight_decay": 0.0},
-                {"params": layers, "weight_decay": self.cfg.weight_decay},
-            ],
+    def configure_optimizers(self) -> RowsAndLayers:
+        tables = {id(p) for name, p in self.named_parameters() if "embedding_bags" in name}
+        return RowsAndLayers(
+            [p for p in self.parameters() if id(p) in tables],
+            [p for p in self.parameters() if id(p) not in tables],
             lr=self.cfg.learning_rate,
+            weight_decay=self.cfg.weight_decay,
         )
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        if gradient_clip_val is not None:
+            clip_gradients(self.parameters(), float(gradient_clip_val))
+
+
+class RowsAndLayers(torch.optim.Optimizer):
+    """Adam that moves only the rows of a table that have a gradient, and AdamW of everything else.
+
+    Args:
+        tables: parameters with sparse gradients; they have no weight decay.
+        layers: the others.
+        lr: learning rate of both.
+        weight_decay: of the layers.
+    """
+
+    def __init__(
+        self, tables: list[nn.Parameter], layers: list[nn.Parameter], *, lr: float, weight_decay: float
+    ) -> None:
+        self.parts: list[torch.optim.Optimizer] = [torch.optim.SparseAdam(tables, lr=lr)] if tables else []
+        self.parts.append(torch.optim.AdamW(layers, lr=lr, weight_decay=weight_decay))
+        super().__init__([*tables, *layers], {"lr": lr})
+
+    def step(self, closure: Any = None) -> Any:
+        loss = None if closure is None else closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> None:
+    """Scale gradients, sparse ones too, so that their norm in all is at most ``largest``."""
+    values = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            continue
+        if parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.coalesce()  # a row that was read twice counts once, with its sum
+            values.append(parameter.grad._values())
+        else:
+            values.append(parameter.grad)
+    if not values:
+        return
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(value) for value in values]))
+    scale = (largest / (norm + 1e-6)).clamp(max=1.0)
+    for value in values:
+        value.mul_(scale)
 
 
 @torch.no_grad()

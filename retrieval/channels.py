@@ -1,12 +1,12 @@
 """Where candidates come from: each channel ranks the active ads of a request in its own way.
 
-    two_tower     ads nearest to the user's vector
+    two_tower     ads nearest to the user's vector, with the towers' weight for popularity
     own           ads the user bought before, and ads of advertisers the user bought from
     popularity    most converted ads lately, those of the visited market first; answers every request
     item_knn      ads that the buyers of the user's ads bought too
     forecast      of the ads of the forecast's first advertisers those with the best two-tower score, the
                   paper's rule (arXiv 2605.27856); with a prior weight w > 0 its soft form, in which an ad's
-                  share of the forecast counts too:  sim / temperature + w · log(P(advertiser) / its active ads)
+                  share of the forecast counts too:  score + w · log(P(advertiser) / its active ads)
     seeded        ads nearest to the forecast advertisers' own vectors, or those of advertisers with their ID
                   prefix, in turn, the likeliest first: it also reaches advertisers that the forecast does not name
 
@@ -32,6 +32,9 @@ from retrieval.index import NO_AD, AdIndex
 from retrieval.neighbours import Neighbours
 
 Ads = NDArray[np.int32]
+CountsOf = Callable[[Ads, int, int], NDArray[np.floating]]
+"""From rising ads, a market and a period to how much each was converted with before, on some scale."""
+OVERSAMPLED = 4
 UNSEEN = 1e-3
 """Conversions that an ad without any is taken to have, against the others of its advertiser."""
 
@@ -72,27 +75,72 @@ class Sources:
 
     Attributes:
         log: ads, purchases, conversions.
-        index: ad vectors.
-        temperature: of the two-tower's softmax, which makes its similarity a log-likelihood.
+        scores: of the two-tower.
         codes_AL: semantic IDs of the advertisers.
         cfg: the channels' settings.
     """
 
     log: Log
-    index: AdIndex
-    temperature: float
+    scores: TowerScores
     codes_AL: NDArray[np.int64]
     cfg: RetrievalConfig
 
 
-class TwoTowerChannel:
-    """The user's nearest active ads."""
+class TowerScores:
+    """The two-tower's score of ads: ``similarity / temperature + weight · log popularity``, up to a constant.
 
-    def __init__(self, index: AdIndex) -> None:
-        self.index = index
+    Among few ads each is scored. In a larger set the index finds those of the largest similarity, several times as
+    many as asked for, and these are scored.
+
+    Args:
+        index: ad vectors.
+        temperature: of the towers' softmax.
+        weight: of popularity; 0 leaves it out.
+        popularity: log of an ad's conversions before a request.
+    """
+
+    def __init__(
+        self, index: AdIndex, *, temperature: float = 1.0, weight: float = 0.0, popularity: CountsOf | None = None
+    ) -> None:
+        self.index, self.temperature = index, temperature
+        self.weight, self.popularity = weight, popularity
+
+    def of(self, request: Request, ads_M: Ads) -> NDArray[np.floating]:
+        """Scores of ads that the index holds, ``(M,)``; the ads rise.
+
+        Raises:
+            ValueError: the user of the request has no vector.
+        """
+        if request.vector_D is None:
+            raise ValueError(f"user {request.user} has no vector before period {request.period}")
+        score_M = self.index.vectors(ads_M) @ request.vector_D / self.temperature
+        if self.popularity is None or not self.weight:
+            return score_M
+        return score_M + self.weight * self.popularity(ads_M, request.market, request.period)
+
+    def best(self, request: Request, k: int, among: Ads) -> Ads:
+        """The ``k`` best of some ads; none for a user without a vector."""
+        if request.vector_D is None or not len(among):
+            return among[:0]
+        if self.popularity is None or not self.weight:
+            found = self.index.search(request.vector_D[None], k, among=among)[0][0]
+            return found[found != NO_AD]
+        if len(among) > self.index.cfg.exact_up_to:
+            found = self.index.search(request.vector_D[None], OVERSAMPLED * k, among=among)[0][0]
+            among = np.sort(found[found != NO_AD])
+        else:
+            among = among[self.index.holds(among)]
+        return _best(among, self.of(request, among), k)
+
+
+class TwoTowerChannel:
+    """The user's best active ads by two-tower score."""
+
+    def __init__(self, scores: TowerScores) -> None:
+        self.scores = scores
 
     def candidates(self, request: Request, k: int) -> Ads:
-        return _nearest(self.index, request.vector_D, k, request.active)
+        return self.scores.best(request, k, request.active)
 
 
 class PopularityChannel:
@@ -170,30 +218,27 @@ class ForecastChannel:
     """The active ads of the forecast's first advertisers, by two-tower score and their share of the forecast.
 
     Args:
-        index: ad vectors.
+        scores: of the two-tower.
         ad_advertiser: advertiser of every ad, -1 for none.
         n_advertisers: how many active advertisers of the forecast.
-        temperature: of the two-tower's softmax.
     """
 
-    def __init__(
-        self, index: AdIndex, ad_advertiser: NDArray[np.int32], n_advertisers: int, *, temperature: float = 1.0
-    ) -> None:
-        self.index, self.ad_advertiser, self.n_advertisers = index, ad_advertiser, n_advertisers
-        self.temperature = temperature
+    def __init__(self, scores: TowerScores, ad_advertiser: NDArray[np.int32], n_advertisers: int) -> None:
+        self.scores, self.ad_advertiser, self.n_advertisers = scores, ad_advertiser, n_advertisers
 
     def candidates(self, request: Request, k: int) -> Ads:
         chosen = forecast_advertisers(request, self.ad_advertiser, self.n_advertisers)
-        among = request.active[np.isin(self.ad_advertiser[request.active], chosen)]
         if request.vector_D is None or request.log_prob_A is None:
-            return among[:0]
+            return request.active[:0]
+        chosen_A = np.zeros(len(request.log_prob_A) + 1, dtype=bool)
+        chosen_A[chosen] = True
+        among = request.active[chosen_A[self.ad_advertiser[request.active]]]
         if request.prior_weight == 0:
-            return _nearest(self.index, request.vector_D, k, among)
-        among = among[self.index.holds(among)]
+            return self.scores.best(request, k, among)
+        among = among[self.scores.index.holds(among)]
         own = self.ad_advertiser[among]
         share = request.log_prob_A[own] - np.log(np.bincount(own, minlength=len(request.log_prob_A))[own])
-        similarity = self.index.vectors(among) @ request.vector_D
-        return _best(among, similarity / self.temperature + request.prior_weight * share, k)
+        return _best(among, self.scores.of(request, among) + request.prior_weight * share, k)
 
 
 class SeededChannel:
@@ -277,13 +322,13 @@ def _item_knn(s: Sources, purchases: Purchases, _: Popularity) -> Channel:
 
 
 def _forecast(s: Sources, *_: object) -> Channel:
-    return ForecastChannel(s.index, s.log.ad_advertiser, s.cfg.forecast.advertisers, temperature=s.temperature)
+    return ForecastChannel(s.scores, s.log.ad_advertiser, s.cfg.forecast.advertisers)
 
 
 def _seeded(s: Sources, *_: object) -> Channel:
     cfg = s.cfg.forecast
     return SeededChannel(
-        s.index,
+        s.scores.index,
         s.log.ad_advertiser,
         cfg.seed_advertisers,
         codes_AL=s.codes_AL,
@@ -292,7 +337,7 @@ def _seeded(s: Sources, *_: object) -> Channel:
 
 
 BUILDERS: Mapping[str, Callable[[Sources, Purchases, Popularity], Channel]] = {
-    TWO_TOWER: lambda s, *_: TwoTowerChannel(s.index),
+    TWO_TOWER: lambda s, *_: TwoTowerChannel(s.scores),
     OWN: _own,
     POPULARITY: lambda _, __, popularity: PopularityChannel(popularity),
     ITEM_KNN: _item_knn,
@@ -314,8 +359,9 @@ def forecast_advertisers(request: Request, ad_advertiser: NDArray[np.int32], n: 
     """The forecast's first ``n`` advertisers with an active ad, the likeliest first; empty without a forecast."""
     if request.log_prob_A is None:
         return np.zeros(0, dtype=np.int32)
-    active = np.unique(ad_advertiser[request.active])
-    active = active[active >= 0]
+    running_A = np.zeros(len(request.log_prob_A) + 1, dtype=bool)
+    running_A[ad_advertiser[request.active]] = True  # -1, no advertiser, is the last
+    active = np.flatnonzero(running_A[:-1]).astype(np.int32)
     return active[np.argsort(-request.log_prob_A[active], kind="stable")[:n]]
 
 
@@ -325,10 +371,3 @@ def _best(ads_M: Ads, score_M: NDArray[np.floating], k: int, *, above: float = -
         kept = score_M > above
         ads_M, score_M = ads_M[kept], score_M[kept]
     return ads_M[np.argsort(-score_M, kind="stable")[:k]]
-
-
-def _nearest(index: AdIndex, vector_D: NDArray[np.float32] | None, k: int, among: Ads) -> Ads:
-    if vector_D is None or not len(among):
-        return among[:0]
-    found = index.search(vector_D[None], k, among=among)[0][0]
-    return found[found != NO_AD]

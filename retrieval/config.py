@@ -18,6 +18,23 @@ BLENDS = ("quota", "rrf", "calibrated")
 
 
 @dataclass
+class PopularityConfig:
+    """How conversions of ads are counted: by the channel ``popularity``, and for the two-tower's bias.
+
+    Attributes:
+        decay: weight that a conversion keeps from one period to the next.
+        market_weight: how many conversions elsewhere one in the visited market is worth, beyond itself.
+    """
+
+    decay: float = 0.9
+    market_weight: float = 10.0
+
+    def __post_init__(self) -> None:
+        _check_decay(self.decay, "popularity.decay")
+        _check_at_least(self, {"market_weight": 0}, "popularity")
+
+
+@dataclass
 class PairsConfig:
     """Training requests of the two-tower.
 
@@ -30,6 +47,7 @@ class PairsConfig:
         requests_per_epoch: an epoch's share of the requests of the fit span; None is all of them.
         validation_requests: requests of the selection span that the best epoch is chosen by.
         recall_at: list length of the recall that it is chosen by.
+        popularity: how the two-tower's bias counts conversions; the channel of that name has its own.
     """
 
     history: int = 64
@@ -40,6 +58,7 @@ class PairsConfig:
     requests_per_epoch: int | None = None
     validation_requests: int = 1024
     recall_at: int = 100
+    popularity: PopularityConfig = field(default_factory=PopularityConfig)
 
     def __post_init__(self) -> None:
         _check_positive(self, "retrieval.pairs")
@@ -49,23 +68,6 @@ class PairsConfig:
                 expected="a window of at least the history's length",
                 action="raise retrieval.pairs.window.",
             )
-
-
-@dataclass
-class PopularityConfig:
-    """The channel ``popularity``.
-
-    Attributes:
-        decay: weight that a conversion keeps from one period to the next.
-        market_weight: how many conversions elsewhere one in the visited market is worth, beyond itself.
-    """
-
-    decay: float = 0.9
-    market_weight: float = 10.0
-
-    def __post_init__(self) -> None:
-        _check_decay(self.decay, "retrieval.popularity.decay")
-        _check_at_least(self, {"market_weight": 0}, "retrieval.popularity")
 
 
 @dataclass
@@ -324,7 +326,7 @@ def _check_positive(cfg: PairsConfig, group: str) -> None:
     errors = [
         UserError(f"{group}.{name}={value}", expected="a positive whole number", action="raise it.")
         for name, value in vars(cfg).items()
-        if value is not None and value < 1
+        if isinstance(value, int) and value < 1
     ]
     if errors:
         raise UserError.collect(errors)

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from data.log import Log, Targets
 from priors.forecast import Forecast
 from retrieval.blend import Blended, merge
-from retrieval.channels import Ads, Request, Sources, build_channels
+from retrieval.channels import Ads, Request, Sources, TowerScores, build_channels
 from retrieval.config import FORECASTING, POPULARITY, RetrievalConfig
 from retrieval.tuning import Plan, limits_of
 from retrieval.two_tower import TrainedTwoTower
+from retrieval.two_tower_data import log_popularity
 
 
 class Retriever:
@@ -35,7 +36,13 @@ class Retriever:
     def __init__(self, log: Log, two_tower: TrainedTwoTower, codes_AL: NDArray[np.int64], cfg: RetrievalConfig) -> None:
         self.log, self.cfg, self.limits = log, cfg, limits_of(cfg, log)
         self.embed = two_tower.embedder(log, cfg.pairs)
-        self.channels = build_channels(Sources(log, two_tower.index, two_tower.cfg.temperature, codes_AL, cfg))
+        scores = TowerScores(
+            two_tower.index,
+            temperature=two_tower.cfg.temperature,
+            weight=two_tower.popularity_weight,
+            popularity=log_popularity(log, cfg.pairs),
+        )
+        self.channels = build_channels(Sources(log, scores, codes_AL, cfg))
 
     def requests(self, targets: Targets) -> list[Request]:
         """Requests without a forecast, one a row of targets."""
@@ -75,7 +82,7 @@ class Retriever:
             user=user,
             market=market,
             period=period,
-            active=np.sort(self.log.active_ads(market, period).ad),
+            active=self.log.active_ads(market, period).ad,
             vector_D=None if np.isnan(vector_D).any() else vector_D,
             log_prob_A=None,
         )

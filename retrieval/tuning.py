@@ -28,7 +28,7 @@ from retrieval.metrics import hits, recall_at_k
 
 STEPS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 ROUNDS = 2
-RIDGE, NEWTON_STEPS = 1e-3, 12
+RIDGE, NEWTON_STEPS = 1.0, 12
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def fit_calibrated(lists_R: Sequence[Lists], targets: Targets, channels: Sequenc
     x_NF = np.concatenate([*design, np.zeros((0, 2 * len(channels) + 1))])
     y_N = np.concatenate([*label, np.zeros(0, bool)]).astype(float)
     weights_F = np.zeros(x_NF.shape[1])
-    penalty_F = np.full(len(weights_F), RIDGE * max(len(y_N), 1))
+    penalty_F = np.full(len(weights_F), RIDGE)
     penalty_F[-1] = 1e-9
     for _ in range(NEWTON_STEPS):
         p_N = 1.0 / (1.0 + np.exp(-np.clip(x_NF @ weights_F, -30, 30)))

@@ -18,13 +18,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data.artifacts import atomic_directory
 from data.errors import LineageError, UserError
 from data.log import Log
+from data.split import Span
 from models.training import EpochSampler, FitResult, fit
 from models.two_tower import (
+    NO_ITEM,
     ItemEncoder,
     TwoTower,
     TwoTowerConfig,
@@ -44,6 +47,8 @@ from retrieval.two_tower_data import (
     profiles,
 )
 
+ITEMS_AT_ONCE = 8192
+
 
 @dataclass
 class TrainedTwoTower:
@@ -60,6 +65,12 @@ class TrainedTwoTower:
     index: AdIndex
     shape: TwoTowerShape
     cfg: TwoTowerConfig
+
+    @property
+    def popularity_weight(self) -> float:
+        """Of the log of an ad's conversions, beside similarity over temperature; 0 where the towers have none."""
+        weight = self.model.popularity_weight
+        return 0.0 if weight is None else float(weight.detach())
 
     def embedder(self, log: Log, cfg: PairsConfig) -> UserEmbedder:
         """Embeds users of a log.
@@ -129,23 +140,46 @@ class UserEmbedder:
 
     def __init__(self, model: TwoTower, log: Log, cfg: PairsConfig) -> None:
         self.model, self.histories, self.profile_UF = model, Histories(log, cfg), profiles(log)
+        self._x_ND = self._embed_items()
 
-    @torch.no_grad()
     def __call__(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> NDArray[np.float32]:
         """Unit vectors, shape ``(B, D)``; NaN for a user without any purchase before the period.
 
         The towers have a vector for such a user too, but it was learned from almost no example.
         """
-        device = self.model.encoder.codes_NF.device
         parts = []
         for start in range(0, len(user_B), 512):
             user, period = user_B[start : start + 512], period_B[start : start + 512]
-            inputs = {name: tensor.to(device) for name, tensor in self.histories(user, period).tensors().items()}
-            profile = torch.from_numpy(self.profile_UF[user]).to(device)
-            vectors = self.model.users(**inputs, profile_BF=profile).cpu().numpy()
+            vectors = self.forward(self.inputs(user, period))
             vectors[self.histories.sizes(user, period) == 0] = np.nan
             parts.append(vectors)
         return np.concatenate(parts) if parts else np.empty((0, self.model.dim), dtype=np.float32)
+
+    def inputs(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> dict[str, Tensor]:
+        """What the user tower reads, but for the embeddings of the history."""
+        found = self.histories(user_B, period_B).tensors() | {"profile_BF": torch.from_numpy(self.profile_UF[user_B])}
+        return {name: tensor.to(self._x_ND.device) for name, tensor in found.items()}
+
+    @torch.no_grad()
+    def forward(self, inputs: dict[str, Tensor]) -> NDArray[np.float32]:
+        """The user tower alone, on `inputs`."""
+        item_BH = inputs["history_BH"]
+        vectors_BD: Tensor = self.model.user_tower(
+            self._x_ND[item_BH.clamp_min(0)],
+            inputs["age_BH"],
+            inputs["count_BH"],
+            item_BH != NO_ITEM,
+            inputs["profile_BF"],
+        )
+        return vectors_BD.cpu().numpy()
+
+    @torch.no_grad()
+    def _embed_items(self) -> Tensor:
+        """Embeddings of all items, looked up by every request instead of made anew."""
+        self.model.eval()
+        codes_NF = self.model.encoder.codes_NF
+        items = torch.arange(len(codes_NF), device=codes_NF.device)
+        return torch.cat([self.model.encoder(part) for part in items.split(ITEMS_AT_ONCE)])
 
 
 def train_two_tower(
@@ -155,8 +189,10 @@ def train_two_tower(
     cfg: RetrievalConfig,
     *,
     work_dir: Path,
+    fit_span: str | Span = "prior_fit",
+    select_span: str | Span = "prior_select",
 ) -> tuple[TrainedTwoTower, FitResult]:
-    """Train on ``prior_fit``, choose the epoch on ``prior_select``, index the ads.
+    """Train on one span, choose the epoch on another, index the ads.
 
     Args:
         log: the log.
@@ -164,6 +200,8 @@ def train_two_tower(
         text_AE: text embedding of each advertiser.
         cfg: towers, requests, trainer, index.
         work_dir: checkpoints; a fit that was cut off resumes from here.
+        fit_span: requests trained on.
+        select_span: requests that the epoch is chosen by.
 
     Returns:
         The trained towers with their index, and what the fit did.
@@ -171,10 +209,10 @@ def train_two_tower(
     Raises:
         UserError: the fit span has no converted ad.
     """
-    targets = log.ad_targets("prior_fit")
+    targets = log.ad_targets(fit_span)
     if not len(targets):
         raise UserError(
-            f"prior_fit {log.split.prior_fit} without a converted ad",
+            f"{fit_span} without a converted ad",
             expected="at least one request with a conversion of a placed ad",
             action="check data.label_kinds and data.split.prior_fit.",
         )
@@ -192,7 +230,7 @@ def train_two_tower(
         sampler=EpochSampler(len(train), seed=cfg.seed, per_epoch=per_epoch),
         collate_fn=train,
     )
-    select = log.ad_targets("prior_select")
+    select = log.ad_targets(select_span)
     rng = np.random.default_rng(cfg.seed)
     chosen = np.sort(rng.permutation(len(select))[: cfg.pairs.validation_requests])
     validation = ValidationBatches(log, select, histories, cfg.pairs, seed=cfg.seed)
@@ -242,6 +280,7 @@ def build_model(
         torch.from_numpy(np.ascontiguousarray(text_AE, dtype=np.float32)),
         shape=shape,
         dim=cfg.dim,
+        id_dropout=cfg.id_dropout,
     )
     return TwoTower(encoder, shape, cfg), shape
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from data.log import Log, Targets
 from models.two_tower import NO_ITEM, Batch, ValidationBatch
 from retrieval.config import PairsConfig
+from retrieval.counts import Popularity
 
 AGE_EDGES = (1, 2, 4, 8, 16, 32)
 COUNT_EDGES = (1, 2, 4, 8)
@@ -171,6 +172,7 @@ class RequestBatches:
     def __init__(self, log: Log, targets: Targets, histories: Histories, cfg: PairsConfig, *, seed: int) -> None:
         self.log, self.targets, self.histories, self.cfg, self.seed = log, targets, histories, cfg, seed
         self.profile_UF = profiles(log)
+        self.popularity = log_popularity(log, cfg)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -190,6 +192,34 @@ class RequestBatches:
             for market, period in zip(self.targets.market[rows_B], self.targets.period[rows_B], strict=True)
         ]
         return np.repeat(np.arange(len(ads)), [len(part) for part in ads]), np.concatenate(ads)
+
+    def popularities(
+        self, rows_B: NDArray[np.int64], ads_M: NDArray[np.int32], wanted_BM: NDArray[np.bool_]
+    ) -> NDArray[np.float32]:
+        """Log-popularity of rising ads at each request, 0 where it is not wanted."""
+        popularity_BM = np.zeros(wanted_BM.shape, dtype=np.float32)
+        for place, row in enumerate(rows_B.tolist()):
+            market, period = int(self.targets.market[row]), int(self.targets.period[row])
+            chosen = np.flatnonzero(wanted_BM[place])
+            popularity_BM[place, chosen] = self.popularity(ads_M[chosen], market, period)
+        return popularity_BM
+
+
+class LogPopularity:
+    """Logarithm of one plus an ad's decayed conversions before a request."""
+
+    def __init__(self, popularity: Popularity) -> None:
+        self.popularity = popularity
+
+    def __call__(self, ads_M: NDArray[np.int32], market: int, period: int) -> NDArray[np.float32]:
+        """Of rising ads, ``(M,)``."""
+        return np.log1p(self.popularity(ads_M, market, period)).astype(np.float32)
+
+
+def log_popularity(log: Log, cfg: PairsConfig) -> LogPopularity:
+    """What the two-tower's bias reads."""
+    how = cfg.popularity
+    return LogPopularity(Popularity(log, decay=how.decay, market_weight=how.market_weight))
 
 
 class TrainingBatches(RequestBatches):
@@ -231,13 +261,17 @@ class TrainingBatches(RequestBatches):
         column_M = column_of[active_ad_M]
         legal_BU[active_row_M[column_M >= 0], column_M[column_M >= 0]] = True
         column = column_of[all_target]
+        scored_BU = legal_BU.copy()
+        scored_BU[all_row[column >= 0], column[column >= 0]] = True
         legal_BU[all_row[column >= 0], column[column >= 0]] = False
+        popularity_BU = self.popularities(rows_B, ads_U, scored_BU)
         return Batch(
             **self.inputs(rows_B),  # type: ignore[typeddict-item]
             candidates_C=torch.from_numpy(candidates_C.astype(np.int64)),
             pair_row_P=torch.from_numpy(pair_row_P),
             log_q_C=torch.from_numpy(self.log_q_I[candidates_C].astype(np.float32)),
             legal_BC=torch.from_numpy(legal_BU[:, column_C]),
+            popularity_BC=torch.from_numpy(popularity_BU[:, column_C]),
         )
 
     def _pairs(
@@ -280,4 +314,7 @@ class ValidationBatches(RequestBatches):
             **self.inputs(rows_B),  # type: ignore[typeddict-item]
             active_BN=torch.from_numpy(active_BI),
             target_BN=torch.from_numpy(target_BI),
+            popularity_BN=torch.from_numpy(
+                self.popularities(rows_B, np.arange(len(self.log.ad_ids), dtype=np.int32), active_BI)
+            ),
         )

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from data.errors import LineageError, UserError
 from data.log import Log
 from models.training import TrainerConfig
-from models.two_tower import TwoTowerConfig
+from models.two_tower import RowsAndLayers, TwoTowerConfig, clip_gradients
 from retrieval.config import ForecastChannelConfig, PairsConfig, RetrievalConfig
 from retrieval.index import IndexConfig
 from retrieval.two_tower import TrainedTwoTower
-from retrieval.two_tower_data import TrainingBatches
+from retrieval.two_tower_data import Histories, TrainingBatches, log_popularity
 from tests.logs import tiny_log
 from tests.retrieval.common import tiny_retrieval, train_tiny
 
@@ -86,6 +89,63 @@ def test_a_log_with_other_ads_is_refused(log: Log, tmp_path: Path) -> None:
         towers.embedder(tiny_log(tmp_path / "other", n_ads=150), tiny_retrieval().pairs)
 
 
+def test_vectors_looked_up_are_the_towers_own(log: Log, tmp_path: Path) -> None:
+    cfg = tiny_retrieval(model=TwoTowerConfig(dim=16, hidden=32, layers=1, id_dropout=0.2))
+    towers, _ = train_tiny(log, cfg, tmp_path)
+    embed = towers.embedder(log, cfg.pairs)
+    users, periods = np.arange(30), np.full(30, 9)
+    with torch.no_grad():
+        whole = towers.model.users(**embed.inputs(users, periods)).numpy()
+    known = embed.histories.sizes(users, periods) > 0
+    np.testing.assert_allclose(embed(users, periods)[known], whole[known], atol=1e-5)
+
+
+def test_layers_do_not_read_padding(log: Log, tmp_path: Path) -> None:
+    """A longer history of the same items embeds the same: what pads it is not there."""
+    cfg = tiny_retrieval(model=TwoTowerConfig(dim=16, hidden=32, layers=2))
+    towers, _ = train_tiny(log, cfg, tmp_path)
+    users, periods = np.arange(30), np.full(30, 4)
+    short, long = (PairsConfig(history=length, window=64) for length in (40, 60))
+    ours, theirs = (towers.embedder(log, pairs)(users, periods) for pairs in (short, long))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_popularity_is_counted_for_every_request(log: Log) -> None:
+    cfg = tiny_retrieval().pairs
+    targets = log.ad_targets("prior_fit")
+    batches = TrainingBatches(log, targets, Histories(log, cfg), cfg, seed=0)
+    batch = batches(range(10, 30))
+    counted, scored = log_popularity(log, cfg), batch["popularity_BC"].numpy() != 0
+    assert scored.any()
+    for row, column in np.argwhere(scored)[::37]:
+        market, period = int(targets.market[10 + row]), int(targets.period[10 + row])
+        expected = counted(batch["candidates_C"][column : column + 1].numpy(), market, period)
+        assert batch["popularity_BC"][row, column] == pytest.approx(expected[0])
+
+
+def test_gradients_are_clipped_by_their_norm_in_all() -> None:
+    bag, layer = torch.nn.EmbeddingBag(10, 4, mode="sum", sparse=True), torch.nn.Linear(4, 4)
+    dense = copy.deepcopy(bag)
+    dense.sparse = False
+    other = copy.deepcopy(layer)
+    for table, top in ((bag, layer), (dense, other)):
+        top(table(torch.tensor([1, 2, 1, 7]), torch.arange(4))).pow(2).sum().mul(100).backward()
+    clip_gradients([*bag.parameters(), *layer.parameters()], 0.5)
+    torch.nn.utils.clip_grad_norm_([dense.weight, *other.parameters()], 0.5)
+    torch.testing.assert_close(bag.weight.grad.to_dense(), dense.weight.grad)  # type: ignore[union-attr]
+    torch.testing.assert_close(layer.weight.grad, other.weight.grad)
+
+
+def test_only_rows_that_were_read_move() -> None:
+    bag, layer = torch.nn.EmbeddingBag(10, 4, mode="sum", sparse=True), torch.nn.Linear(4, 4)
+    before = bag.weight.detach().clone()
+    optimizer = RowsAndLayers(list(bag.parameters()), list(layer.parameters()), lr=0.1, weight_decay=0.1)
+    layer(bag(torch.tensor([3, 5]), torch.arange(2))).sum().backward()
+    optimizer.step()
+    moved = (bag.weight.detach() != before).any(1)
+    assert moved.nonzero().ravel().tolist() == [3, 5]
+
+
 BAD = [
     (lambda: RetrievalConfig(budget=0), "retrieval.budget=0"),
     (lambda: RetrievalConfig(ks=[500]), r"retrieval.ks=\[500\]"),
@@ -103,6 +163,15 @@ def test_bad_configuration_is_told(make: object, message: str) -> None:
         make()  # type: ignore[operator]
 
 
-def test_sizes_of_the_towers_are_positive() -> None:
-    with pytest.raises(ValueError, match="dim=0"):
-        TwoTowerConfig(dim=0)
+BAD_SIZES: list[tuple[dict[str, Any], str]] = [
+    ({"dim": 0}, "dim=0"),
+    ({"id_dropout": 1.0}, "id_dropout=1.0"),
+    ({"layers": -1}, "layers=-1"),
+    ({"layers": 1, "dim": 30, "heads": 4}, "heads that divide dim"),
+]
+
+
+@pytest.mark.parametrize(("sizes", "message"), BAD_SIZES)
+def test_sizes_of_the_towers_fit(sizes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TwoTowerConfig(**sizes)

@@ -21,6 +21,7 @@ from retrieval.channels import (
     PopularityChannel,
     Request,
     SeededChannel,
+    TowerScores,
     TwoTowerChannel,
 )
 from retrieval.config import CHANNELS, FORECAST, ITEM_KNN, OWN, POPULARITY, SEEDED, TWO_TOWER, RetrievalConfig
@@ -38,6 +39,7 @@ VECTORS = np.stack([np.cos(ANGLES), np.sin(ANGLES)], axis=1).astype(np.float32)
 OWNER = np.array([0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, -1], dtype=np.int32)
 CODES = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
 INDEX = AdIndex.build(VECTORS, np.arange(12, dtype=np.int32), IndexConfig())
+SCORES = TowerScores(INDEX)
 ALONG_X = np.array([1.0, 0.0], dtype=np.float32)
 
 
@@ -56,11 +58,31 @@ def request(
 
 
 def test_two_tower_takes_the_nearest_active_ads() -> None:
-    assert TwoTowerChannel(INDEX).candidates(request(None, [2, 5, 7, 11]), 3).tolist() == [2, 5, 7]
+    assert TwoTowerChannel(SCORES).candidates(request(None, [2, 5, 7, 11]), 3).tolist() == [2, 5, 7]
+
+
+def counted(_: np.ndarray, market: int, period: int) -> np.ndarray:
+    raise AssertionError(f"no popularity of market {market}, period {period} was asked for")
+
+
+def test_towers_add_popularity_to_similarity_before_they_choose() -> None:
+    popular = np.zeros(12, np.float32)
+    popular[8] = 8.0
+    scores = TowerScores(INDEX, temperature=0.5, weight=0.3, popularity=lambda ads, *_: popular[ads])
+    found = TwoTowerChannel(scores).candidates(request(None), 12)
+    expected = VECTORS @ ALONG_X / 0.5 + 0.3 * popular
+    assert found.tolist() == np.argsort(-expected, kind="stable").tolist()
+    # Among more ads than are scored one by one, the index brings the nearest, and popularity orders these.
+    wide = AdIndex.build(VECTORS, np.arange(12, dtype=np.int32), IndexConfig(exact_up_to=5))
+    near = TowerScores(wide, temperature=0.5, weight=0.3, popularity=lambda ads, *_: popular[ads])
+    assert TwoTowerChannel(near).candidates(request(None), 2).tolist() == [0, 1]
+    assert TwoTowerChannel(near).candidates(request(None), 3).tolist()[0] == 8
+    unweighted = TowerScores(INDEX, weight=0.0, popularity=counted)
+    assert TwoTowerChannel(unweighted).candidates(request(None), 2).tolist() == [0, 1]
 
 
 def test_the_papers_rule_takes_forecast_advertisers_ads_by_two_tower_score() -> None:
-    channel = ForecastChannel(INDEX, OWNER, 2)
+    channel = ForecastChannel(SCORES, OWNER, 2)
     assert channel.candidates(request([-5.0, -1.0, -0.5, -9.0]), 4).tolist() == [3, 4, 5, 6]
     # Advertiser 2 runs nothing here: the next one of the forecast takes its place.
     assert channel.candidates(request([-5.0, -1.0, -0.5, -9.0], [0, 4, 9]), 4).tolist() == [0, 4]
@@ -68,7 +90,7 @@ def test_the_papers_rule_takes_forecast_advertisers_ads_by_two_tower_score() -> 
 
 def test_the_soft_form_adds_an_ads_share_of_the_forecast() -> None:
     log_prob = [-3.0, -2.0, -0.1, -4.0]
-    channel = ForecastChannel(INDEX, OWNER, 4, temperature=1.0)
+    channel = ForecastChannel(SCORES, OWNER, 4)
     expected = VECTORS[:11] @ ALONG_X
     expected += 0.5 * (np.array(log_prob)[OWNER[:11]] - np.log(np.array([3, 3, 3, 2])[OWNER[:11]]))
     found = channel.candidates(request(log_prob, weight=0.5), 11)
@@ -181,11 +203,11 @@ def test_sum_at_adds_what_is_active() -> None:
 
 
 NOTHING: list[tuple[Channel, Request]] = [
-    (TwoTowerChannel(INDEX), request(None, vector=False)),
-    (TwoTowerChannel(INDEX), request(None, [])),
-    (ForecastChannel(INDEX, OWNER, 2), request(None)),
-    (ForecastChannel(INDEX, OWNER, 2), request([-1.0] * 4, vector=False)),
-    (ForecastChannel(INDEX, OWNER, 2), request([-1.0] * 4, [11])),
+    (TwoTowerChannel(SCORES), request(None, vector=False)),
+    (TwoTowerChannel(SCORES), request(None, [])),
+    (ForecastChannel(SCORES, OWNER, 2), request(None)),
+    (ForecastChannel(SCORES, OWNER, 2), request([-1.0] * 4, vector=False)),
+    (ForecastChannel(SCORES, OWNER, 2), request([-1.0] * 4, [11])),
     (SeededChannel(INDEX, OWNER, 2), request(None)),
     (SeededChannel(INDEX, OWNER, 2), request([-1.0] * 4, [])),
 ]
