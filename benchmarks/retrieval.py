@@ -63,7 +63,7 @@ from retrieval.two_tower import TrainedTwoTower, build_model, index_ads, train_t
 N_ADS, N_ADVERTISERS, DIM, K = 1_000_000, 100_000, 64, 100
 QUERIES, CHOSEN_ADVERTISERS = 300, 50
 INDEXES = {
-    "ivf": IndexConfig(kind="ivf", ivf_lists=2048, ivf_probes=48),
+    "ivf": IndexConfig(kind="ivf", ivf_lists=2048, ivf_probes=96),
     "hnsw": IndexConfig(kind="hnsw", hnsw_ef_search=192),
 }
 ROWS, PAIRS, LAYERS, STEPS = 1024**2, 32, [128, 64], 200

@@ -234,15 +234,19 @@ class AdIndex:
             raise ValueError("a query vector holds NaN or infinity; no ad is near or far from it")
         if k < 1:
             raise ValueError(f"k={k}; expected at least 1")
-        ads_BK = np.full((len(queries_BD), k), NO_AD, dtype=np.int32)
-        scores_BK = np.full((len(queries_BD), k), -np.inf, dtype=np.float32)
         with self._gate.searching():
             rows_M = None if among is None else self.rows(among)
             found = min(k, len(self) if rows_M is None else len(rows_M))
-            if found and len(queries_BD):
-                scores_BF, rows_BF = self._search_rows(queries_BD, found, rows_M)
-                ads_BK[:, :found] = np.where(rows_BF >= 0, self._ads_N[rows_BF], NO_AD)
-                scores_BK[:, :found] = np.where(rows_BF >= 0, scores_BF, -np.inf)
+            if not found or not len(queries_BD):
+                return _nothing(len(queries_BD), k)
+            scores_BF, rows_BF = self._search_rows(queries_BD, found, rows_M)
+            ads_BF = self._ads_N[rows_BF]
+        if rows_BF.min() < 0:  # the index looked at fewer
+            ads_BF, scores_BF = np.where(rows_BF < 0, NO_AD, ads_BF), np.where(rows_BF < 0, -np.inf, scores_BF)
+        if found == k:
+            return ads_BF, scores_BF
+        ads_BK, scores_BK = _nothing(len(queries_BD), k)
+        ads_BK[:, :found], scores_BK[:, :found] = ads_BF, scores_BF
         return ads_BK, scores_BK
 
     def vectors(self, ads_M: NDArray[np.int32]) -> NDArray[np.float32]:
@@ -398,14 +402,16 @@ class _Gate:
     @contextmanager
     def searching(self) -> Iterator[None]:
         with self._condition:
-            self._condition.wait_for(lambda: self._changes == 0)
+            while self._changes:
+                self._condition.wait()
             self._searches += 1
         try:
             yield
         finally:
             with self._condition:
                 self._searches -= 1
-                self._condition.notify_all()
+                if self._changes:
+                    self._condition.notify_all()
 
     @contextmanager
     def changing(self) -> Iterator[None]:
@@ -428,6 +434,11 @@ def _facts(directory: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise _unreadable(directory, error) from error
     return facts
+
+
+def _nothing(queries: int, k: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Lists without any ad."""
+    return np.full((queries, k), NO_AD, dtype=np.int32), np.full((queries, k), -np.inf, dtype=np.float32)
 
 
 def _unreadable(directory: Path, error: Exception) -> UserError:

@@ -154,6 +154,19 @@ def test_the_ids_are_reported_on_as_a_table_a_page_and_json(finished: Path, tmp_
     assert "semantic_ids" in refused.stderr
 
 
+def test_retrieval_is_measured_beside_the_run_in_all_arms(finished: Path, tmp_path: Path) -> None:
+    overrides = ["retrieval=paper", "retrieval.budget=20", "retrieval.ks=[5,20]", "retrieval.quotas=[0.0,0.5]"]
+    command = ["bench", "retrieval", "--run", str(finished), "--out", str(tmp_path), "--json", *overrides]
+    shown = CliRunner().invoke(cli.app, command)
+    assert shown.exit_code == 0, shown.output
+    document = json.loads(shown.stdout)
+    arms = {row["arm"] for row in document["rows"] if (row["section"], row["metric"]) == ("retrieval", "recall")}
+    assert arms == {"none", "anchor", "lm", "lm - anchor", "lm - none", "anchor - none"}
+    assert {(point["arm"], point["quota"]) for point in document["sweep"]} == {
+        (arm, quota) for arm in ("anchor", "lm") for quota in (0.0, 0.5)
+    }
+
+
 def test_the_report_can_be_written_again(finished: Path) -> None:
     from rich.console import Console
 
