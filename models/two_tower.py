@@ -459,7 +459,7 @@ class RowsAndLayers(torch.optim.Optimizer):
         self, tables: list[nn.Parameter], layers: list[nn.Parameter], *, lr: float, weight_decay: float
     ) -> None:
         self.parts: list[torch.optim.Optimizer] = [torch.optim.SparseAdam(tables, lr=lr)] if tables else []
-        self.parts.append(torch.optim.AdamW(layers, lr=lr, weight_decay=weight_decay))
+        self.parts.append(torch.optim.AdamW(layers, lr=lr, weight_decay=weight_decay, fused=True))
         super().__init__([*tables, *layers], {"lr": lr})
 
     def step(self, closure: Any = None) -> Any:
