@@ -353,7 +353,7 @@ class Run(Generic[Config]):
     def _follow(self, stage: Stage[Config]) -> Outcome:
         """Do what the process that holds the run directory does, with its checkpoints, and let the result go."""
         key = self._key(stage, self._input_hashes(stage))
-        manifest = self._finished(stage.name, key)
+        manifest = self._finished(self.directory / stage.name, key)
         if manifest is not None:
             return Outcome(stage.name, "skipped", manifest)
         work = self.directory / WORK / f"{stage.name}-{key[:16]}"
