@@ -86,6 +86,7 @@ def stages() -> list[Stage[AdsidConfig]]:
             lambda cfg: {"data": cfg.data, "prior": cfg.prior, "evaluate": cfg.evaluate},
             make_forecasts,
             ("users", "forecasts_made", "users_per_hour"),
+            version=2,
         ),
         Stage(
             "two_tower",

@@ -118,7 +118,7 @@ def test_ids_are_unique_and_forecasts_are_advertisers_that_sum_to_one(finished: 
     ids = AdvertiserIds.load(finished / "semantic_ids")
     assert len(np.unique(ids.codes_AL, axis=0)) == len(log.advertiser_ids)
     table = PriorTable.load(finished / "forecasts", log)
-    assert set(pl.read_parquet(finished / "forecasts" / "*.parquet")["advertiser_id"].explode()) <= set(
+    assert set(pl.read_parquet(finished / "forecasts" / "*" / "*.parquet")["advertiser_id"].explode()) <= set(
         log.advertiser_ids.tolist()
     )
     prior = PriorModel.load(finished / "prior", log, ids, config.prior)
