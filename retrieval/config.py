@@ -314,7 +314,7 @@ class RetrievalConfig:
                 action=f"add one of {', '.join(name for name in CHANNELS if name not in FORECASTING)}.",
             )
         strange = [name for name in self.blend.shares if name not in self.base_channels]
-        if strange or (self.blend.shares and not sum(self.blend.shares.values())):
+        if strange:
             yield UserError(
                 f"retrieval.blend.shares of {', '.join(strange)}",
                 expected=f"shares of channels in use that follow no forecast: {', '.join(self.base_channels)}",
