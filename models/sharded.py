@@ -45,7 +45,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim import RowWiseAdagrad
 
 from models.pointwise import PointwiseModule
-from models.training import TRAINER_STATE
+from models.training import TRAINER_STATE, rank_of_world
 
 Obj = TypeVar("Obj")
 
@@ -65,11 +65,6 @@ def join_processes() -> None:
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(backend)
-
-
-def rank_of_world() -> tuple[int, int]:
-    """Number of this process, and of all that train together; 0 of 1 alone."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def is_leader() -> bool:

@@ -181,10 +181,10 @@ class TokenBatchSampler(Sampler[list[int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.per_epoch // _rank_of_world()[1]
+        return self.per_epoch // rank_of_world()[1]
 
     def __iter__(self) -> Iterator[list[int]]:
-        rank, world = _rank_of_world()
+        rank, world = rank_of_world()
         yield from self._batches()[rank : len(self) * world : world]
 
     def _batches(self) -> list[list[int]]:
@@ -472,7 +472,7 @@ def _steps_in(checkpoint: Path) -> int:
     return int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
 
 
-def _rank_of_world() -> tuple[int, int]:
+def rank_of_world() -> tuple[int, int]:
     """Number of this process and of all that train together; 0 of 1 alone."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()

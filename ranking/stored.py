@@ -32,7 +32,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from data.errors import UserError
 from models.pointwise import RankerBatch
-from models.sharded import rank_of_world
+from models.training import rank_of_world
 from ranking.rows import Bags, Design
 
 BLOCK_ROWS, WINDOW_BLOCKS = 4096, 16

@@ -166,7 +166,7 @@ def test_devices_share_the_batches_of_an_epoch(monkeypatch: pytest.MonkeyPatch) 
     whole = batches_of(TokenBatchSampler(LENGTHS, budget=200, seed=3, parts=2), 1)[0]
     shares = []
     for rank in range(3):
-        monkeypatch.setattr("models.training._rank_of_world", lambda rank=rank: (rank, 3))
+        monkeypatch.setattr("models.training.rank_of_world", lambda rank=rank: (rank, 3))
         sampler = TokenBatchSampler(LENGTHS, budget=200, seed=3, parts=2)
         shares.append(list(sampler))
         assert len(shares[-1]) == len(sampler) == len(whole) // 3

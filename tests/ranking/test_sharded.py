@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from models.dlrm import DLRM, DLRMConfig
 from models.pointwise import PointwiseModule
-from models.sharded import as_leader_says, join_processes, rank_of_world, shard
+from models.sharded import as_leader_says, join_processes, shard
+from models.training import rank_of_world
 from ranking.features import FeatureBuilder
 from ranking.ranker import RankerSpans
 from tests.logs import tiny_log
