@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.terminal import Debug, guarded, terminal_overrides
+from pipeline.commands.terminal import Debug, guarded, print_json, terminal_overrides
 
 EPILOG = (
     "Examples:\n\n"
@@ -33,11 +33,8 @@ def ablate_ranker(
     """None, anchor and LM, a shuffled control, each group of prior features and each model, with every seed."""
 
     def work() -> None:
-        import json as encoder
-
         from rich.console import Console
 
-        from data.artifacts import to_plain
         from pipeline.config import compose
         from pipeline.ranker_ablation import PAGE, to_console
         from pipeline.run import run_ablation
@@ -47,7 +44,7 @@ def ablate_ranker(
         console = Console(soft_wrap=True, stderr=json)
         rows, directory = run_ablation(config, "ranker_ablation", console=console)
         if json:
-            typer.echo(encoder.dumps([to_plain(row) for row in rows], indent=1, allow_nan=False))
+            print_json(rows)
             return
         Console().print(to_console(rows, config))
         console.print(f"page: {directory / PAGE}", highlight=False)

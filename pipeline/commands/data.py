@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.terminal import Debug, guarded
+from pipeline.commands.terminal import Debug, Page, PageJson, guarded, print_json, show_page
 
 app = typer.Typer(
     name="data",
@@ -100,21 +100,13 @@ def data_describe(
     context: typer.Context,
     directory: DataDirectory,
     overrides: DataOverrides = None,
-    page: Annotated[
-        Path | None,
-        typer.Option(help="HTML page with plots to write; <DIR>.html where none is given.", show_default=False),
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON, and write no page.")] = False,
+    page: Page = None,
+    json: PageJson = False,
     debug: Debug = False,
 ) -> None:
     """Counts, sparsity, head and tail, new advertisers, label rate and text coverage: a table and plots."""
 
     def work() -> None:
-        import json as encoder
-
-        from rich.console import Console
-
-        from data.artifacts import to_plain
         from data.describe import describe
         from pipeline.dataset import open_directory
         from pipeline.description import to_console, write_description
@@ -123,12 +115,8 @@ def data_describe(
         tables, config = open_directory(folder, overrides or [])
         description = describe(tables, config.data, evaluate=config.evaluate)
         if json:
-            typer.echo(encoder.dumps(to_plain(description), indent=1, allow_nan=False))
+            print_json(description)
             return
-        target = page or folder.absolute().with_suffix(".html")
-        write_description(description, target)
-        console = Console()
-        console.print(to_console(description))
-        console.print(f"page: {target}", highlight=False, soft_wrap=True)
+        show_page(description, folder, page, write=write_description, to_console=to_console)
 
     guarded(work, debug=debug or bool(context.obj))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.terminal import Debug, guarded, terminal_overrides
+from pipeline.commands.terminal import Debug, Page, PageJson, guarded, print_json, show_page, terminal_overrides
 
 app = typer.Typer(
     name="ids",
@@ -32,34 +32,22 @@ app = typer.Typer(
 def ids_report(
     context: typer.Context,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the stage semantic_ids.")],
-    page: Annotated[
-        Path | None,
-        typer.Option(help="HTML page with plots to write; <DIR>.html where none is given.", show_default=False),
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON, and write no page.")] = False,
+    page: Page = None,
+    json: PageJson = False,
     debug: Debug = False,
 ) -> None:
     """Collisions, use of the codes, neighbours, and what shares a prefix in words: a table and plots."""
 
     def work() -> None:
-        import json as encoder
-
-        from rich.console import Console
-
-        from data.artifacts import to_plain
         from pipeline.ids_quality import quality_of
         from pipeline.ids_report import to_console, write_ids_report
 
         folder = directory.expanduser()
         found = quality_of(folder)
         if json:
-            typer.echo(encoder.dumps(to_plain(found), indent=1, allow_nan=False))
+            print_json(found)
             return
-        target = page or folder.absolute().with_suffix(".html")
-        write_ids_report(found, target)
-        console = Console()
-        console.print(to_console(found))
-        console.print(f"page: {target}", highlight=False, soft_wrap=True)
+        show_page(found, folder, page, write=write_ids_report, to_console=to_console)
 
     guarded(work, debug=debug or bool(context.obj))
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.terminal import Debug, guarded, terminal_overrides
+from pipeline.commands.terminal import Debug, guarded, print_json, terminal_overrides
 
 app = typer.Typer(
     name="priors",
@@ -22,6 +22,8 @@ app = typer.Typer(
     "  adsid priors export --run runs/quickstart --out exported",
 )
 
+User = Annotated[str, typer.Option(help="Id of the user, as in the tables.")]
+AsOf = Annotated[str, typer.Option("--as-of", metavar="T", help="A date, e.g. 2017-10-16, or a period's number.")]
 RunDirectory = Annotated[
     Path, typer.Option("--run", metavar="DIR", help="The folder of a run whose stages data and semantic_ids are done.")
 ]
@@ -39,8 +41,8 @@ RunDirectory = Annotated[
 def priors_prompt(
     context: typer.Context,
     run: RunDirectory,
-    user: Annotated[str, typer.Option(help="Id of the user, as in the tables.")],
-    as_of: Annotated[str, typer.Option("--as-of", metavar="T", help="A date, e.g. 2017-10-16, or a period's number.")],
+    user: User,
+    as_of: AsOf,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="prior.prompt.key=value, beside what the run's config.yaml says.")
     ] = None,
@@ -50,16 +52,13 @@ def priors_prompt(
     """Show a user's prompt: text, token ids, and the tokens each section takes of its budget."""
 
     def work() -> None:
-        import json as encoder
-
         from rich.console import Console
 
-        from data.artifacts import to_plain
         from pipeline.prompts import prompt_of, to_console
 
         shown = prompt_of(run.expanduser(), user, as_of, overrides or [])
         if json:
-            typer.echo(encoder.dumps(to_plain(shown), indent=1, ensure_ascii=False))
+            print_json(shown, ensure_ascii=False)
             return
         Console(soft_wrap=True).print(to_console(shown), highlight=False)
 
@@ -79,8 +78,8 @@ FittedRun = Annotated[Path, typer.Option("--run", metavar="DIR", help="The folde
 def priors_explain(
     context: typer.Context,
     run: FittedRun,
-    user: Annotated[str, typer.Option(help="Id of the user, as in the tables.")],
-    as_of: Annotated[str, typer.Option("--as-of", metavar="T", help="A date, e.g. 2017-10-16, or a period's number.")],
+    user: User,
+    as_of: AsOf,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="prior.decode.key=value, beside what the run's config.yaml says.")
     ] = None,
@@ -91,16 +90,13 @@ def priors_explain(
     """Show a user's forecast: prompt, token ids, advertisers with IDs and probabilities, the LM's part in them."""
 
     def work() -> None:
-        import json as encoder
-
         from rich.console import Console
 
-        from data.artifacts import to_plain
         from pipeline.explain import explain, to_console
 
         explained = explain(run.expanduser(), user, as_of, top_k, overrides or [])
         if json:
-            typer.echo(encoder.dumps(to_plain(explained), indent=1, ensure_ascii=False))
+            print_json(explained, ensure_ascii=False)
             return
         Console(soft_wrap=True).print(to_console(explained), highlight=False)
 
@@ -139,11 +135,8 @@ def priors_generate(
     """Forecast the users of a run shard by shard into a table, and say what it cost."""
 
     def work() -> None:
-        import json as encoder
-
         from rich.console import Console
 
-        from data.artifacts import to_plain
         from pipeline.forecasts import JobConfig, cost_to_console, generate
 
         job = JobConfig(
@@ -157,7 +150,7 @@ def priors_generate(
         )
         sheet = generate(run.expanduser(), job, overrides or [])
         if json:
-            typer.echo(encoder.dumps(to_plain(sheet), indent=1))
+            print_json(sheet)
             return
         Console(soft_wrap=True).print(cost_to_console(sheet, job), highlight=False)
 
@@ -210,16 +203,13 @@ def priors_monitor(
     """Compare predicted and observed mass period by period, and calibration before and after its fit."""
 
     def work() -> None:
-        import json as encoder
-
         from rich.console import Console
 
-        from data.artifacts import to_plain
         from pipeline.monitor import monitor, to_console
 
         found = monitor(run.expanduser(), priors.expanduser(), overrides or [])
         if json:
-            typer.echo(encoder.dumps(to_plain(found), indent=1))
+            print_json(found)
             return
         Console(soft_wrap=True).print(to_console(found), highlight=False)
 

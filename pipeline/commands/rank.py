@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.terminal import Debug, guarded
+from pipeline.commands.terminal import Debug, guarded, print_json
 
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a finished run.")]
 Arm = Annotated[str, typer.Option(help="Arm of the ranker: none, anchor or lm.")]
@@ -29,17 +29,14 @@ def rank(
     """Rank the ads of a user's last visit, with the feature values that matter to each."""
 
     def work() -> None:
-        import json as encoder
-
         from rich.console import Console
 
-        from data.artifacts import to_plain
         from pipeline.ranked_user import open_run, rank_user, to_console
 
         opened = open_run(directory.absolute(), arm=arm, seed=seed)
         ranked = rank_user(opened, user, period=period, top=top, features=features)
         if json:
-            typer.echo(encoder.dumps(to_plain(ranked), indent=1, allow_nan=False))
+            print_json(ranked)
         else:
             Console(soft_wrap=True).print(to_console(ranked), highlight=False)
 

@@ -5,15 +5,25 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from data.errors import UserError
 
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+T = TypeVar("T")
 USER_MISTAKE, OUR_MISTAKE, INTERRUPTED = 2, 1, 130
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and every message of the libraries.")]
+Page = Annotated[
+    Path | None,
+    typer.Option(help="HTML page with plots to write; <DIR>.html where none is given.", show_default=False),
+]
+PageJson = Annotated[bool, typer.Option("--json", help="Print all figures as JSON, and write no page.")]
 
 
 def guarded(work: Callable[[], None], *, debug: bool) -> None:
@@ -47,3 +57,30 @@ def guarded(work: Callable[[], None], *, debug: bool) -> None:
 def terminal_overrides() -> list[str]:
     """No progress bars where nobody watches them."""
     return [] if sys.stderr.isatty() else ["trainer.progress_bar=false"]
+
+
+def print_json(value: Any, *, ensure_ascii: bool = True) -> None:
+    """Print plain data, or a dataclass of it, as JSON."""
+    import json
+
+    from data.artifacts import to_plain
+
+    typer.echo(json.dumps(to_plain(value), indent=1, ensure_ascii=ensure_ascii, allow_nan=False))
+
+
+def show_page(
+    found: T,
+    directory: Path,
+    page: Path | None,
+    *,
+    write: Callable[[T, Path], None],
+    to_console: Callable[[T], RenderableType],
+) -> None:
+    """Print what was found in a folder, and write it as a page beside the folder if not elsewhere."""
+    from rich.console import Console
+
+    target = page or directory.absolute().with_suffix(".html")
+    write(found, target)
+    console = Console()
+    console.print(to_console(found))
+    console.print(f"page: {target}", highlight=False, soft_wrap=True)
