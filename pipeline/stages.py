@@ -35,10 +35,11 @@ from pipeline.engine import Context, Stage
 from pipeline.example import user_example
 from pipeline.ranker_ablation import write_ablation
 from pipeline.report import Curves, RunInfo, write_report
+from priors.anchor import TunedAnchor
 from priors.baselines import fit_baselines
 from priors.card import model_card
 from priors.evaluate import evaluate_forecast
-from priors.fit import PriorModel, fit_prior, read_plain
+from priors.fit import PriorModel, fit_prior, load_base, read_plain
 from priors.forecast import Forecast, TableForecast
 from priors.generate import generate_priors
 from priors.judge import save_requests
@@ -420,16 +421,26 @@ def _prior(context: Work) -> PriorModel:
     cfg = context.config
 
     def prior() -> PriorModel:
-        return PriorModel.load(context.inputs["prior"], _log(context), _ids(context), cfg.prior)
+        return PriorModel.load(context.inputs["prior"], _log(context), _ids(context), cfg.prior, base=_base(context))
 
     return _once(context, prior, "data", "semantic_ids", "prior", settings=[cfg.data, cfg.prior, cfg.evaluate])
+
+
+def _base(context: Work) -> TunedAnchor:
+    """The tuned anchor, which most stages read without the LM."""
+
+    def base() -> TunedAnchor:
+        return load_base(context.inputs["prior"], _log(context), _ids(context))
+
+    settings = [context.config.data, context.config.evaluate]
+    return _once(context, base, "data", "semantic_ids", "prior", settings=settings)
 
 
 def _forecasts(context: Work) -> dict[str, Forecast | None]:
     """The forecast of each arm."""
 
     def forecasts() -> dict[str, Forecast | None]:
-        table, base = PriorTable.load(context.inputs["forecasts"], _log(context)), _prior(context).base
+        table, base = PriorTable.load(context.inputs["forecasts"], _log(context)), _base(context)
         return {
             "none": None,
             "anchor": TableForecast(table, base, arm="anchor"),

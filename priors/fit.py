@@ -40,14 +40,14 @@ from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 from data.artifacts import to_plain
 from data.errors import LineageError, UserError
 from data.log import Log, Targets
-from models.prior_lm import LoraSettings, PriorLM, PriorLMModule, TreeBatch
+from models.prior_lm import LoraSettings, PriorLM, PriorLMModule, TreeBatch, base_log_prob, row_nll
 from models.training import EpochSampler, FitResult, TokenBatchSampler, TrainerConfig, fit
 from priors.anchor import Anchor, Counts, TunedAnchor, choose_constants
 from priors.base_model import BaseModel, load_base_model
 from priors.calibration import Calibration, calibrated_nll, fit_anchor_levels, fit_calibration
 from priors.config import AnchorConfig, BaseModelConfig, PriorConfig, PromptConfig
 from priors.dataset import PromptDataset, TreeCollator
-from priors.probe import fit_probe, read_states
+from priors.probe import LevelStates, fit_probe, read_states
 from priors.prompt import PromptCompiler
 from semantic_ids.advertiser_ids import AdvertiserIds
 from semantic_ids.change import compare
@@ -120,7 +120,9 @@ class PriorModel:
         with_id_tokens(self.compiler.tokenizer, self.fitted_ids.level_sizes).save_pretrained(directory / "tokenizer")
 
     @classmethod
-    def load(cls, directory: Path, log: Log, ids: AdvertiserIds, cfg: PriorConfig) -> PriorModel:
+    def load(
+        cls, directory: Path, log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, base: TunedAnchor | None = None
+    ) -> PriorModel:
         """Read the artifact.
 
         Args:
@@ -129,23 +131,21 @@ class PriorModel:
             ids: the advertiser IDs it was fitted on, or the same with new advertisers beside them: codes, vectors
                 and tokens stay, so that a new advertiser is forecast by the codes it shares with its kind.
             cfg: the current configuration; base model, prompt and head are the artifact's own.
+            base: its :func:`load_base`, where that was read before.
 
         Raises:
             UserError: there is no such artifact.
             LineageError: advertisers it was fitted on have other codes now or are gone, or the IDs are not those of
                 the log's advertisers.
         """
-        plain = read_plain(directory)
-        fitted_ids = _same_codes(directory, plain["ids_version"], ids)
-        _same_advertisers(log, ids)
+        plain, fitted_ids = _fitted_on(directory, log, ids)
         model, base_model, constant_LH = load_model(directory, plain, ids)
         compiler = PromptCompiler(
             log, ids, base_model.tokenizer, PromptConfig.from_plain(plain["prompt"]), window=base_model.window
         )
-        trie = Trie.from_codes(ids.codes_AL, ids.level_sizes)
         return cls(
             model=model,
-            base=TunedAnchor.from_plain(plain["anchor"], Counts.of(log), trie),
+            base=_base_of(plain, log, ids) if base is None else base,
             calibration=Calibration(**{name: tuple(values) for name, values in plain["calibration"].items()}),
             compiler=compiler,
             constant_LH=constant_LH,
@@ -153,6 +153,31 @@ class PriorModel:
             base_reference=plain["base_model"]["name"],
             fitted_ids=fitted_ids,
         )
+
+
+def load_base(directory: Path, log: Log, ids: AdvertiserIds) -> TunedAnchor:
+    """The tuned anchor of an artifact, without the LM over it.
+
+    Args:
+        directory, log, ids: as of :meth:`PriorModel.load`.
+
+    Raises:
+        UserError, LineageError: as of :meth:`PriorModel.load`.
+    """
+    plain, _ = _fitted_on(directory, log, ids)
+    return _base_of(plain, log, ids)
+
+
+def _base_of(plain: dict[str, Any], log: Log, ids: AdvertiserIds) -> TunedAnchor:
+    return TunedAnchor.from_plain(plain["anchor"], Counts.of(log), Trie.from_codes(ids.codes_AL, ids.level_sizes))
+
+
+def _fitted_on(directory: Path, log: Log, ids: AdvertiserIds) -> tuple[dict[str, Any], AdvertiserIds]:
+    """What `read_plain` gives, and the IDs of the fit, which those given may have outgrown."""
+    plain = read_plain(directory)
+    fitted_ids = _same_codes(directory, plain["ids_version"], ids)
+    _same_advertisers(log, ids)
+    return plain, fitted_ids
 
 
 def read_plain(directory: Path) -> dict[str, Any]:
@@ -231,7 +256,8 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
     """
     _same_advertisers(log, ids)
     trie, counts = Trie.from_codes(ids.codes_AL, ids.level_sizes), Counts.of(log)
-    train_rows = sample_rows(log.advertiser_targets(cfg.prompt_span(log.split.prior_fit)), cfg.prompts, cfg.seed)
+    fit_targets = log.advertiser_targets(cfg.prompt_span(log.split.prior_fit))
+    train_rows = sample_rows(fit_targets, cfg.prompts, cfg.seed)
     select = log.advertiser_targets("prior_select")
     select_rows = sample_rows(select, cfg.select_prompts, cfg.seed)
     for name, rows in (("prior_fit", train_rows), ("prior_select", select_rows)):
@@ -250,7 +276,7 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
     collator = TreeCollator(base, first_id_token=compiler.first_id_token)
 
     model = build_model(base_model, ids, log, compiler, cfg)
-    probe_rows = sample_rows(log.advertiser_targets(cfg.prompt_span(log.split.prior_fit)), cfg.probe.prompts, cfg.seed)
+    probe_rows = sample_rows(fit_targets, cfg.probe.prompts, cfg.seed)
     probe_set = PromptDataset(probe_rows, compiler, max_targets=cfg.max_targets, seed=cfg.seed)
     result, sampler, start = fit_lm(
         model, train_set, select_set, collator, cfg, probe=probe_set, user_ids=log.user_ids, work_dir=work_dir
@@ -437,7 +463,7 @@ def fit_lm(
 
     Returns:
         What the fit did (``best_epoch`` -1: it ends where it started), the sampler of its batches, and what it started
-        from: ``select_nll``, and of each level of the probe the NLL before and after and the epoch chosen.
+        from: ``select_nll``, and with a probe, of each level, the NLL before and after and the epoch chosen.
 
     Raises:
         UserError: a prompt with its tree is longer than a batch may be.
@@ -507,15 +533,20 @@ def _start(
     """
     if not (work_dir / START).exists():
         model.eval()
-        probed = probe is not None and len(probe) > 0
-        source, n_read = (probe, len(probe)) if probed and probe is not None else (train, min(len(train), _STANDARDISE))
-        rows = list(EpochSampler(source, seed=cfg.seed + 1, per_epoch=n_read))
         size = 4 * cfg.batch_size
-        states = read_states(model, source, collator, rows=rows, batch_size=size)
-        of_select = read_states(model, select, collator, rows=list(range(len(select))), batch_size=size)
-        settings = cfg.probe if probed else replace(cfg.probe, epochs=0)
-        report = fit_probe(model, states, of_select, settings, cfg.head, seed=cfg.seed)
-        report["select_nll"] = sum(report["nll_after"])
+
+        def states(source: PromptDataset, n_read: int) -> list[LevelStates]:
+            rows = list(EpochSampler(source, seed=cfg.seed + 1, per_epoch=n_read))
+            return read_states(model, source, collator, rows=rows, batch_size=size)
+
+        if probe is not None and len(probe) > 0:
+            of_select = read_states(model, select, collator, rows=list(range(len(select))), batch_size=size)
+            report = fit_probe(model, states(probe, len(probe)), of_select, cfg.probe, cfg.head, seed=cfg.seed)
+            report["select_nll"] = sum(report["nll_after"])
+        else:
+            model.head.standardise_by([level.hidden_NH for level in states(train, min(len(train), _STANDARDISE))])
+            base_B = [row_nll(batch, base_log_prob(batch)) for batch in batches(select, collator, size)]
+            report = {"select_nll": float(torch.cat(base_B).mean())}  # the head's zeros leave the base as it is
         work_dir.mkdir(parents=True, exist_ok=True)
         trained = {name: value.detach().contiguous() for name, value in model.named_parameters() if value.requires_grad}
         heads = {f"head.{name}": value.contiguous() for name, value in model.head.state_dict().items()}
