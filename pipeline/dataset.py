@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data.artifacts import MANIFEST, Manifest, atomic_directory, fingerprint, hash_directory, package_versions, to_plain
+from data.artifacts import MANIFEST, Manifest, atomic_directory, fingerprint, hash_directory, to_plain
 from data.config import DataConfig
 from data.errors import UserError
 from data.prepare import prepare
@@ -15,7 +14,7 @@ from data.tables import SCHEMAS, Tables
 from data.validation import validate_directory
 from data.writer import Tracker, untracked
 from pipeline.config import AdsidConfig, compose, recompose
-from pipeline.engine import PeakMemory
+from pipeline.engine import Effort
 
 KIND = "data"
 
@@ -40,21 +39,10 @@ def prepare_directory(cfg: DataConfig, directory: Path, *, track: Tracker = untr
             expected="a folder that is empty or not there yet, or an earlier data set",
             action="name another folder with --out",
         )
-    started, memory = time.monotonic(), PeakMemory()
+    effort, config = Effort(), to_plain(cfg)
     with atomic_directory(directory) as output:
         metrics = prepare(cfg, output, track=track)
-        manifest = Manifest(
-            kind=KIND,
-            key=fingerprint([KIND, to_plain(cfg)]),
-            config=to_plain(cfg),
-            content_hash=hash_directory(output),
-            versions=package_versions(),
-            metrics=to_plain(metrics),
-            seconds=round(time.monotonic() - started, 2),
-            peak_memory_mb=round(memory.peak_mb(), 1),
-        )
-        manifest.write(output)
-    return manifest
+        return effort.sign(output, KIND, key=fingerprint([KIND, config]), config=config, inputs={}, metrics=metrics)
 
 
 def check_directory(directory: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

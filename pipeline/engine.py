@@ -321,8 +321,7 @@ class Run(Generic[Config]):
         earlier = _begin_attempt(work)
         why = self._why(stage, inputs) if earlier is None else "goes on where it was interrupted"
         self.observer.on_start(stage.name, why)
-        started = time.monotonic()
-        memory = PeakMemory()
+        effort = Effort(earlier or 0.0)
         with atomic_directory(target) as output, storage_errors(work):
             context = Context(
                 config=self.config,
@@ -332,18 +331,8 @@ class Run(Generic[Config]):
                 shared=self.shared,
             )
             metrics = stage.run(context)
-            manifest = Manifest(
-                kind=stage.name,
-                key=key,
-                config=to_plain(stage.settings(self.config)),
-                inputs=inputs,
-                content_hash=hash_directory(output),
-                versions=package_versions(),
-                metrics=to_plain(dict(metrics)),
-                seconds=round((earlier or 0.0) + time.monotonic() - started, 2),
-                peak_memory_mb=round(memory.peak_mb(), 1),
-            )
-            manifest.write(output)
+            config = to_plain(stage.settings(self.config))
+            manifest = effort.sign(output, stage.name, key=key, config=config, inputs=inputs, metrics=dict(metrics))
         for leftover in (self.directory / WORK).glob(f"{stage.name}-*"):
             if re.fullmatch(rf"{re.escape(stage.name)}-[0-9a-f]{{16}}", leftover.name):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -414,6 +403,51 @@ class PeakMemory:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         match = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
         return int(match.group(1)) / 1024 if match else 0.0
+
+
+class Effort:
+    """What making an artifact takes, from the moment the object is made.
+
+    Args:
+        earlier: seconds that attempts before this one took.
+    """
+
+    def __init__(self, earlier: float = 0.0) -> None:
+        self.started, self.memory = time.monotonic() - earlier, PeakMemory()
+
+    def sign(
+        self,
+        output: Path,
+        kind: str,
+        *,
+        key: str,
+        config: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        metrics: Mapping[str, Any],
+    ) -> Manifest:
+        """Write the manifest of a directory whose files are all there.
+
+        Args:
+            output: the directory.
+            kind: what it holds.
+            key: fingerprint of configuration and inputs.
+            config: as plain data.
+            inputs: content hash of each input, by its name.
+            metrics: of the work.
+        """
+        manifest = Manifest(
+            kind=kind,
+            key=key,
+            config=dict(config),
+            inputs=dict(inputs),
+            content_hash=hash_directory(output),
+            versions=package_versions(),
+            metrics=to_plain(metrics),
+            seconds=round(time.monotonic() - self.started, 2),
+            peak_memory_mb=round(self.memory.peak_mb(), 1),
+        )
+        manifest.write(output)
+        return manifest
 
 
 def _begin_attempt(work: Path) -> float | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,13 @@ from data.artifacts import (
     fingerprint,
     hash_directory,
     hash_file,
-    package_versions,
     to_plain,
 )
 from data.errors import UserError
 from data.log import load_log
 from pipeline.config import recompose
 from pipeline.dataset import config_of
-from pipeline.engine import PeakMemory
+from pipeline.engine import Effort
 from semantic_ids.change import TOLERANCE, IdArtifact, assign, refit
 
 KIND = "semantic_ids"
@@ -186,22 +184,10 @@ def _write(
 ) -> Manifest:
     """Make an artifact whole or not at all, with its manifest."""
     _check_out(out, ids)
-    started, memory = time.monotonic(), PeakMemory()
+    effort, key = Effort(), fingerprint([KIND, config, inputs])
     with atomic_directory(out) as output, tempfile.TemporaryDirectory() as scratch:
         metrics = work(output, Path(scratch))
-        manifest = Manifest(
-            kind=KIND,
-            key=fingerprint([KIND, config, inputs]),
-            config=config,
-            inputs=inputs,
-            content_hash=hash_directory(output),
-            versions=package_versions(),
-            metrics=to_plain(metrics),
-            seconds=round(time.monotonic() - started, 2),
-            peak_memory_mb=round(memory.peak_mb(), 1),
-        )
-        manifest.write(output)
-    return manifest
+        return effort.sign(output, KIND, key=key, config=config, inputs=inputs, metrics=metrics)
 
 
 def _check_out(out: Path, ids: Path) -> None:
