@@ -28,10 +28,9 @@ from data.artifacts import Manifest
 from data.errors import UserError
 from data.statistics import Row
 from pipeline import config as configuration
-from pipeline.config import CONFIGS, STUDIES, AdsidConfig, compose, nearest
+from pipeline.config import CONFIG_FILE, CONFIGS, STUDIES, AdsidConfig, compose, nearest
 from pipeline.console import ConsoleObserver
 from pipeline.engine import Run
-from pipeline.run import CONFIG_FILE
 from pipeline.stages import stages
 
 _NAME = re.compile(r"[\w+.,=()-][\w+.,=() -]*")

@@ -19,7 +19,7 @@ from data.errors import UserError
 from pipeline import config as configuration
 from pipeline.config import AdsidConfig, compose, recompose, run_directory
 from pipeline.engine import Context
-from pipeline.run import CONFIG_FILE, run_stages
+from pipeline.run import run_stages
 from pipeline.stages import TRAINED, retrieval_bench
 from retrieval.benchmark import RetrievalBenchmark
 from retrieval.config import RetrievalConfig
@@ -71,13 +71,8 @@ def config_beside(run: Path, overrides: Sequence[str]) -> AdsidConfig:
     Raises:
         UserError: no such run, or an override of anything but what can be swapped without training.
     """
-    if not (run / CONFIG_FILE).is_file():
-        raise UserError(
-            f"{run}",
-            expected=f"a run directory, with a {CONFIG_FILE}",
-            action="give the folder of a run, e.g. runs/quickstart, or no --run and an experiment",
-        )
-    saved = configuration.load(run / CONFIG_FILE)
+    action = "give the folder of a run, e.g. runs/quickstart, or no --run and an experiment"
+    saved = configuration.load_run(run, action=action)
     foreign = [one for one in overrides if not one.startswith((f"{GROUP}=", f"{GROUP}."))]
     trained = [one for one in overrides if one.startswith(tuple(f"{GROUP}.{key}" for key in TRAINED))]
     if foreign or trained:

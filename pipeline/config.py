@@ -24,7 +24,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from data.artifacts import atomic_write_text
+from data.artifacts import atomic_write_text, to_plain
 from data.config import DataConfig
 from data.errors import UserError
 from data.split import EVALUATE
@@ -34,6 +34,8 @@ from retrieval.config import RetrievalConfig
 from semantic_ids.config import SemanticIdsConfig
 
 CONFIGS = "configs"
+CONFIG_FILE = "config.yaml"
+"""Of a run directory: what it was made with."""
 STUDIES = "ablation"
 """Folder of ``configs/`` that holds ablations (`pipeline.ablation`) and is no group."""
 
@@ -385,18 +387,38 @@ def save(config: AdsidConfig, path: Path) -> None:
     atomic_write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
-def load(path: Path) -> AdsidConfig:
-    """Read a configuration that `save` wrote.
+def load_run(directory: Path, *, action: str) -> AdsidConfig:
+    """The configuration of a run directory.
+
+    Args:
+        directory: of the run.
+        action: what to do where it is none.
 
     Raises:
-        UserError: the file is missing, is no YAML, or does not fit this adsid's schema.
+        UserError: it is none, and everything `load` raises.
+    """
+    if not (directory / CONFIG_FILE).is_file():
+        raise UserError(f"{directory}", expected=f"a run directory, with a {CONFIG_FILE}", action=action)
+    return load(directory / CONFIG_FILE)
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> AdsidConfig:
+    """Read a configuration that `save` wrote.
+
+    Args:
+        path: the file.
+        overrides: of single keys, beside what it says.
+
+    Raises:
+        UserError: the file is missing, is no YAML, or does not fit this adsid's schema; and as of `recompose`.
     """
     try:
         plain = OmegaConf.load(path)
     except (OSError, ValueError, YAMLError) as error:
         raise UserError(
             f"{path} ({type(error).__name__})",
-            expected="the config.yaml of a run directory",
+            expected=f"the {CONFIG_FILE} of a run directory",
             action="give the folder of a run, or make one with `adsid run`",
         ) from error
-    return _instantiate(_merge(_writable(OmegaConf.structured(AdsidConfig)), plain))
+    config = _instantiate(_merge(_writable(OmegaConf.structured(AdsidConfig)), plain))
+    return recompose(to_plain(config), overrides) if overrides else config

@@ -24,7 +24,7 @@ from rich.table import Table
 from data.artifacts import atomic_write_text, to_plain
 from data.errors import LineageError, UserError
 from data.log import Log, load_log
-from pipeline.config import AdsidConfig, load, recompose
+from pipeline.config import CONFIG_FILE, AdsidConfig, load
 from pipeline.engine import locked
 from pipeline.prompts import period_of
 from priors.fit import PriorModel
@@ -171,9 +171,7 @@ def open_prior(run: Path, overrides: Sequence[str] = ()) -> tuple[AdsidConfig, L
     Raises:
         UserError: the run has no fitted forecaster.
     """
-    config = load(run / "config.yaml")
-    if overrides:
-        config = recompose(to_plain(config), overrides)
+    config = load(run / CONFIG_FILE, overrides)
     missing = [name for name in _NEEDED if not (run / name).is_dir()]
     if missing:
         raise UserError(

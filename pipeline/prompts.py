@@ -15,11 +15,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from data.artifacts import to_plain
 from data.errors import UserError
 from data.log import Log, load_log
 from data.split import Calendar
-from pipeline.config import load, recompose
+from pipeline.config import CONFIG_FILE, load
 from pipeline.dataset import KIND as DATA
 from pipeline.ids import ids_directory
 from priors.base_model import load_base_model
@@ -89,9 +88,7 @@ def prompt_of(run: Path, user: str, as_of: str, overrides: Sequence[str] = ()) -
     Raises:
         UserError: no such run, user or time, or a prompt configuration that has no room.
     """
-    config = load(run / "config.yaml")
-    if overrides:
-        config = recompose(to_plain(config), overrides)
+    config = load(run / CONFIG_FILE, overrides)
     if not (run / DATA).is_dir():
         raise UserError(
             f"{run}, without tables",

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from data.errors import UserError
 from pipeline import config as configuration
+from pipeline.prompts import user_of
 from pipeline.stages import OpenRanker, open_ranker
 from pipeline.verdict import number
 from ranking.rank import Influence, influences, rank
@@ -63,11 +64,7 @@ def open_run(directory: Path, *, arm: str, seed: int | None) -> OpenRanker:
     Raises:
         UserError: there is no such run or ranker.
     """
-    if not (directory / "config.yaml").is_file():
-        raise UserError(
-            f"{directory}", expected="a run directory, with a config.yaml", action="give a run, e.g. runs/quickstart"
-        )
-    config = configuration.load(directory / "config.yaml")
+    config = configuration.load_run(directory, action="give a run, e.g. runs/quickstart")
     return open_ranker(config, directory, arm=arm, seed=config.ranker.seeds[0] if seed is None else seed)
 
 
@@ -85,14 +82,7 @@ def rank_user(opened: OpenRanker, user: str, *, period: int | None, top: int, fe
         UserError: the user is unknown, or came to no market with ads.
     """
     log = opened.log
-    found = np.flatnonzero(log.user_ids.astype(str) == user)
-    if not len(found):
-        raise UserError(
-            f"user {user}",
-            expected=f"an id of the log, e.g. {', '.join(map(str, log.user_ids[:3].tolist()))}",
-            action="look it up in the table users of the run's folder data",
-        )
-    index, events = int(found[0]), log.events
+    index, events = user_of(log, user), log.events
     seen = (events.user == index) & (events.market >= 0) & (events.period >= 1)
     visits = np.unique(np.stack([events.period[seen], events.market[seen]]), axis=1).T
     visits = visits[visits[:, 0] == period] if period is not None else visits

@@ -11,13 +11,12 @@ from rich.console import Console
 from data.errors import UserError
 from data.statistics import Row
 from pipeline import config as configuration
-from pipeline.config import AdsidConfig
+from pipeline.config import CONFIG_FILE, AdsidConfig
 from pipeline.console import ConsoleObserver
 from pipeline.engine import Outcome, Run
 from pipeline.stages import ablations, read_rows, stages
 from ranking.config import SHARDED
 
-CONFIG_FILE = "config.yaml"
 REPORT = Path("report") / "report.html"
 
 
@@ -102,13 +101,8 @@ def report_again(directory: Path, *, console: Console) -> Path:
     Raises:
         UserError: there is no such run, or stages before the report are not finished.
     """
-    if not (directory / CONFIG_FILE).is_file():
-        raise UserError(
-            f"{directory}",
-            expected=f"a run directory, with a {CONFIG_FILE}",
-            action="give the folder of a finished run, e.g. runs/quickstart, or make one with `adsid run`",
-        )
-    config = configuration.load(directory / CONFIG_FILE)
+    action = "give the folder of a finished run, e.g. runs/quickstart, or make one with `adsid run`"
+    config = configuration.load_run(directory, action=action)
     config.run.dir = str(directory)
     Run(directory, stages(), config, observer=ConsoleObserver(console)).execute_one("report", again=True)
     return directory / REPORT
