@@ -112,6 +112,14 @@ class Targets:
         """Targets of one row."""
         return self.item[self.ptr[row] : self.ptr[row + 1]]
 
+    def keep(self, keep_T: NDArray[np.bool_]) -> Targets:
+        """The same rows with some of their targets; a row may end without any."""
+        counts = np.bincount(self.row[keep_T], minlength=len(self))
+        return Targets(
+            self.user, self.period, self.market, np.concatenate([[0], np.cumsum(counts)]),
+            self.item[keep_T], self.weight[keep_T], self.value[keep_T],
+        )  # fmt: skip
+
     def select(self, rows: NDArray[Any]) -> Targets:
         """Some rows, by mask or index, with their targets."""
         rows = np.flatnonzero(rows) if rows.dtype == bool else rows

@@ -205,11 +205,11 @@ class Run(Generic[Config]):
                     continue
                 key = self._key(stage, self._input_hashes(stage))
                 if self._finished(self.directory / name, key) is None:
-                    found = [other for other in others if self._finished(other / name, key) is not None]
-                    if not found:
+                    found = next((other for other in others if self._finished(other / name, key) is not None), None)
+                    if found is None:
                         continue
                     with atomic_directory(self.directory / name) as output:
-                        shutil.copytree(found[0] / name, output, dirs_exist_ok=True, copy_function=_link)
+                        shutil.copytree(found / name, output, dirs_exist_ok=True, copy_function=_link)
                     taken.append(name)
                 fresh.add(name)
         return taken

@@ -12,10 +12,12 @@ from rich.text import Text
 
 from data.errors import UserError
 from pipeline import config as configuration
+from pipeline.config import AdsidConfig
 from pipeline.prompts import user_of
-from pipeline.stages import OpenRanker, open_ranker
+from pipeline.stages import OpenRanker, load_ranker, open_ranker
 from pipeline.verdict import number
 from ranking.rank import Influence, influences, rank
+from ranking.ranker import Ranker
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,17 @@ def open_run(directory: Path, *, arm: str, seed: int | None) -> OpenRanker:
     Raises:
         UserError: there is no such run or ranker.
     """
-    config = configuration.load_run(directory, action="give a run, e.g. runs/quickstart")
+    config = _config(directory)
     return open_ranker(config, directory, arm=arm, seed=config.ranker.seeds[0] if seed is None else seed)
+
+
+def ranker_of(directory: Path, *, arm: str, seed: int | None) -> Ranker:
+    """As of `open_run`, the ranker alone."""
+    return load_ranker(directory, arm=arm, seed=_config(directory).ranker.seeds[0] if seed is None else seed)
+
+
+def _config(directory: Path) -> AdsidConfig:
+    return configuration.load_run(directory, action="give a run, e.g. runs/quickstart")
 
 
 def rank_user(opened: OpenRanker, user: str, *, period: int | None, top: int, features: int) -> RankedUser:

@@ -349,11 +349,10 @@ class OpenRanker:
     log: Log
 
 
-def open_ranker(config: AdsidConfig, directory: Path, *, arm: str, seed: int) -> OpenRanker:
-    """A ranker of a finished run.
+def load_ranker(directory: Path, *, arm: str, seed: int) -> Ranker:
+    """A ranker of a finished run, without what it reads.
 
     Args:
-        config: of the run.
         directory: of the run.
         arm: ``none``, ``anchor`` or ``lm``.
         seed: that it was trained with.
@@ -361,18 +360,31 @@ def open_ranker(config: AdsidConfig, directory: Path, *, arm: str, seed: int) ->
     Raises:
         UserError: a stage is missing, or there is no ranker of this arm and seed.
     """
-    inputs = {stage.name: directory / stage.name for stage in stages()}
     for name in ("data", "semantic_ids", "prior", "forecasts", "ranker"):
-        Manifest.read(inputs[name])
-    trained = sorted(path.name for path in (inputs["ranker"] / RANKERS).iterdir())
+        Manifest.read(directory / name)
+    rankers = directory / "ranker" / RANKERS
+    trained = sorted(path.name for path in rankers.iterdir())
     if f"{arm}-{seed}" not in trained:
         raise UserError(
             f"arm {arm} with seed {seed}", expected=f"one of {', '.join(trained)}", action="name one of these"
         )
-    context = Context(config, inputs, directory, directory, {})
-    ranker = Ranker.load(inputs["ranker"] / RANKERS / f"{arm}-{seed}")
-    log = _log(context)
-    return OpenRanker(ranker, FeatureBuilder(log, _ids(context), ranker.spec.config), _forecasts(context)[arm], log)
+    return Ranker.load(rankers / f"{arm}-{seed}")
+
+
+def open_ranker(config: AdsidConfig, directory: Path, *, arm: str, seed: int) -> OpenRanker:
+    """A ranker of a finished run, with what it reads.
+
+    Args:
+        config: of the run.
+        directory, arm, seed: as of `load_ranker`.
+
+    Raises:
+        UserError: as of `load_ranker`.
+    """
+    ranker = load_ranker(directory, arm=arm, seed=seed)
+    context = Context(config, {stage.name: directory / stage.name for stage in stages()}, directory, directory, {})
+    log, forecast = _log(context), None if arm == "none" else _forecasts(context)[arm]
+    return OpenRanker(ranker, FeatureBuilder(log, _ids(context), ranker.spec.config), forecast, log)
 
 
 # --- what stages share -------------------------------------------------------------------------------------
@@ -456,8 +468,13 @@ def _towers_of(context: Work) -> TrainedTwoTower:
 
 
 def _retriever(context: Work) -> Retriever:
-    cfg = context.config.retrieval
-    return Retriever(_log(context), _towers_of(context), _ids(context).codes_AL, cfg)
+    cfg = context.config
+
+    def retriever() -> Retriever:
+        return Retriever(_log(context), _towers_of(context), _ids(context).codes_AL, cfg.retrieval)
+
+    settings = [cfg.data, cfg.retrieval, cfg.evaluate]
+    return _once(context, retriever, "data", "semantic_ids", "two_tower", settings=settings)
 
 
 def _panel(context: Work) -> NDArray[np.int32]:

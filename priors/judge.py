@@ -96,7 +96,7 @@ def judge_lists(
                 within_BA = _renormalised(score_BA, allowed_BA)
                 rank.setdefault(name, []).append(target_ranks(within_BA, chunk))
                 log_prob.setdefault(name, []).append(within_BA[chunk.row, chunk.item])
-                wanted = chunk if allowed_BA is None else _only(chunk, allowed_BA[chunk.row, chunk.item])
+                wanted = chunk if allowed_BA is None else chunk.keep(allowed_BA[chunk.row, chunk.item])
                 kept = np.flatnonzero(np.diff(wanted.ptr))
                 pairs.setdefault(name, []).append(calibration_pairs(within_BA[kept], wanted.select(kept)))
         for segment, (_, allowed_by) in segments.masks.items():
@@ -165,7 +165,7 @@ class Segments:
 
     def targets_of(self, segment: str) -> Targets:
         """The same user-periods with the targets of a segment; a row may be without any."""
-        return _only(self.targets, self.masks[segment][0])
+        return self.targets.keep(self.masks[segment][0])
 
     def mean_over_targets(self, value_T: Float, segment: str) -> Float:
         """Mean of each user-period over its targets in a segment, NaN where there is none, ``(R,)``."""
@@ -209,15 +209,6 @@ class Segments:
     @property
     def _has_active(self) -> NDArray[np.bool_]:
         return np.array([any(len(some) for some in row) for row in self._active], dtype=bool)
-
-
-def _only(targets: Targets, keep_T: NDArray[np.bool_]) -> Targets:
-    """The same rows with some of their targets; a row may end without any."""
-    counts = np.bincount(targets.row[keep_T], minlength=len(targets))
-    return Targets(
-        targets.user, targets.period, targets.market, np.concatenate([[0], np.cumsum(counts)]),
-        targets.item[keep_T], targets.weight[keep_T], targets.value[keep_T],
-    )  # fmt: skip
 
 
 def compared(requests: RequestValues, arm: str, against: tuple[str, ...]) -> list[Row]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import numpy as np
@@ -108,9 +107,4 @@ def batches(design: Design) -> DataLoader[RankerBatch]:
 
 def _loader(design: Design, *, shared: bool) -> DataLoader[RankerBatch]:
     order = _InOrder(len(design), shared=shared)
-    return DataLoader(RankerDataset(design), sampler=order, batch_size=None, collate_fn=_whole)
-
-
-def _whole(batch: Any) -> Any:
-    """`RankerDataset` has collated already."""
-    return batch
+    return DataLoader(RankerDataset(design), sampler=order, batch_size=None)

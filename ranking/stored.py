@@ -201,7 +201,7 @@ class AheadLoader(DataLoader[RankerBatch]):
     """
 
     def __init__(self, rows: StoredRows, order: BlockShuffle) -> None:
-        super().__init__(rows, sampler=order, batch_size=None, collate_fn=_whole)
+        super().__init__(rows, sampler=order, batch_size=None)
 
     def __iter__(self) -> Iterator[RankerBatch]:  # type: ignore[override]
         batches: Queue[Any] = Queue(_AHEAD)
@@ -245,8 +245,3 @@ def batch_of(design: Design, row_B: NDArray[np.int64]) -> RankerBatch:
         label_B=torch.from_numpy(design.label_N[row_B]),
         weight_B=torch.from_numpy(design.weight_N[row_B]),
     )
-
-
-def _whole(batch: Any) -> Any:
-    """`StoredRows` has collated already."""
-    return batch

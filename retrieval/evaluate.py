@@ -240,11 +240,7 @@ def _of_new_advertisers(log: Log, targets: Targets) -> Targets:
     """The same requests with the targets whose advertiser the user never bought from before."""
     row_T, advertiser_T = targets.row, log.ad_advertiser[targets.item]
     keep_T = (advertiser_T >= 0) & log.is_new(targets.user[row_T], targets.period[row_T], advertiser_T)
-    ptr = np.concatenate([[0], np.cumsum(np.bincount(row_T[keep_T], minlength=len(targets)))])
-    return Targets(
-        targets.user, targets.period, targets.market, ptr,
-        targets.item[keep_T], targets.weight[keep_T], targets.value[keep_T],
-    )  # fmt: skip
+    return targets.keep(keep_T)
 
 
 def _tiers(log: Log, targets: Targets, quantile: float) -> NDArray[np.int64]:

@@ -54,11 +54,11 @@ def export(
     """Write a ranker of a run for inference, checked against the trained one."""
 
     def work() -> None:
-        from pipeline.ranked_user import open_run
+        from pipeline.ranked_user import ranker_of
         from ranking.serving import export as write
 
         target = out.expanduser().absolute()
-        difference = write(open_run(directory.absolute(), arm=arm, seed=seed).ranker, target)
+        difference = write(ranker_of(directory.absolute(), arm=arm, seed=seed), target)
         typer.echo(f"{target}: largest difference to the trained ranker {difference:.1g}")
 
     guarded(work, debug=debug or bool(context.obj))
