@@ -34,8 +34,6 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from models.block import last_layer
-
 
 @dataclass(frozen=True)
 class Decisions:
@@ -118,7 +116,7 @@ class LoraSettings:
         alpha: scale of the adapters.
         layers: adapt the last so many layers only, so that the gradient ends there; None adapts all.
         targets: names of the linear layers that are adapted.
-        learning_rate: of the adapters.
+        learning_rate: of the decoder's trained weights: adapters, an appended layer, or all of them.
     """
 
     rank: int = 16
@@ -222,7 +220,6 @@ class PriorLM(nn.Module):
         head: kind of the head.
         dropout: of the head.
         train_input_rows: let the ID tokens' input rows learn. The gradient then goes through all layers.
-        appended: the decoder's last layer was appended (:mod:`models.block`), and learns at the head's rate.
 
     Raises:
         ValueError: input rows and codebooks disagree in number, or input rows and decoder in width.
@@ -238,10 +235,9 @@ class PriorLM(nn.Module):
         head: str = "tied",
         dropout: float = 0.0,
         train_input_rows: bool = False,
-        appended: bool = False,
     ) -> None:
         super().__init__()
-        self.decoder, self.appended = decoder, appended
+        self.decoder = decoder
         self.first_id_token = first_id_token
         if self.dtype == torch.bfloat16:
             # Else peft casts every activation to the adapters' float32 and back.
@@ -261,10 +257,6 @@ class PriorLM(nn.Module):
     def word_embedding(self) -> nn.Embedding:
         base: Any = getattr(self.decoder, "base_model", self.decoder)
         return base.get_input_embeddings()
-
-    def appended_parameters(self) -> list[nn.Parameter]:
-        """Weights of the appended layer; none where there is no such layer."""
-        return list(last_layer(self.decoder).parameters()) if self.appended else []
 
     @property
     def dtype(self) -> torch.dtype:
@@ -368,7 +360,7 @@ class PriorLMModule(L.LightningModule):
     Args:
         model: the forecaster.
         lora_learning_rate: of the decoder's trainable weights.
-        head_learning_rate: of the head, an appended layer and the input rows.
+        head_learning_rate: of the head and the input rows.
         total_steps: optimiser steps of the whole fit; the rate warms up over a tenth and falls as a cosine.
         prompts_per_batch: what a batch's sum over its prompts is divided by; None: its own number. Where batches
             differ in number, one divisor for all lets every prompt weigh the same.
@@ -426,9 +418,8 @@ class PriorLMModule(L.LightningModule):
         return batch.to(device)
 
     def configure_optimizers(self) -> Any:
-        added = {id(p) for p in self.model.appended_parameters()}
-        lora = [p for p in self.model.decoder.parameters() if p.requires_grad and id(p) not in added]
-        head = [*self.model.head.parameters(), *self.model.appended_parameters()]
+        lora = [p for p in self.model.decoder.parameters() if p.requires_grad]
+        head = [p for p in self.model.head.parameters() if p.requires_grad]
         head += [p for p in self.model.id_rows.parameters() if p.requires_grad]
         groups = [
             {"params": params, "lr": rate}

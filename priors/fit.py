@@ -231,7 +231,6 @@ def load_model(directory: Path, plain: dict[str, Any], ids: AdvertiserIds) -> tu
             id_rows=id_rows,
             first_id_token=plain["first_id_token"],
             head=plain["head"]["kind"],
-            appended=bool(added),
         )
         model.head.load_state_dict({name.removeprefix("head."): value for name, value in state.items()})
     except (ValueError, RuntimeError) as error:
@@ -364,7 +363,6 @@ def build_model(
         head=cfg.head.kind,
         dropout=cfg.head.dropout,
         train_input_rows=cfg.base.train_input_rows,
-        appended=cfg.base.appended_layer,
     )
 
 
