@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import lightning as L
 import torch
@@ -59,19 +59,6 @@ class Decisions:
     def to(self, device: torch.device) -> Decisions:
         """The same on another device."""
         return Decisions(*(value.to(device) for value in vars(self).values()))
-
-
-class Targeted(Protocol):
-    """What targets of prompts are scored by: a :class:`TreeBatch`, or its interests."""
-
-    @property
-    def levels(self) -> list[Decisions]: ...
-    @property
-    def target_row_Y(self) -> Tensor: ...
-    @property
-    def target_weight_Y(self) -> Tensor: ...
-    @property
-    def n_prompts(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -138,6 +125,10 @@ class TreeBatch:
             name: value if value is None else value.to(device) for name, value in vars(self).items() if name != "levels"
         }
         return TreeBatch(levels=levels, **rest)
+
+
+Targeted = TreeBatch | InterestTargets
+"""Prompts with targets in one space: what a likelihood is taken of."""
 
 
 @dataclass

@@ -198,9 +198,7 @@ def make_forecasts(context: Work) -> dict[str, Any]:
     cfg, log, prior = context.config.prior, _log(context), _prior(context)
     metrics = generate_priors(prior, log, cfg, out_dir=context.output, work_dir=context.work)
     table = PriorTable.load(context.output, log)
-    forecasts = {
-        arm: TableForecast(table, prior.base, arm=arm, interests=prior.interests) for arm in ("anchor", "lm")
-    }
+    forecasts = {arm: TableForecast(table, prior.base, arm=arm, interests=prior.interests) for arm in ("anchor", "lm")}
     popularity = prior.base.anchor.popularity_alone()
     baselines, chosen = fit_baselines(
         log, popularity, cfg.baselines, seed=cfg.seed, work_dir=context.work / "baselines"

@@ -85,4 +85,5 @@ def _interests(plain: Mapping[str, Any] | None, metrics: Mapping[str, Any] | Non
     if not metrics:
         return of
     parts = ", ".join(f"{value:.4f}" for value in metrics["select_nll_by_part"])
-    return f"{of}; weight {metrics['weight']:g}; NLL after each part {parts}, of the anchor {metrics['select_nll_anchor']:.4f}"
+    anchor = f"{metrics['select_nll_anchor']:.4f}"
+    return f"{of}; weight {metrics['weight']:g}; NLL after each part {parts}, of the anchor {anchor}"

@@ -97,7 +97,7 @@ def evaluate_forecast(
     exact = RequestValues(prompts.user, prompts.period, {})
     exact.values.update(_likelihood(prior, popularity, log, prompts, cfg))
     exact.values.update(_control_lists(prior, prompts, cfg))
-    exact.values.update(_interests(prior, prompts, cfg))
+    exact.values.update(judge_interests(prior, prompts, cfg))
     against = (*AGAINST, "popularity", *(baselines or {}))
     rows = [*compared(exact, "lm", against), *compared(lists, "lm", against), *errors]
     found: dict[tuple[str, str, str, int | None], Row] = {}
@@ -168,8 +168,8 @@ def exact_log_prob(
     return torch.cat(calibrated_log_prob(tree_batches, logits, weight, exponent)).double().numpy()
 
 
-def _interests(prior: PriorModel, targets: Targets, cfg: PriorConfig) -> dict[Measure, Float]:
-    """NLL and recall of the interests by the LM, their anchor and popularity; NaN where no conversion has a category."""
+def judge_interests(prior: PriorModel, targets: Targets, cfg: PriorConfig) -> dict[Measure, Float]:
+    """NLL and recall of the interests by LM, their anchor and popularity; NaN where no conversion has a category."""
     interests = prior.interests
     if interests is None:
         return {}

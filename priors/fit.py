@@ -40,7 +40,16 @@ from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 from data.artifacts import to_plain
 from data.errors import LineageError, UserError
 from data.log import Log, Targets
-from models.prior_lm import InterestTargets, LoraSettings, PriorLM, PriorLMModule, TreeBatch, base_log_prob, mean_nll, row_nll
+from models.prior_lm import (
+    InterestTargets,
+    LoraSettings,
+    PriorLM,
+    PriorLMModule,
+    TreeBatch,
+    base_log_prob,
+    mean_nll,
+    row_nll,
+)
 from models.training import EpochSampler, FitResult, History, TokenBatchSampler, TrainerConfig, fit
 from priors.anchor import Anchor, Counts, TunedAnchor, choose_constants
 from priors.base_model import BaseModel, load_base_model

@@ -85,9 +85,7 @@ class TableForecast:
         LineageError: the forecasts were decoded in another trie.
     """
 
-    def __init__(
-        self, table: PriorTable, base: TunedAnchor, *, arm: str, interests: Interests | None = None
-    ) -> None:
+    def __init__(self, table: PriorTable, base: TunedAnchor, *, arm: str, interests: Interests | None = None) -> None:
         if arm not in ("lm", "anchor"):
             raise ValueError(f"arm={arm!r}; expected 'lm' or 'anchor'")
         table.check_trie(base.trie)

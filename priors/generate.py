@@ -137,7 +137,9 @@ class ShardMaker:
             user_R = user_R[~np.isin(self.log.user_ids[user_R], carried["user_id"].to_numpy())]
         decoded = list(self._decode(user_R, shard.period))
         trie, model = self._versions
-        frame = frame_of(self.log, user_R, shard.period, decoded, trie=trie, model=model, interests=self._interest_names)
+        frame = frame_of(
+            self.log, user_R, shard.period, decoded, trie=trie, model=model, interests=self._interest_names
+        )
         if len(carried):
             order = pl.DataFrame(
                 {"user_id": self.log.user_ids[shard.user_R]}, schema={"user_id": frame["user_id"].dtype}

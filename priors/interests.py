@@ -161,7 +161,9 @@ class Interests:
         """The counting model as it is."""
         return cls(space, TunedAnchor.untuned(anchor, space.trie), Calibration.identity(1))
 
-    def asked(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer], end_B: Sequence[int]) -> InterestTargets:
+    def asked(
+        self, user_B: NDArray[np.integer], period_B: NDArray[np.integer], end_B: Sequence[int]
+    ) -> InterestTargets:
         """What prompts are asked for.
 
         Args:
@@ -268,4 +270,3 @@ def fit_interest_anchor(
     exponent, bias, level_trials = fit_anchor_levels(questions(learned_on), questions(chosen_on), cfg.bias_penalty)
     base = TunedAnchor(untuned.base.anchor, space.trie, exponent, bias)
     return replace(untuned, base=base), metrics | {"anchor_level_trials": level_trials}
-

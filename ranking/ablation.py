@@ -216,7 +216,7 @@ def grid(
 
 
 def group_variants(lm: Variant) -> tuple[list[Variant], list[tuple[str, str]]]:
-    """The LM's arm without each of its groups of prior features, and with it alone; groups that say nothing are left out.
+    """The LM's arm without each of its groups of prior features, and with it alone, but for groups that say nothing.
 
     Returns:
         The variants, and the pairs to be compared: what a group adds to the others, and by itself to none.
