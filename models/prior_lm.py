@@ -121,10 +121,9 @@ class TreeBatch:
     def to(self, device: torch.device) -> TreeBatch:
         """The batch on another device; Lightning calls it through ``transfer_batch_to_device``."""
         levels = [level.to(device) for level in self.levels]
-        rest = {
-            name: value if value is None else value.to(device) for name, value in vars(self).items() if name != "levels"
-        }
-        return TreeBatch(levels=levels, **rest)
+        rest = {name: value.to(device) for name, value in vars(self).items() if name not in ("levels", "interests")}
+        interests = None if self.interests is None else self.interests.to(device)
+        return TreeBatch(levels=levels, interests=interests, **rest)
 
 
 Targeted = TreeBatch | InterestTargets

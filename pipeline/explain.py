@@ -178,5 +178,5 @@ def to_console(explained: Explanation) -> Group:
             f"{len(explained.advertisers)} advertisers, {proven}: {explained.mass:.3f} of the probability "
             f"({explained.anchor_share:.3f} by the anchor alone; the LM moves it by {explained.divergence:.4f} nat)"
         ),
-        *([Text(), interests] if explained.interests else []),
+        *((Text(), interests) if explained.interests else ()),
     )

@@ -317,7 +317,8 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
     train_set = PromptDataset(train_rows, compiler, max_targets=cfg.max_targets, seed=cfg.seed)
     select_set = PromptDataset(select_rows, compiler)
     base, anchor_metrics = fit_anchor(counts, trie, train_set, PromptDataset(anchor_rows, compiler), cfg.anchor)
-    interests, interest_metrics = None, {}
+    interests: Interests | None = None
+    interest_metrics: dict[str, Any] = {}
     if (column := interest_column(log, cfg.interests)) is not None:
         space = InterestSpace.of(log, column)
         interests, interest_metrics = fit_interest_anchor(space, train_rows, anchor_rows, cfg.anchor)

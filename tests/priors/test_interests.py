@@ -151,7 +151,7 @@ def test_nothing_after_the_selection_span_changes_the_anchor(fitted: Fitted) -> 
     ]
     assert made[0].to_plain() == made[1].to_plain()
     user, period = np.arange(20), np.full(20, log.split.prior_select[1] + 1)
-    np.testing.assert_array_equal(*(one.base.log_probs(user, period) for one in made))
+    np.testing.assert_array_equal(made[0].base.log_probs(user, period), made[1].base.log_probs(user, period))
 
 
 def test_conversions_without_a_category_are_told(fitted: Fitted, space: InterestSpace) -> None:

@@ -198,7 +198,7 @@ def test_a_forecast_is_asked_once_for_the_same_rows(spans: RankerSpans) -> None:
             matched.append(1)
             return super().interest_match(*args)  # type: ignore[arg-type]
 
-    known, matched = tastes(spans.log), []
+    known, matched = tastes(spans.log), list[int]()
     remembered = RememberedForecast(Counted(known.log_prob_UA, interest_UI=known.interest_UI))
     first = spans.fit.with_prior(remembered, GROUPS)
     again = spans.fit.with_prior(remembered, ["rank"])
