@@ -42,9 +42,7 @@ def append_layer(decoder: Any, *, seed: int = 0) -> nn.Module:
     linear = _linear(layer)
     missing = {_QUERIES, _VALUES, _OUTPUT, _MLP_OUTPUT} - linear.keys()
     if missing:
-        raise ValueError(
-            f"a layer of this decoder has no {', '.join(sorted(missing))}, but {', '.join(sorted(linear))}"
-        )
+        raise ValueError(f"a layer of this decoder has no {', '.join(sorted(missing))}, but {', '.join(sorted(linear))}")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name in (_QUERIES, _MLP_OUTPUT):
