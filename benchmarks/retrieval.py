@@ -199,6 +199,12 @@ class TableOfForecasts:
         """Retrieval reads none."""
         return {}
 
+    has_interests = False
+
+    def interest_match(self, *asked: NDArray[np.integer]) -> NDArray[np.float32]:
+        """It has none."""
+        return np.full(len(asked[-1]), np.nan, np.float32)
+
 
 def candidates() -> None:
     """One user's candidates from three channels, over the parts that no code could leave out."""

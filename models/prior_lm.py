@@ -19,6 +19,9 @@ base. ``ĥ`` is the hidden state standardised by constants of the training promp
 LM point almost all one way (Ethayarajh 2019, arXiv 1909.00512), and without the common part what a
 prompt says is learned first.
 
+A prompt may be asked a second thing at the same token: the user's *interests*, the categories of the conversions to
+come (the paper's second output). They are a tree of one level with base scores and a head of their own.
+
 Shapes: B prompts, T tokens of a row (prompt, tree, padding), N decisions of one level, V codes of
 that level, H hidden size, D codebook dimension, K query tokens, Y target advertisers.
 """
@@ -53,6 +56,37 @@ class Decisions:
     target_node_Y: Tensor
     target_code_Y: Tensor
 
+    def to(self, device: torch.device) -> Decisions:
+        """The same on another device."""
+        return Decisions(*(value.to(device) for value in vars(self).values()))
+
+
+@dataclass(frozen=True)
+class InterestTargets:
+    """The interests that the prompts of a batch are asked for, in order of the prompts.
+
+    Attributes:
+        levels: one entry, whose decisions are taken at the last token of each prompt.
+        target_row_Y: prompt of each target; a prompt may be without any.
+        target_weight_Y: share of the target among those of its prompt.
+        n_prompts: prompts of the batch.
+    """
+
+    levels: list[Decisions]
+    target_row_Y: Tensor
+    target_weight_Y: Tensor
+    n_prompts: int
+
+    def to(self, device: torch.device) -> InterestTargets:
+        """The same on another device."""
+        levels = [level.to(device) for level in self.levels]
+        return replace(
+            self,
+            levels=levels,
+            target_row_Y=self.target_row_Y.to(device),
+            target_weight_Y=self.target_weight_Y.to(device),
+        )
+
 
 @dataclass(frozen=True)
 class TreeBatch:
@@ -67,6 +101,7 @@ class TreeBatch:
         levels: the decisions, one entry a level.
         target_row_Y: prompt of each target.
         target_weight_Y: 1 / number of targets of that prompt.
+        interests: what else the prompts are asked for; None: nothing.
     """
 
     user_B: Tensor
@@ -77,6 +112,7 @@ class TreeBatch:
     levels: list[Decisions]
     target_row_Y: Tensor
     target_weight_Y: Tensor
+    interests: InterestTargets | None = None
 
     @property
     def n_prompts(self) -> int:
@@ -84,9 +120,14 @@ class TreeBatch:
 
     def to(self, device: torch.device) -> TreeBatch:
         """The batch on another device; Lightning calls it through ``transfer_batch_to_device``."""
-        levels = [Decisions(*(value.to(device) for value in vars(level).values())) for level in self.levels]
-        rest = {name: value.to(device) for name, value in vars(self).items() if name != "levels"}
-        return TreeBatch(levels=levels, **rest)
+        levels = [level.to(device) for level in self.levels]
+        rest = {name: value.to(device) for name, value in vars(self).items() if name not in ("levels", "interests")}
+        interests = None if self.interests is None else self.interests.to(device)
+        return TreeBatch(levels=levels, interests=interests, **rest)
+
+
+Targeted = TreeBatch | InterestTargets
+"""Prompts with targets in one space: what a likelihood is taken of."""
 
 
 @dataclass
@@ -220,6 +261,7 @@ class PriorLM(nn.Module):
         head: kind of the head.
         dropout: of the head.
         train_input_rows: let the ID tokens' input rows learn. The gradient then goes through all layers.
+        n_interests: categories that the second head scores; None: there is no second head.
 
     Raises:
         ValueError: input rows and codebooks disagree in number, or input rows and decoder in width.
@@ -235,6 +277,7 @@ class PriorLM(nn.Module):
         head: str = "tied",
         dropout: float = 0.0,
         train_input_rows: bool = False,
+        n_interests: int | None = None,
     ) -> None:
         super().__init__()
         self.decoder = decoder
@@ -249,6 +292,9 @@ class PriorLM(nn.Module):
             raise ValueError(f"{tuple(id_rows.shape)} input rows of ID tokens; codes and decoder ask {expected}")
         self.id_rows = nn.Embedding.from_pretrained(id_rows.float(), freeze=not train_input_rows)
         self.head = IdHead(codebooks, id_rows.shape[1], head, dropout=dropout)
+        self.interest_head: IdHead | None = None
+        if n_interests is not None:  # categories have no codebook: a row each
+            self.interest_head = IdHead([torch.zeros(n_interests, 1)], id_rows.shape[1], "free", dropout=dropout)
         self.level_offset = [0]
         for codes_VD in codebooks[:-1]:
             self.level_offset.append(self.level_offset[-1] + len(codes_VD))
@@ -329,8 +375,24 @@ class PriorLM(nn.Module):
             for level, decisions in enumerate(batch.levels)
         ]
 
+    def interest_log_probs(self, interests: InterestTargets, hidden_BTH: Tensor) -> list[Tensor]:
+        """Log-probabilities of all interests of each prompt, as of :meth:`log_probs`.
 
-def target_log_prob(batch: TreeBatch, log_probs: list[Tensor]) -> Tensor:
+        Args:
+            interests: of a batch.
+            hidden_BTH: hidden states of its tokens.
+
+        Raises:
+            ValueError: the model has no head for interests.
+        """
+        if self.interest_head is None:
+            raise ValueError("a batch that asks for interests, but the model has no head for them")
+        decisions = interests.levels[0]
+        logits_NV = self.interest_head(hidden_BTH[decisions.row_N, decisions.position_N], 0)
+        return [(logits_NV + decisions.base_NV).log_softmax(-1)]
+
+
+def target_log_prob(batch: Targeted, log_probs: list[Tensor]) -> Tensor:
     """Log-probability of every target advertiser: the sum over its levels, ``(Y,)``.
 
     Args:
@@ -345,10 +407,19 @@ def target_log_prob(batch: TreeBatch, log_probs: list[Tensor]) -> Tensor:
     return total_Y
 
 
-def row_nll(batch: TreeBatch, log_prob_Y: Tensor) -> Tensor:
+def row_nll(batch: Targeted, log_prob_Y: Tensor) -> Tensor:
     """Negative log-likelihood of each prompt, the mean over its target advertisers, ``(B,)``."""
     weighted = -log_prob_Y * batch.target_weight_Y
     return torch.zeros(batch.n_prompts, device=weighted.device).index_add(0, batch.target_row_Y, weighted)
+
+
+def mean_nll(batch: Targeted, log_prob_Y: Tensor) -> Tensor:
+    """Mean of :func:`row_nll` over the prompts with targets; 0 where none has."""
+    return row_nll(batch, log_prob_Y).sum() / batch.target_weight_Y.sum().clamp_min(1e-6)
+
+
+HEADS = ("model.head.", "model.interest_head.")
+"""What names of a module's state begin with where they are of a head."""
 
 
 class PriorLMModule(L.LightningModule):
@@ -364,6 +435,7 @@ class PriorLMModule(L.LightningModule):
         total_steps: optimiser steps of the whole fit; the rate warms up over a tenth and falls as a cosine.
         prompts_per_batch: what a batch's sum over its prompts is divided by; None: its own number. Where batches
             differ in number, one divisor for all lets every prompt weigh the same.
+        interest_weight: of the interests' NLL beside the advertisers'; 0 leaves their head untrained.
         periods: number of periods that have a bias of their own; 0: none has.
         period_learning_rate: of these biases.
         weight_decay: AdamW's.
@@ -379,6 +451,7 @@ class PriorLMModule(L.LightningModule):
         head_learning_rate: float = 1e-3,
         total_steps: int = 100,
         prompts_per_batch: float | None = None,
+        interest_weight: float = 0.0,
         periods: int = 0,
         period_learning_rate: float = 0.0,
         weight_decay: float = 0.01,
@@ -386,30 +459,49 @@ class PriorLMModule(L.LightningModule):
         super().__init__()
         self.model = model
         self.rates = (lora_learning_rate, head_learning_rate, period_learning_rate)
-        sizes = model.head.level_sizes if periods and period_learning_rate else []
+        effects = bool(periods and period_learning_rate)
+        sizes = model.head.level_sizes if effects else []
         self.period_PV = nn.ParameterList(nn.Parameter(torch.zeros(periods, size)) for size in sizes)
+        self.interest_weight = interest_weight if model.interest_head is not None else 0.0
+        sizes = model.interest_head.level_sizes if model.interest_head and effects and interest_weight else []
+        self.interest_period_PV = nn.ParameterList(nn.Parameter(torch.zeros(periods, size)) for size in sizes)
         self.total_steps, self.weight_decay = max(1, total_steps), weight_decay
         self.prompts_per_batch = prompts_per_batch
 
     def training_step(self, batch: TreeBatch, batch_idx: int) -> Tensor:
-        log_probs = self.model.log_probs(self._with_period_effects(batch))
+        hidden_BTH = self.model.hidden(batch)
+        log_probs = self.model.log_probs(self._with_period_effects(batch), hidden_BTH)
         nll_B = row_nll(batch, target_log_prob(batch, log_probs))
         base_B = row_nll(batch, base_log_prob(batch))
         self.log("train_nll", nll_B.detach().mean(), batch_size=batch.n_prompts)
         self.log("train_residual", (nll_B.detach() - base_B).mean(), batch_size=batch.n_prompts, prog_bar=True)
-        return nll_B.sum() / (self.prompts_per_batch or batch.n_prompts)
+        return (nll_B.sum() + self._interest_loss(batch, hidden_BTH)) / (self.prompts_per_batch or batch.n_prompts)
+
+    def _interest_loss(self, batch: TreeBatch, hidden_BTH: Tensor) -> Tensor:
+        """The interests' part of the loss, summed over the prompts."""
+        asked = batch.interests
+        if asked is None or not self.interest_weight:
+            return hidden_BTH.new_zeros(())
+        with_effects = replace(asked, levels=_shifted(asked.levels, self.interest_period_PV, batch.period_B))
+        log_prob_Y = target_log_prob(asked, self.model.interest_log_probs(with_effects, hidden_BTH))
+        self._log_interests("train", asked, log_prob_Y.detach())
+        return self.interest_weight * row_nll(asked, log_prob_Y).sum()
+
+    def _log_interests(self, step: str, asked: InterestTargets, log_prob_Y: Tensor) -> None:
+        n_asked = max(1, round(float(asked.target_weight_Y.sum())))
+        self.log(f"{step}_interest_nll", mean_nll(asked, log_prob_Y), batch_size=n_asked)
+        residual = mean_nll(asked, log_prob_Y - base_log_prob(asked))
+        self.log(f"{step}_interest_residual", residual, batch_size=n_asked)
 
     def _with_period_effects(self, batch: TreeBatch) -> TreeBatch:
-        if not len(self.period_PV):
-            return batch
-        levels = [
-            replace(decisions, base_NV=decisions.base_NV + period_PV[batch.period_B[decisions.row_N]])
-            for decisions, period_PV in zip(batch.levels, self.period_PV, strict=True)
-        ]
-        return replace(batch, levels=levels)
+        return replace(batch, levels=_shifted(batch.levels, self.period_PV, batch.period_B))
 
     def validation_step(self, batch: TreeBatch, batch_idx: int) -> None:
-        nll_B = row_nll(batch, target_log_prob(batch, self.model.log_probs(batch)))
+        hidden_BTH = self.model.hidden(batch)
+        nll_B = row_nll(batch, target_log_prob(batch, self.model.log_probs(batch, hidden_BTH)))
+        if batch.interests is not None and self.model.interest_head is not None:
+            interest_log_probs = self.model.interest_log_probs(batch.interests, hidden_BTH)
+            self._log_interests("select", batch.interests, target_log_prob(batch.interests, interest_log_probs))
         residual_B = nll_B - row_nll(batch, base_log_prob(batch))
         self.log("select_nll", nll_B.mean(), batch_size=batch.n_prompts, prog_bar=True)
         self.log("select_residual", residual_B.mean(), batch_size=batch.n_prompts, prog_bar=True)
@@ -421,9 +513,12 @@ class PriorLMModule(L.LightningModule):
         lora = [p for p in self.model.decoder.parameters() if p.requires_grad]
         head = [p for p in self.model.head.parameters() if p.requires_grad]
         head += [p for p in self.model.id_rows.parameters() if p.requires_grad]
+        if self.model.interest_head is not None and self.interest_weight:
+            head += [*self.model.interest_head.parameters()]
+        effects = [*self.period_PV, *self.interest_period_PV]
         groups = [
             {"params": params, "lr": rate}
-            for params, rate in zip((lora, head, [*self.period_PV]), self.rates, strict=True)
+            for params, rate in zip((lora, head, effects), self.rates, strict=True)
             if params
         ]
         optimizer = torch.optim.AdamW(groups, weight_decay=self.weight_decay)
@@ -442,9 +537,19 @@ class PriorLMModule(L.LightningModule):
         """Trained weights and the head's constants; the frozen base stays where it came from."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         state = super().state_dict(*args, **kwargs)
-        return {name: value for name, value in state.items() if name in trained or name.startswith("model.head.")}
+        return {name: value for name, value in state.items() if name in trained or name.startswith(HEADS)}
 
 
-def base_log_prob(batch: TreeBatch) -> Tensor:
+def _shifted(levels: list[Decisions], period_PV: nn.ParameterList, period_B: Tensor) -> list[Decisions]:
+    """Decisions with the period effects of each level in their base scores; as they are where there are no effects."""
+    if not len(period_PV):
+        return levels
+    return [
+        replace(decisions, base_NV=decisions.base_NV + effects_PV[period_B[decisions.row_N]])
+        for decisions, effects_PV in zip(levels, period_PV, strict=True)
+    ]
+
+
+def base_log_prob(batch: Targeted) -> Tensor:
     """Log-probability of every target under the base scores alone, ``(Y,)``."""
     return target_log_prob(batch, [decisions.base_NV.log_softmax(-1) for decisions in batch.levels])

@@ -273,11 +273,19 @@ class _SeededBatches(Callback):
         torch.manual_seed((self.seed * 1_000_003 + trainer.current_epoch) * 1_000_003 + batch_idx)
 
 
-class _History(Callback):
-    """The monitored figure of every epoch, kept in the checkpoint."""
+class History(Callback):
+    """A figure of every epoch's validation, kept in the checkpoint.
+
+    Args:
+        monitor: the logged figure; None keeps nothing.
+    """
 
     def __init__(self, monitor: str | None) -> None:
         self.monitor, self.values = monitor, []  # type: ignore[var-annotated]
+
+    @property
+    def state_key(self) -> str:
+        return f"History of {self.monitor}"
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.monitor is not None and not trainer.sanity_checking:
@@ -408,7 +416,7 @@ def fit(
         dirpath=checkpoints, filename="best", monitor=monitor, mode=mode, save_last=True, save_top_k=1,
         enable_version_counter=False, save_on_train_epoch_end=True,
     )  # fmt: skip
-    history = _History(monitor)
+    history = History(monitor)
     last = checkpoints / "last.ckpt"
     used: list[Callback] = [best, history, _SeededBatches(seed), _StopOnNaN(describe), *callbacks]
     if cfg.checkpoint_every is not None:

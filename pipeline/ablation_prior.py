@@ -16,10 +16,13 @@ from data.errors import UserError
 from data.statistics import Interval, Row, bootstrap_over_seeds
 from pipeline.ablation import Kind, Shown
 from pipeline.verdict import DIFFERENCE
+from priors.interests import TOP_INTERESTS
 from priors.judge import Measure, RequestValues, load_requests
 
 STAGE = "forecasts"
 FORECASTS = ("lm", "anchor")
+EXACT = ("nll", "interest_nll", "interest_recall")
+"""Measures of the evaluation prompts that have no like among those of all user-periods."""
 CONTROLS = ("lm, other prompt", "lm, constant hidden")
 
 Float = NDArray[np.float64]
@@ -64,7 +67,7 @@ def _rows(
         forecast = measure.arm
         values = [one.values[measure] for one in own]
         # The evaluation prompts' lists are there to be compared with those of the controls alone.
-        leads = not exact or measure.metric == "nll" or forecast in CONTROLS
+        leads = not exact or measure.metric in EXACT or forecast in CONTROLS
         if forecast in (*FORECASTS, *CONTROLS) and leads:
             row(values, measure, f"{arm} / {forecast}")
         if forecast in FORECASTS and leads and arm != first and all(measure in one.values for one in others):
@@ -106,11 +109,14 @@ PRIOR = Kind(
         Shown("new recall@10", "recall", segment="new", k=10),
         Shown("active recall@10", "recall", segment="active", k=10),
         Shown("anchor's NLL", "nll", of="anchor"),
+        Shown("interests' NLL", "interest_nll"),
+        Shown("interests' recall@5", "interest_recall", k=TOP_INTERESTS),
     ),
     within=(
         Shown("NLL, LM − anchor", "nll", of="lm - anchor"),
         Shown("NLL, LM − other prompt", "nll", of="lm - lm, other prompt"),
         Shown("NLL, LM − constant hidden", "nll", of="lm - lm, constant hidden"),
+        Shown("interests' NLL, LM − anchor", "interest_nll", of="lm - anchor"),
         Shown("recall@10, LM − anchor", "recall", of="lm - anchor", k=10),
         Shown("recall@10, LM − other prompt", "recall", of="lm - lm, other prompt", k=10),
     ),

@@ -41,6 +41,21 @@ class ExplainedAdvertiser:
 
 
 @dataclass(frozen=True)
+class ExplainedInterest:
+    """One interest of a forecast.
+
+    Attributes:
+        interest: the category.
+        log_prob: its exact log-probability.
+        anchor_log_prob: what its tuned anchor alone gives it.
+    """
+
+    interest: str
+    log_prob: float
+    anchor_log_prob: float
+
+
+@dataclass(frozen=True)
 class Explanation:
     """A forecast with all that is behind it.
 
@@ -52,6 +67,7 @@ class Explanation:
         anchor_share: how much of the list's mass the anchor alone gives to the same advertisers.
         divergence: Kullback-Leibler divergence of the listed part from the anchor, in nats: what the LM has changed.
         advertisers: best first.
+        interests: the likeliest ones, best first; none where the forecaster has none.
     """
 
     user: str
@@ -64,6 +80,7 @@ class Explanation:
     anchor_share: float
     divergence: float
     advertisers: list[ExplainedAdvertiser]
+    interests: list[ExplainedInterest]
 
 
 def explain(run: Path, user: str, as_of: str, top_k: str = "10", overrides: Sequence[str] = ()) -> Explanation:
@@ -87,14 +104,14 @@ def explain(run: Path, user: str, as_of: str, top_k: str = "10", overrides: Sequ
     cfg, trie = config.prior.decode, prior.base.trie
     if top_k != "all":
         cfg = replace(cfg, top_k=int(top_k), exact=True)
-    decoder = TreeDecoder(prior.model, prior.base, prior.calibration, cfg)
+    decoder = TreeDecoder(prior.model, prior.base, prior.calibration, cfg, interests=prior.interests)
     asked = [prompt.token_ids], np.array([index]), np.array([period])
+    one = decoder.decode(*asked)[0]
     if top_k == "all":
         scored, anchors = decoder.score(*asked, [np.arange(trie.n_advertisers)])[0]
         advertisers = np.argsort(-scored, kind="stable")
         log_prob_K, anchor_K, certified = scored[advertisers], anchors[advertisers], True
     else:
-        one = decoder.decode(*asked)[0]
         advertisers, log_prob_K, anchor_K = one.advertiser_K, one.log_prob_K, one.anchor_log_prob_K
         certified = one.certified
     tables, ids, offset = log.tables.advertisers, prior.compiler.ids, np.cumsum([0, *trie.level_sizes[:-1]])
@@ -111,6 +128,13 @@ def explain(run: Path, user: str, as_of: str, top_k: str = "10", overrides: Sequ
         )
         for advertiser, log_prob, anchor in zip(advertisers, log_prob_K, anchor_K, strict=True)
     ]
+    categories = () if prior.interests is None else prior.interests.space.names
+    interests = [
+        ExplainedInterest(categories[index], float(log_prob), float(anchor))
+        for index, log_prob, anchor in zip(
+            one.interest_I, one.interest_log_prob_I, one.interest_anchor_log_prob_I, strict=True
+        )
+    ]
     prob_K = np.exp(log_prob_K)
     return Explanation(
         user=user,
@@ -123,6 +147,7 @@ def explain(run: Path, user: str, as_of: str, top_k: str = "10", overrides: Sequ
         anchor_share=float(np.exp(anchor_K).sum()),
         divergence=float((prob_K * (log_prob_K - anchor_K)).sum()),
         advertisers=listed,
+        interests=interests,
     )
 
 
@@ -137,6 +162,12 @@ def to_console(explained: Explanation) -> Group:
         table.add_row(
             str(one.advertiser_id), one.name or "-", " ".join(one.id_tokens), f"{prob:.4f}", f"{anchor:.4f}", ratio
         )
+    interests = Table("interest", "probability", "anchor")
+    for column in interests.columns[1:]:
+        column.justify = "right"
+    for one_interest in explained.interests:
+        prob, anchor = np.exp(one_interest.log_prob), np.exp(one_interest.anchor_log_prob)
+        interests.add_row(one_interest.interest, f"{prob:.4f}", f"{anchor:.4f}")
     proven = "proven to be the most probable" if explained.certified else "not proven to be the most probable"
     return Group(
         Text(f"user {explained.user}, as of {explained.as_of} (start of period {explained.period})\n"),
@@ -147,4 +178,5 @@ def to_console(explained: Explanation) -> Group:
             f"{len(explained.advertisers)} advertisers, {proven}: {explained.mass:.3f} of the probability "
             f"({explained.anchor_share:.3f} by the anchor alone; the LM moves it by {explained.divergence:.4f} nat)"
         ),
+        *((Text(), interests) if explained.interests else ()),
     )

@@ -100,6 +100,7 @@ SECTIONS = {
     "data": "Data",
     "cost": "Cost",
 }
+INTERESTS = ("interest_nll", "interest_recall")  # of the forecast; a table of their own
 CALIBRATION = ("ece", "calibration")  # of the forecast; shown beside the reliability diagram
 ARMS = ("none", "popularity", "anchor", "lm", *verdict.CONTROLS)
 DATASET_NOTES = {
@@ -220,7 +221,8 @@ def render_html(rows: Sequence[Row], *, run: RunInfo, example: UserExample | Non
     found, controls = verdict.findings(rows), verdict.control_findings(rows)
     calibration = [row for row in rows if row.section == "forecast" and row.metric in CALIBRATION]
     by_section = {name: [row for row in rows if row.section == name] for name in SECTIONS}
-    by_section["forecast"] = [row for row in by_section["forecast"] if row not in calibration]
+    interests = [row for row in by_section["forecast"] if row.metric in INTERESTS]
+    by_section["forecast"] = [row for row in by_section["forecast"] if row not in (*calibration, *interests)]
     return template("report.html.j2", number=number).render(
         level=f"{LEVEL:.0%}",
         summary=verdict.summary(found),
@@ -234,6 +236,7 @@ def render_html(rows: Sequence[Row], *, run: RunInfo, example: UserExample | Non
         notes=DATASET_NOTES.get(run["dataset"], ()),
         sections={name: measures(by_section[name]) for name in ("forecast", "retrieval", "ranking")},
         calibration=measures(calibration),
+        interests=measures(interests),
         lists={name: _list_table(by_section[name]) for name in ("semantic_ids", "data", "cost")},
         unplaced=_list_table([row for row in rows if row.section not in SECTIONS]),
         plots=_plots(curves),

@@ -39,7 +39,7 @@ from priors.anchor import TunedAnchor
 from priors.baselines import fit_baselines
 from priors.card import model_card
 from priors.evaluate import evaluate_forecast
-from priors.fit import PriorModel, fit_prior, load_base, read_plain
+from priors.fit import PriorModel, fit_prior, load_base, load_interests, read_plain
 from priors.forecast import Forecast, TableForecast
 from priors.generate import generate_priors
 from priors.judge import save_requests
@@ -93,7 +93,7 @@ def stages() -> list[Stage[AdsidConfig]]:
             lambda cfg: {"data": cfg.data, "prior": _fitting(cfg)},
             make_prior,
             ("prompts", "select_nll_by_part"),
-            version=3,
+            version=4,
         ),
         Stage(
             "forecasts",
@@ -101,7 +101,7 @@ def stages() -> list[Stage[AdsidConfig]]:
             lambda cfg: {"data": cfg.data, "prior": cfg.prior, "evaluate": cfg.evaluate},
             make_forecasts,
             ("users", "forecasts_made", "users_per_hour"),
-            version=2,
+            version=3,
         ),
         Stage(
             "two_tower",
@@ -135,7 +135,7 @@ def stages() -> list[Stage[AdsidConfig]]:
             },
             make_ranker,
             ("auc", "rankers"),
-            version=2,
+            version=3,
         ),
         Stage(
             "report",
@@ -198,7 +198,7 @@ def make_forecasts(context: Work) -> dict[str, Any]:
     cfg, log, prior = context.config.prior, _log(context), _prior(context)
     metrics = generate_priors(prior, log, cfg, out_dir=context.output, work_dir=context.work)
     table = PriorTable.load(context.output, log)
-    forecasts = {arm: TableForecast(table, prior.base, arm=arm) for arm in ("anchor", "lm")}
+    forecasts = {arm: TableForecast(table, prior.base, arm=arm, interests=prior.interests) for arm in ("anchor", "lm")}
     popularity = prior.base.anchor.popularity_alone()
     baselines, chosen = fit_baselines(
         log, popularity, cfg.baselines, seed=cfg.seed, work_dir=context.work / "baselines"
@@ -453,10 +453,11 @@ def _forecasts(context: Work) -> dict[str, Forecast | None]:
 
     def forecasts() -> dict[str, Forecast | None]:
         table, base = PriorTable.load(context.inputs["forecasts"], _log(context)), _base(context)
+        interests = load_interests(context.inputs["prior"], _log(context))
         return {
             "none": None,
-            "anchor": TableForecast(table, base, arm="anchor"),
-            "lm": TableForecast(table, base, arm="lm"),
+            "anchor": TableForecast(table, base, arm="anchor", interests=interests),
+            "lm": TableForecast(table, base, arm="lm", interests=interests),
         }
 
     settings = [context.config.data, context.config.evaluate]

@@ -59,6 +59,8 @@ METRICS: dict[str, Metric] = {
     "ece": Metric("ECE", "lower", digits=4),
     "recall": Metric("recall", "higher"),
     "value_recall": Metric("value-weighted recall", "higher"),
+    "interest_nll": Metric("NLL of interests", "lower", unit="nat"),
+    "interest_recall": Metric("recall of interests", "higher"),
     "ndcg": Metric("NDCG", "higher"),
     "mrr": Metric("MRR", "higher"),
     "coverage": Metric("advertiser coverage", "higher"),

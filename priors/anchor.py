@@ -298,13 +298,15 @@ def path_log_probs(trie: Trie, scores: list[Float]) -> list[Float]:
     return paths
 
 
-def mean_target_nll(log_prob_T: Float, targets: Targets) -> Float:
-    """NLL of each row of targets: the mean over its targets, ``(R,)``."""
+def mean_target_nll(log_prob_T: Float, targets: Targets, share_T: Float | None = None) -> Float:
+    """NLL of each row of targets: the mean over its targets, weighted by shares where they are given, ``(R,)``."""
+    if share_T is not None:
+        return -np.add.reduceat(share_T * log_prob_T, targets.ptr[:-1])
     return -np.add.reduceat(log_prob_T, targets.ptr[:-1]) / np.diff(targets.ptr)
 
 
 def choose_constants(
-    counts: Counts, targets: Targets, cfg: AnchorConfig
+    counts: Counts, targets: Targets, cfg: AnchorConfig, *, share_T: Float | None = None
 ) -> tuple[AnchorConstants, list[dict[str, float]]]:
     """The constants with the lowest NLL on the given targets.
 
@@ -315,6 +317,7 @@ def choose_constants(
         counts: of the log; each row of targets uses those before its period only.
         targets: user-periods of the selection span.
         cfg: which terms, and the grid.
+        share_T: weight of each target among those of its row; None: all weigh the same.
 
     Returns:
         The constants and the trials with their NLL.
@@ -324,7 +327,7 @@ def choose_constants(
     def best_of(candidates: Iterable[tuple[AnchorConstants, Float]]) -> AnchorConstants:
         best, best_nll = None, np.inf
         for constants, probability_T in candidates:
-            nll = float(mean_target_nll(np.log(probability_T), targets).mean())
+            nll = float(mean_target_nll(np.log(probability_T), targets, share_T).mean())
             trials.append({**vars(constants), "nll": nll})
             if best is None or nll < best_nll:
                 best, best_nll = constants, nll

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.prior_lm import TreeBatch, row_nll, target_log_prob
+from models.prior_lm import Targeted, row_nll, target_log_prob
 
 WEIGHT_DEVIATION, EXPONENT_DEVIATION = 1.0, 0.05
 """Standard deviations of the normal priors around 1 of τ and α: how far they go on the word of few prompts."""
@@ -44,7 +44,7 @@ class Calibration:
 
 
 def calibrated_nll(
-    batches: Sequence[TreeBatch],
+    batches: Sequence[Targeted],
     lm_logits: Sequence[list[Tensor]] | None,
     lm_weight_L: Tensor,
     base_exponent_L: Tensor,
@@ -64,7 +64,7 @@ def calibrated_nll(
 
 
 def calibrated_log_prob(
-    batches: Sequence[TreeBatch],
+    batches: Sequence[Targeted],
     lm_logits: Sequence[list[Tensor]] | None,
     lm_weight_L: Tensor,
     base_exponent_L: Tensor,
@@ -86,7 +86,7 @@ def calibrated_log_prob(
     return found
 
 
-def fit_calibration(batches: Sequence[TreeBatch], lm_logits: Sequence[list[Tensor]]) -> Calibration:
+def fit_calibration(batches: Sequence[Targeted], lm_logits: Sequence[list[Tensor]]) -> Calibration:
     """τ and α of a trained LM, on prompts it has not learned from.
 
     Both are drawn to 1, by priors whose weight falls with the number of prompts.
@@ -122,7 +122,7 @@ def fit_calibration(batches: Sequence[TreeBatch], lm_logits: Sequence[list[Tenso
 
 
 def fit_anchor_levels(
-    train: Sequence[TreeBatch], select: Sequence[TreeBatch], penalties: Sequence[float]
+    train: Sequence[Targeted], select: Sequence[Targeted], penalties: Sequence[float]
 ) -> tuple[np.ndarray, list[np.ndarray], list[dict[str, float]]]:
     """α and b of the tuned anchor.
 

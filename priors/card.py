@@ -49,6 +49,7 @@ def model_card(
         "Steps": metrics.get("steps"),
         "NLL on the selection span, after each part": ", ".join(f"{value:.4f}" for value in nll),
         "NLL of the anchor on the same prompts": f"{metrics.get('select_nll_anchor', float('nan')):.4f}",
+        "Interests": _interests(plain.get("interests"), metrics.get("interests")),
         "Advertiser IDs": f"version `{plain['ids_version'][:12]}`",
         "Packages": ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
     }
@@ -74,3 +75,15 @@ A causal LM that reads a prompt about a user and scores the tokens of advertiser
 {settings}
 ```
 """
+
+
+def _interests(plain: Mapping[str, Any] | None, metrics: Mapping[str, Any] | None) -> str:
+    """The second thing that is forecast, in words."""
+    if plain is None:
+        return "none"
+    of = f"{len(plain['names'])} values of the ads' column `{plain['column']}`, by a head and an anchor of their own"
+    if not metrics:
+        return of
+    parts = ", ".join(f"{value:.4f}" for value in metrics["select_nll_by_part"])
+    anchor = f"{metrics['select_nll_anchor']:.4f}"
+    return f"{of}; weight {metrics['weight']:g}; NLL after each part {parts}, of the anchor {anchor}"

@@ -59,6 +59,31 @@ class ProbeConfig:
     batch_size: int = 64
 
 
+AUTO = "auto"
+
+
+@dataclass
+class InterestConfig:
+    """The second thing that the forecaster is asked: categories of the conversions to come.
+
+    Attributes:
+        column: categorical column of the ads, one of ``data.ad_columns``; ``auto``: ``category`` where the data has it,
+            else none; null: none.
+        weight: of the interests' NLL beside the advertisers'; 0 trains no head, and the interests are their anchor's.
+    """
+
+    column: str | None = AUTO
+    weight: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not self.weight >= 0:
+            raise UserError(
+                f"prior.interests.weight={self.weight}",
+                expected="zero or a positive number",
+                action="set prior.interests.weight, e.g. to 0.2; prior.interests.column=null leaves interests out",
+            )
+
+
 @dataclass
 class AnchorConfig:
     """The counting model under the LM, and the grid its constants are chosen from (DESIGN §4).
@@ -230,6 +255,7 @@ class PriorConfig:
     anchor: AnchorConfig = field(default_factory=AnchorConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    interests: InterestConfig = field(default_factory=InterestConfig)
     lora: LoraSettings = field(default_factory=LoraSettings)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     baselines: BaselineConfig = field(default_factory=BaselineConfig)

@@ -23,6 +23,7 @@ from data.errors import UserError
 from data.log import Targets
 from models.prior_lm import Decisions, TreeBatch
 from priors.anchor import TunedAnchor
+from priors.interests import Interests
 from priors.prompt import PromptCompiler
 
 
@@ -102,10 +103,11 @@ class TreeCollator:
     Args:
         base: scores that the LM's logits are added to, and the trie.
         first_id_token: number of the first ID token.
+        interests: what else the prompts are asked for; None: nothing.
     """
 
-    def __init__(self, base: TunedAnchor, *, first_id_token: int) -> None:
-        self.base, self.trie = base, base.trie
+    def __init__(self, base: TunedAnchor, *, first_id_token: int, interests: Interests | None = None) -> None:
+        self.base, self.trie, self.interests = base, base.trie, interests
         self.id_offset = first_id_token + np.concatenate([[0], np.cumsum(self.trie.level_sizes[:-1])])
         # A prefix decides something if more than one advertiser lies below it.
         self._decides = [np.diff(self.trie.child_ptr[depth]) > 1 for depth in range(self.trie.n_levels)]
@@ -161,6 +163,7 @@ class TreeCollator:
                     decisions[depth].target_node.append(index.get((depth, above), -1))
                     decisions[depth].target_code.append(int(trie.child_code[depth][node]))
         n_targets = np.array([len(example.targets) for example in examples])
+        ends = [len(example.token_ids) - 1 for example in examples]
         return TreeBatch(
             user_B=torch.from_numpy(user),
             period_B=torch.from_numpy(period),
@@ -170,6 +173,7 @@ class TreeCollator:
             levels=[self._decisions(depth, scores[depth], decisions[depth]) for depth in range(n_levels)],
             target_row_Y=torch.from_numpy(np.repeat(np.arange(len(examples)), n_targets)),
             target_weight_Y=torch.from_numpy(np.repeat(1.0 / n_targets, n_targets).astype(np.float32)),
+            interests=None if self.interests is None else self.interests.asked(user, period, ends),
         )
 
     def _decisions(self, depth: int, scores_BN: NDArray, choices: _Choices) -> Decisions:

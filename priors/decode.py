@@ -8,6 +8,9 @@ multiplies the rows of one level only, and every step runs over the children of 
     level 3   best K of those as K query tokens     ─► advertisers
     exact     best prefixes left, whatever level    ─► until none can hold an advertiser of the list
 
+Interests, where the forecaster has any, are read off the hidden state of the prompt's end: they cost no token and no
+step.
+
 A prefix with a single advertiser below it needs no token: its probability is the advertiser's. Every probability is a
 product of softmaxes over legal children, as in training; what a beam leaves behind is kept as the *frontier*: pruned
 prefixes with their exact mass. Frontier and advertisers found are disjoint and together sum to one.
@@ -21,7 +24,7 @@ Shapes: B prompts, E prefixes, M children of theirs, N nodes of all depths, V co
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -35,6 +38,7 @@ from priors.anchor_tree import AnchorTree, DenseAnchor, OpenAnchor
 from priors.calibration import Calibration
 from priors.config import DecodeConfig
 from priors.flat_trie import ActiveSets, FlatTrie
+from priors.interests import TOP_INTERESTS, Interests
 from priors.tree_reader import Prompts, Reading, reader_of
 
 _READ_AT_ONCE = 256
@@ -56,6 +60,9 @@ class Decoded:
         bound: log-probability of the likeliest pruned prefix; ``-inf`` where none is left.
         certified: whether the list is proven to be the most probable advertisers of all.
         tokens: tokens computed for it, those of its prompt included.
+        interest_I: the likeliest interests, best first; none where the forecaster has none.
+        interest_log_prob_I: their exact log-probabilities.
+        interest_anchor_log_prob_I: what their tuned anchor alone gives them.
     """
 
     advertiser_K: NDArray[np.int64]
@@ -68,6 +75,9 @@ class Decoded:
     bound: float
     certified: bool
     tokens: int
+    interest_I: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    interest_log_prob_I: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    interest_anchor_log_prob_I: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
 
     @property
     def mass(self) -> float:
@@ -93,10 +103,19 @@ class TreeDecoder:
         base: base scores and the trie.
         calibration: temperature of the logits and exponent of the base, a level.
         cfg: beam, length of the list, floor of the frontier.
+        interests: what else is forecast; None: nothing.
     """
 
-    def __init__(self, model: PriorLM, base: TunedAnchor, calibration: Calibration, cfg: DecodeConfig) -> None:
-        self.model, self.cfg = model.eval(), cfg
+    def __init__(
+        self,
+        model: PriorLM,
+        base: TunedAnchor,
+        calibration: Calibration,
+        cfg: DecodeConfig,
+        *,
+        interests: Interests | None = None,
+    ) -> None:
+        self.model, self.cfg, self.interests = model.eval(), cfg, interests
         self.device = next(model.parameters()).device
         self.flat = FlatTrie.of(base.trie, self.device)
         self.anchor = AnchorTree(base, self.flat)
@@ -136,6 +155,7 @@ class TreeDecoder:
             return []
         search = self._begin(prompts, user_B, period_B, active_GA, group_B)
         entries, hidden_EH = search.root(), search.reading.end_BH
+        end_BH = hidden_EH
         found, pruned = _Prefixes.none(self.device, self.flat.n_levels), _Prefixes.none(self.device, self.flat.n_levels)
         level1_BN = torch.empty(0)
         for depth in range(self.flat.n_levels):
@@ -152,7 +172,27 @@ class TreeDecoder:
             hidden_EH = self._read(search, entries, keep=self.cfg.exact or depth + 2 < self.flat.n_levels)
         if self.cfg.exact:
             found, pruned = self._widen(search, found, pruned)
-        return self._collect(search, found, pruned, level1_BN)
+        decoded = self._collect(search, found, pruned, level1_BN)
+        return decoded if self.interests is None else self._with_interests(decoded, end_BH, user_B, period_B)
+
+    def _with_interests(
+        self, decoded: list[Decoded], end_BH: Tensor, user_B: NDArray[np.integer], period_B: NDArray[np.integer]
+    ) -> list[Decoded]:
+        """The same forecasts with the likeliest interests."""
+        assert self.interests is not None
+        log_prob_BC, anchor_BC = self.interests.log_probs(self.model, end_BH, user_B, period_B)
+        top = log_prob_BC.topk(min(TOP_INTERESTS, log_prob_BC.shape[1]))
+        columns = (top.indices, top.values, anchor_BC.gather(1, top.indices))
+        interest_BI, log_prob_BI, anchor_BI = (column.cpu().numpy() for column in columns)
+        return [
+            replace(
+                one,
+                interest_I=interest_BI[row],
+                interest_log_prob_I=log_prob_BI[row],
+                interest_anchor_log_prob_I=anchor_BI[row],
+            )
+            for row, one in enumerate(decoded)
+        ]
 
     @torch.inference_mode()
     def score(

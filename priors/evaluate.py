@@ -10,6 +10,9 @@ same times that of every baseline.
                        ─► lists of the controls ─────────────────► recall, ndcg     as of the own period
     all user-periods ───► lists of LM, anchor, baselines ────────► recall, ndcg, listed_nll, ece
 
+Interests, where the forecaster has any, are judged on the evaluation prompts: ``interest_nll``, exact, over the
+categories converted with, and ``interest_recall`` of the likeliest ones.
+
 Measures and segments are those of `priors.judge`.
 
 Shapes: R user-periods, T targets, A advertisers, B user-periods of one chunk.
@@ -35,8 +38,10 @@ from priors.dataset import PromptDataset
 from priors.decode import TreeDecoder
 from priors.fit import PriorModel, batches, rows_of, sample_rows
 from priors.forecast import TableForecast
+from priors.interests import TOP_INTERESTS, shares
 from priors.judge import HEADLINE, KS, Measure, RequestValues, Scorer, Segments, compared, judge_lists
 from priors.metrics import ndcg_at_k, recall_at_k, target_ranks
+from priors.tree_reader import reader_of
 
 Float = NDArray[np.float64]
 
@@ -92,6 +97,7 @@ def evaluate_forecast(
     exact = RequestValues(prompts.user, prompts.period, {})
     exact.values.update(_likelihood(prior, popularity, log, prompts, cfg))
     exact.values.update(_control_lists(prior, prompts, cfg))
+    exact.values.update(judge_interests(prior, prompts, cfg))
     against = (*AGAINST, "popularity", *(baselines or {}))
     rows = [*compared(exact, "lm", against), *compared(lists, "lm", against), *errors]
     found: dict[tuple[str, str, str, int | None], Row] = {}
@@ -160,6 +166,35 @@ def exact_log_prob(
         logits.append([model.head(hidden_NH, level) for level, hidden_NH in enumerate(at)])
     weight, exponent = torch.tensor(calibration.lm_weight), torch.tensor(calibration.base_exponent)
     return torch.cat(calibrated_log_prob(tree_batches, logits, weight, exponent)).double().numpy()
+
+
+def judge_interests(prior: PriorModel, targets: Targets, cfg: PriorConfig) -> dict[Measure, Float]:
+    """NLL and recall of the interests by LM, their anchor and popularity; NaN where no conversion has a category."""
+    interests = prior.interests
+    if interests is None:
+        return {}
+    wanted = interests.space.targets_of(targets.user, targets.period)
+    popularity = TunedAnchor.untuned(interests.base.anchor.popularity_alone(), interests.base.trie)
+    reader, size = reader_of(prior.model), cfg.decode.batch_size
+    parts: dict[str, list[Float]] = {"lm": [], "anchor": [], "popularity": []}
+    for start in range(0, len(targets), size):
+        user, period = targets.user[start : start + size], targets.period[start : start + size]
+        prompts = [prior.compiler.compile(int(u), int(p)).token_ids for u, p in zip(user, period, strict=True)]
+        with torch.inference_mode():
+            end_BH = reader.prefill(prompts).end_BH
+        ours, anchors = interests.log_probs(prior.model, end_BH, user, period)
+        for arm, log_prob_BC in (("lm", ours.cpu().numpy()), ("anchor", anchors.cpu().numpy())):
+            parts[arm].append(log_prob_BC)
+        parts["popularity"].append(popularity.log_probs(user, period))
+    found: dict[Measure, Float] = {}
+    some_R, share_T = np.diff(wanted.ptr) > 0, shares(wanted)
+    for arm, blocks in parts.items():
+        log_prob_RC = np.concatenate(blocks) if blocks else np.zeros((0, len(interests.space)))
+        nll_R = np.bincount(wanted.row, -share_T * log_prob_RC[wanted.row, wanted.item], minlength=len(wanted))
+        found[Measure("interest_nll", arm)] = np.where(some_R, nll_R, np.nan)
+        rank_T = target_ranks(log_prob_RC, wanted)
+        found[Measure("interest_recall", arm, "all", TOP_INTERESTS)] = recall_at_k(rank_T, wanted, TOP_INTERESTS)
+    return found
 
 
 def another_user(targets: Targets) -> NDArray[np.int64]:

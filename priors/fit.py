@@ -7,12 +7,12 @@
 
 The artifact is a directory:
 
-    prior.json           base model's reference, anchor, calibration, version of the advertiser IDs, config
+    prior.json           base model's reference, anchor, calibration, interests, version of the advertiser IDs, config
     ids/                 the advertiser IDs it was fitted on
     README.md            model card, written by the stage
     adapter/             LoRA weights as peft loads them, with prior.train=lora
     decoder/             all weights, where they are not the base model's: prior.train=full, random weights
-    head.safetensors     head, ID input rows, constants of the standardisation, the appended layer if there is one
+    head.safetensors     heads, ID input rows, constants of the standardisation, the appended layer if there is one
     tokenizer/           the base tokenizer with the ID tokens
 """
 
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,14 +41,24 @@ from data.artifacts import to_plain
 from data.errors import LineageError, UserError
 from data.log import Log, Targets
 from models.block import balance, last_layer
-from models.prior_lm import LoraSettings, PriorLM, PriorLMModule, TreeBatch, base_log_prob, row_nll
-from models.training import EpochSampler, FitResult, TokenBatchSampler, TrainerConfig, fit
+from models.prior_lm import (
+    InterestTargets,
+    LoraSettings,
+    PriorLM,
+    PriorLMModule,
+    TreeBatch,
+    base_log_prob,
+    mean_nll,
+    row_nll,
+)
+from models.training import EpochSampler, FitResult, History, TokenBatchSampler, TrainerConfig, fit
 from priors.anchor import Anchor, Counts, TunedAnchor, choose_constants
 from priors.base_model import BaseModel, load_base_model
 from priors.calibration import Calibration, calibrated_nll, fit_anchor_levels, fit_calibration
 from priors.config import AnchorConfig, BaseModelConfig, PriorConfig, PromptConfig
 from priors.dataset import PromptDataset, TreeCollator
-from priors.probe import LevelStates, fit_probe, read_states
+from priors.interests import Interests, InterestSpace, fit_interest_anchor, interest_column
+from priors.probe import LevelStates, fit_probe, levels_by_head, read_states
 from priors.prompt import PromptCompiler
 from semantic_ids.advertiser_ids import AdvertiserIds
 from semantic_ids.change import compare
@@ -74,6 +84,7 @@ class PriorModel:
         cfg: what it was fitted with.
         base_reference: name of the base model.
         fitted_ids: the advertiser IDs it was fitted on; those in use may have grown since.
+        interests: the second thing it forecasts; None: nothing.
     """
 
     model: PriorLM
@@ -84,10 +95,11 @@ class PriorModel:
     cfg: PriorConfig
     base_reference: str
     fitted_ids: AdvertiserIds
+    interests: Interests | None = None
 
     @property
     def collator(self) -> TreeCollator:
-        return TreeCollator(self.base, first_id_token=self.compiler.first_id_token)
+        return TreeCollator(self.base, first_id_token=self.compiler.first_id_token, interests=self.interests)
 
     def save(self, directory: Path) -> None:
         """Write the artifact into an existing directory."""
@@ -101,11 +113,12 @@ class PriorModel:
             "calibration": to_plain(self.calibration),
             "ids_version": self.fitted_ids.version,
             "first_id_token": self.compiler.first_id_token,
+            "interests": None if self.interests is None else self.interests.to_plain(),
         }
         (directory / "prior.json").write_text(json.dumps(plain, indent=1) + "\n")
         (directory / IDS).mkdir(exist_ok=True)
         self.fitted_ids.save(directory / IDS)
-        state = {f"head.{name}": value.contiguous() for name, value in self.model.head.state_dict().items()}
+        state = _heads(self.model)
         state |= _appended(self.model.decoder, self.cfg.base)
         state |= {"id_rows": self.model.id_rows.weight.detach(), "constant_LH": self.constant_LH.contiguous()}
         save_file(state, directory / "head.safetensors")
@@ -155,6 +168,7 @@ class PriorModel:
             cfg=cfg,
             base_reference=plain["base_model"]["name"],
             fitted_ids=fitted_ids,
+            interests=_interests_of(plain, log),
         )
 
 
@@ -169,6 +183,32 @@ def load_base(directory: Path, log: Log, ids: AdvertiserIds) -> TunedAnchor:
     """
     plain, _ = _fitted_on(directory, log, ids)
     return _base_of(plain, log, ids)
+
+
+def load_interests(directory: Path, log: Log) -> Interests | None:
+    """What an artifact's interests are, and their anchor, without the LM over it; None where it forecasts none.
+
+    Args:
+        directory, log: as of :meth:`PriorModel.load`.
+
+    Raises:
+        UserError: there is no such artifact, or the log lacks the column of its interests.
+    """
+    return _interests_of(read_plain(directory), log)
+
+
+def _interests_of(plain: dict[str, Any], log: Log) -> Interests | None:
+    of_interests = plain.get("interests")  # an artifact from before there were interests has none
+    return None if of_interests is None else Interests.from_plain(of_interests, log)
+
+
+def _heads(model: PriorLM) -> dict[str, Tensor]:
+    """Weights and constants of all heads, by name in the model."""
+    return {
+        name: value.contiguous()
+        for name, value in model.state_dict().items()
+        if name.startswith(("head.", "interest_head."))
+    }
 
 
 def _base_of(plain: dict[str, Any], log: Log, ids: AdvertiserIds) -> TunedAnchor:
@@ -231,8 +271,12 @@ def load_model(directory: Path, plain: dict[str, Any], ids: AdvertiserIds) -> tu
             id_rows=id_rows,
             first_id_token=plain["first_id_token"],
             head=plain["head"]["kind"],
+            n_interests=len(plain["interests"]["names"]) if plain.get("interests") else None,
         )
-        model.head.load_state_dict({name.removeprefix("head."): value for name, value in state.items()})
+        given = model.load_state_dict(state, strict=False)
+        lacking = sorted(set(_heads(model)) & set(given.missing_keys)) + given.unexpected_keys
+        if lacking:
+            raise ValueError(f"a head of another kind: {', '.join(lacking)}")
     except (ValueError, RuntimeError) as error:
         raise LineageError(
             f"prior LM in {directory}: {str(error).splitlines()[-1].strip()}",
@@ -279,20 +323,40 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
     train_set = PromptDataset(train_rows, compiler, max_targets=cfg.max_targets, seed=cfg.seed)
     select_set = PromptDataset(select_rows, compiler)
     base, anchor_metrics = fit_anchor(counts, trie, train_set, PromptDataset(anchor_rows, compiler), cfg.anchor)
-    collator = TreeCollator(base, first_id_token=compiler.first_id_token)
+    interests: Interests | None = None
+    interest_metrics: dict[str, Any] = {}
+    if (column := interest_column(log, cfg.interests)) is not None:
+        space = InterestSpace.of(log, column)
+        interests, interest_metrics = fit_interest_anchor(space, train_rows, anchor_rows, cfg.anchor)
+    collator = TreeCollator(base, first_id_token=compiler.first_id_token, interests=interests)
 
-    model = build_model(base_model, ids, log, compiler, cfg)
+    model = build_model(base_model, ids, log, compiler, cfg, interests=interests)
     probe_rows = sample_rows(fit_targets, cfg.probe.prompts, cfg.seed)
     probe_set = PromptDataset(probe_rows, compiler, max_targets=cfg.max_targets, seed=cfg.seed)
+    interest_history = History(None if interests is None else "select_interest_nll")
     result, sampler, start = fit_lm(
-        model, train_set, select_set, collator, cfg, probe=probe_set, user_ids=log.user_ids, work_dir=work_dir
-    )
+        model, train_set, select_set, collator, cfg, probe=probe_set, user_ids=log.user_ids, work_dir=work_dir,
+        callbacks=(interest_history,),
+    )  # fmt: skip
     select_batches = list(batches(select_set, collator, cfg.batch_size))
-    logits, constant_LH = _logits(model, select_batches)
+    logits, interest_logits, constant_LH = _logits(model, select_batches)
     calibration = fit_calibration(select_batches, logits)
     zeros, ones = torch.zeros(trie.n_levels), torch.ones(trie.n_levels)
     select_anchor = float(calibrated_nll(select_batches, None, zeros, ones).mean())
-    fitted = PriorModel(model.eval(), base, calibration, compiler, constant_LH, cfg, base_model.reference, ids)
+    if interests is not None:
+        asked = [batch.interests for batch in select_batches if batch.interests is not None]
+        interests = replace(interests, calibration=fit_calibration(asked, [[one] for one in interest_logits]))
+        interest_metrics |= {
+            "column": interests.space.column,
+            "categories": len(interests.space),
+            "weight": cfg.interests.weight,
+            "select_nll_by_part": interest_history.values,
+            "select_nll_anchor": _mean_over([mean_nll(one, base_log_prob(one)) for one in asked], asked),
+            "calibration": to_plain(interests.calibration),
+        }
+    fitted = PriorModel(
+        model.eval(), base, calibration, compiler, constant_LH, cfg, base_model.reference, ids, interests
+    )
     metrics = {
         **anchor_metrics,
         "prompts": len(train_rows),
@@ -307,6 +371,7 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
         "select_nll_by_part": result.history,
         "select_nll_anchor": select_anchor,
         "calibration": to_plain(calibration),
+        "interests": interest_metrics or None,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
     return fitted, metrics
@@ -339,9 +404,15 @@ def fit_anchor(
 
 
 def build_model(
-    base_model: BaseModel, ids: AdvertiserIds, log: Log, compiler: PromptCompiler, cfg: PriorConfig
+    base_model: BaseModel,
+    ids: AdvertiserIds,
+    log: Log,
+    compiler: PromptCompiler,
+    cfg: PriorConfig,
+    *,
+    interests: Interests | None = None,
 ) -> PriorLM:
-    """The untrained forecaster: LoRA in the base model, a head of zeros, ID rows from words."""
+    """The untrained forecaster: LoRA in the base model, heads of zeros, ID rows from words."""
     decoder: Any = base_model.decoder
     torch.manual_seed(cfg.seed)
     if cfg.base.gradient_checkpointing:
@@ -355,7 +426,7 @@ def build_model(
         decoder = get_peft_model(decoder, adapter)
         if cfg.base.appended_layer:
             last_layer(_without_adapters(decoder)).requires_grad_(True)  # peft freezes all that is not its own
-    return PriorLM(
+    model = PriorLM(
         decoder,
         codebooks=[torch.from_numpy(codebook) for codebook in ids.codebooks],
         id_rows=input_rows(base_model, ids, log, cfg.base.id_rows),
@@ -363,7 +434,11 @@ def build_model(
         head=cfg.head.kind,
         dropout=cfg.head.dropout,
         train_input_rows=cfg.base.train_input_rows,
+        n_interests=None if interests is None else len(interests.space),
     )
+    if model.interest_head is not None:
+        model.interest_head.requires_grad_(cfg.interests.weight > 0)
+    return model
 
 
 def adapted_modules(decoder: torch.nn.Module, cfg: LoraSettings, *, appended: bool = False) -> list[str]:
@@ -517,6 +592,7 @@ def fit_lm(
         head_learning_rate=cfg.head.learning_rate,
         total_steps=cfg.trainer.max_epochs * -(-len(sampler) // cfg.trainer.accumulate),
         prompts_per_batch=sampler.mean_batch,
+        interest_weight=cfg.interests.weight,
         periods=int(train.targets.period.max()) + 1,
         period_learning_rate=cfg.head.period_learning_rate,
     )
@@ -594,13 +670,14 @@ def _start(
             report = fit_probe(model, states(probe, len(probe)), of_select, cfg.probe, cfg.head, seed=cfg.seed)
             report["select_nll"] = sum(report["nll_after"])
         else:
-            model.head.standardise_by([level.hidden_NH for level in states(train, min(len(train), _STANDARDISE))])
+            read = states(train, min(len(train), _STANDARDISE))
+            for head, of_head in levels_by_head(model, read):
+                head.standardise_by([level.hidden_NH for level in of_head])
             base_B = [row_nll(batch, base_log_prob(batch)) for batch in batches(select, collator, size)]
             report = {"select_nll": float(torch.cat(base_B).mean())}  # the head's zeros leave the base as it is
         work_dir.mkdir(parents=True, exist_ok=True)
         trained = {name: value.detach().contiguous() for name, value in model.named_parameters() if value.requires_grad}
-        heads = {f"head.{name}": value.contiguous() for name, value in model.head.state_dict().items()}
-        save_file(trained | heads, work_dir / START, {"report": json.dumps(report)})
+        save_file(trained | _heads(model), work_dir / START, {"report": json.dumps(report)})
     return _load_start(model, work_dir)
 
 
@@ -662,9 +739,10 @@ def _same_advertisers(log: Log, ids: AdvertiserIds) -> None:
 
 
 @torch.no_grad()
-def _logits(model: PriorLM, select: list[TreeBatch]) -> tuple[list[list[Tensor]], Tensor]:
-    """The head's scores at all decisions, and the mean hidden state of each level."""
+def _logits(model: PriorLM, select: list[TreeBatch]) -> tuple[list[list[Tensor]], list[Tensor], Tensor]:
+    """The head's scores at all decisions, those of interests, and the mean hidden state of each level."""
     model.eval()
+    interests = []
     logits, sums = [], torch.zeros(model.head.n_levels, model.id_rows.weight.shape[1])
     counts = torch.zeros(model.head.n_levels)
     for batch in select:
@@ -675,7 +753,16 @@ def _logits(model: PriorLM, select: list[TreeBatch]) -> tuple[list[list[Tensor]]
             sums[level] += at_N.float().sum(0).cpu()
             counts[level] += len(at_N)
         logits.append(levels)
-    return logits, sums / counts.clamp_min(1)[:, None]
+        if batch.interests is not None and model.interest_head is not None:
+            asked = batch.interests.levels[0]
+            interests.append(model.interest_head(hidden[asked.row_N, asked.position_N], 0))
+    return logits, interests, sums / counts.clamp_min(1)[:, None]
+
+
+def _mean_over(values: Sequence[Tensor], asked: Sequence[InterestTargets]) -> float:
+    """Mean of means of batches, each weighing as many prompts as have targets."""
+    weights = [float(one.target_weight_Y.sum()) for one in asked]
+    return float(np.average([float(value) for value in values], weights=weights))
 
 
 def rows_of(targets: Targets, users: NDArray[np.integer]) -> Targets:

@@ -4,7 +4,7 @@ An advertiser outside the beam backs off to its frontier prefix: the prefix's ex
 the advertisers below it in proportion to the anchor. So every advertiser has a probability, and the
 probabilities of a user sum to one.
 
-Shapes: B user-periods, R rows of the table, A advertisers, N rows of the ranker.
+Shapes: B user-periods, R rows of the table, A advertisers, C categories, I listed interests, N rows of the ranker.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from priors.anchor import TunedAnchor, path_log_probs
+from priors.interests import Interests
 from priors.table import PriorTable
 from semantic_ids.trie import Trie
 
@@ -30,6 +31,10 @@ PRIOR_FEATURES = (
     "prior_missing",
 )
 """What every forecast says of a user, a period and an advertiser; `prefix_feature` names those of longer prefixes."""
+
+
+INTEREST_MATCH = "prior_interests"
+"""Name of what :meth:`Forecast.interest_match` says of an ad."""
 
 
 def prefix_feature(depth: int) -> str:
@@ -53,6 +58,15 @@ class Forecast(Protocol):
         """:data:`PRIOR_FEATURES` and every :func:`prefix_feature` of each row, ``(N,)`` each; an advertiser of -1
         has none."""
 
+    @property
+    def has_interests(self) -> bool:
+        """Whether it says anything of categories."""
+
+    def interest_match(
+        self, user_N: NDArray[np.integer], period_N: NDArray[np.integer], ad_N: NDArray[np.integer]
+    ) -> NDArray[np.float32]:
+        """Log-probability of each ad's category among the user's interests, ``(N,)``; NaN for an ad of no category."""
+
 
 class TableForecast:
     """The forecasts of a :class:`~priors.table.PriorTable`, or the tuned anchor's on the same schedule.
@@ -65,16 +79,17 @@ class TableForecast:
         table: the LM's forecasts.
         base: the tuned anchor and the trie.
         arm: ``lm`` or ``anchor``.
+        interests: the categories and the tuned anchor over them; None: the forecasts have none.
 
     Raises:
         LineageError: the forecasts were decoded in another trie.
     """
 
-    def __init__(self, table: PriorTable, base: TunedAnchor, *, arm: str) -> None:
+    def __init__(self, table: PriorTable, base: TunedAnchor, *, arm: str, interests: Interests | None = None) -> None:
         if arm not in ("lm", "anchor"):
             raise ValueError(f"arm={arm!r}; expected 'lm' or 'anchor'")
         table.check_trie(base.trie)
-        self.table, self.base, self.arm = table, base, arm
+        self.table, self.base, self.arm, self.interests = table, base, arm, interests
         self._dense: dict[tuple[int, int], NDArray[np.float32]] = {}
 
     @property
@@ -83,10 +98,7 @@ class TableForecast:
 
     def log_probs(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> NDArray[np.float32]:
         user_B, period_B = np.asarray(user_B, dtype=np.int64), np.asarray(period_B, dtype=np.int64)
-        row_B = self.table.find(user_B, period_B)
-        as_of_B = (
-            np.where(row_B >= 0, self.table.decoded_R[np.maximum(row_B, 0)], period_B) if len(self.table) else period_B
-        )
+        row_B, as_of_B = self._newest(user_B, period_B)
         keys = list(zip(user_B.tolist(), as_of_B.tolist(), strict=True))
         missing = sorted(
             {key: row for key, row in zip(keys, row_B.tolist(), strict=True) if key not in self._dense}.items()
@@ -105,7 +117,7 @@ class TableForecast:
         advertiser_N = np.asarray(advertiser_N, dtype=np.int64)
         pairs, inverse = np.unique(np.stack([user_N, period_N]), axis=1, return_inverse=True)
         inverse = inverse.reshape(-1)
-        row_P = self.table.find(*pairs)
+        row_P, as_of_P = self._newest(*pairs)
         names = (*PRIOR_FEATURES, *(prefix_feature(depth) for depth in range(2, self.base.trie.n_levels)))
         values = {name: np.zeros(len(user_N), dtype=np.float32) for name in names}
         has = advertiser_N >= 0
@@ -114,12 +126,7 @@ class TableForecast:
             rows = np.flatnonzero((inverse >= part.start) & (inverse < part.stop) & has)
             local, advertiser = inverse[rows] - part.start, advertiser_N[rows]
             dense = self.log_probs(pairs[0, part], pairs[1, part]).astype(np.float64)
-            found = row_P[part] >= 0
-            as_of = (
-                np.where(found, self.table.decoded_R[np.maximum(row_P[part], 0)], pairs[1, part])
-                if len(self.table)
-                else pairs[1, part]
-            )
+            found, as_of = row_P[part] >= 0, as_of_P[part]
             anchor = dense if self.arm == "anchor" else self.base.log_probs(pairs[0, part], as_of)
             top = self.table.advertiser_RK.shape[1]
             said = distribution_features(dense, anchor, self.base.trie, top=top, row_N=local, advertiser_N=advertiser)
@@ -129,6 +136,65 @@ class TableForecast:
             values["prior_missing"][rows] = ~found[local]
         values["prior_missing"][~has] = 1.0
         return values
+
+    @property
+    def has_interests(self) -> bool:
+        """Whether the forecaster has interests."""
+        return self.interests is not None
+
+    def interest_match(
+        self, user_N: NDArray[np.integer], period_N: NDArray[np.integer], ad_N: NDArray[np.integer]
+    ) -> NDArray[np.float32]:
+        match_N = np.full(len(ad_N), np.nan, np.float32)
+        if self.interests is None:
+            return match_N
+        interest_N = self.interests.space.interest_I[np.asarray(ad_N, dtype=np.int64)]
+        pairs, inverse_N = np.unique(np.stack([user_N, period_N]).astype(np.int64), axis=1, return_inverse=True)
+        inverse_N = inverse_N.reshape(-1)
+        order = np.argsort(inverse_N, kind="stable")
+        for start in range(0, pairs.shape[1], 256):
+            part = slice(start, min(start + 256, pairs.shape[1]))
+            rows = order[slice(*np.searchsorted(inverse_N, [part.start, part.stop], sorter=order))]
+            rows = rows[interest_N[rows] >= 0]
+            log_prob_BC = self.interest_log_probs(*pairs[:, part])
+            match_N[rows] = log_prob_BC[inverse_N[rows] - start, interest_N[rows]]
+        return match_N
+
+    def interest_log_probs(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> NDArray[np.float64]:
+        """Log-probability of every interest by the newest forecast at or before each period, ``(B, C)``.
+
+        What a stored list leaves is shared among the other categories in proportion to the anchor.
+
+        Raises:
+            ValueError: the forecaster has none.
+        """
+        if self.interests is None:
+            raise ValueError("a forecaster without interests")
+        row_B, as_of_B = self._newest(user_B, period_B)
+        anchor_BC = self.interests.base.log_probs(user_B, as_of_B)
+        if self.arm == "anchor" or not self.table.interests:
+            return anchor_BC
+        names = {name: index for index, name in enumerate(self.interests.space.names)}
+        index_T = np.array([names.get(name, -1) for name in self.table.interests] + [-1])  # -1 pads a list
+        interest_BI = index_T[self.table.interest_RI[row_B]]
+        kept = (row_B >= 0)[:, None] & (interest_BI >= 0)
+        listed_BC = np.full(anchor_BC.shape, -np.inf)
+        row, place = np.nonzero(kept)
+        listed_BC[row, interest_BI[row, place]] = self.table.interest_log_prob_RI[row_B[row], place]
+        prob_BC, listed = np.exp(anchor_BC), np.isfinite(listed_BC)
+        rest_B = np.maximum(1.0 - np.exp(listed_BC).sum(1), 1e-15)
+        others_B = np.where(listed, 0.0, prob_BC).sum(1)
+        rest_BC = anchor_BC + np.log(rest_B / np.where(others_B > 0, others_B, 1.0))[:, None]
+        return np.where(listed.any(1, keepdims=True), np.where(listed, listed_BC, rest_BC), anchor_BC)
+
+    def _newest(
+        self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]
+    ) -> tuple[NDArray[np.int64], NDArray[np.integer]]:
+        """Row of the newest forecast at or before each period, -1 for none, and when what answers was made."""
+        row_B = self.table.find(user_B, period_B)
+        if not len(self.table):
+            return row_B, period_B
+        return row_B, np.where(row_B >= 0, self.table.decoded_R[np.maximum(row_B, 0)], period_B)
 
     def _complete(self, user: NDArray, as_of: NDArray, row: NDArray) -> NDArray[np.float32]:
         trie = self.base.trie

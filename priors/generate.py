@@ -137,7 +137,9 @@ class ShardMaker:
             user_R = user_R[~np.isin(self.log.user_ids[user_R], carried["user_id"].to_numpy())]
         decoded = list(self._decode(user_R, shard.period))
         trie, model = self._versions
-        frame = frame_of(self.log, user_R, shard.period, decoded, trie=trie, model=model)
+        frame = frame_of(
+            self.log, user_R, shard.period, decoded, trie=trie, model=model, interests=self._interest_names
+        )
         if len(carried):
             order = pl.DataFrame(
                 {"user_id": self.log.user_ids[shard.user_R]}, schema={"user_id": frame["user_id"].dtype}
@@ -153,11 +155,17 @@ class ShardMaker:
             certified=sum(one.certified for one in decoded),
         )
 
+    @property
+    def _interest_names(self) -> tuple[str, ...]:
+        return () if self.prior.interests is None else self.prior.interests.space.names
+
     def _decode(self, user_R: NDArray[np.integer], period: int) -> Sequence[Decoded]:
         cfg = self.cfg.decode
         if self._decoder is None:
             model = merged(self.prior.model) if cfg.merge_adapter else self.prior.model
-            self._decoder = TreeDecoder(model, self.prior.base, self.prior.calibration, cfg)
+            self._decoder = TreeDecoder(
+                model, self.prior.base, self.prior.calibration, cfg, interests=self.prior.interests
+            )
         prompts = [self.prior.compiler.compile(int(user), period).token_ids for user in user_R]
         self._decoder.reader.share(common_beginning(prompts))
         rows: list[Decoded] = [None] * len(prompts)  # type: ignore[list-item]
@@ -277,7 +285,8 @@ def model_version(prior: PriorModel) -> str:
         if not name.startswith("decoder.") or "lora_" in name
     }
     prompt = to_plain(prior.compiler.cfg)
-    return fingerprint([prior.base_reference, prompt, prior.base.to_plain(), to_plain(prior.calibration), trained])
+    parts = [prior.base_reference, prompt, prior.base.to_plain(), to_plain(prior.calibration), trained]
+    return fingerprint(parts if prior.interests is None else [*parts, prior.interests.to_plain()])
 
 
 def as_of_periods(log: Log, every: int) -> list[int]:

@@ -6,9 +6,10 @@
     <table>/lookup/rows.arrow                the rows in that order, uncompressed
 
 :func:`write_lookup` sorts the rows by user once; :class:`PriorLookup` maps the four files and searches twice: for the
-user, and for the time among the user's rows. Nothing is read but the pages of one row.
+user, and for the time among the user's rows. Nothing is read but the pages of one row. An index from before there were
+interests (format 1) is refused, and written again by the job that made the table.
 
-Shapes: U users, R rows, K advertisers of a row.
+Shapes: U users, R rows, K advertisers and I interests of a row.
 """
 
 from __future__ import annotations
@@ -29,7 +30,15 @@ from priors.table import read_frame, shard_files
 
 LOOKUP = "lookup"
 _SOURCE = "source.json"
-_LISTS = ("advertiser_id", "log_prob", "anchor_log_prob")
+_FORMAT = 2
+_LISTS = (
+    "advertiser_id",
+    "log_prob",
+    "anchor_log_prob",
+    "interest",
+    "interest_log_prob",
+    "interest_anchor_log_prob",
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,8 @@ class Prior:
         mass: probability they cover.
         remainder: probability of neither an advertiser nor a listed prefix below level 1.
         certified: whether the list is proven to be the best of all.
+        interests: the likeliest ones, best first.
+        interest_log_prob_I, interest_anchor_log_prob_I: of them.
     """
 
     user_id: Any
@@ -54,6 +65,9 @@ class Prior:
     mass: float
     remainder: float
     certified: bool
+    interests: NDArray[Any]
+    interest_log_prob_I: NDArray[np.float64]
+    interest_anchor_log_prob_I: NDArray[np.float64]
 
 
 class PriorLookup:
@@ -109,6 +123,9 @@ class PriorLookup:
             mass=values["mass"],
             remainder=values["remainder"],
             certified=values["certified"],
+            interests=lists["interest"],
+            interest_log_prob_I=lists["interest_log_prob"],
+            interest_anchor_log_prob_I=lists["interest_anchor_log_prob"],
         )
 
 
@@ -136,7 +153,7 @@ def write_lookup(directory: Path) -> None:
         (folder / _SOURCE).write_text(json.dumps(source))
 
 
-def _source(directory: Path) -> list[list[Any]]:
-    """The shards an index is of: name, bytes and time of change."""
+def _source(directory: Path) -> dict[str, Any]:
+    """The index's format, and the shards it is of: name, bytes and time of change."""
     files = [(file.relative_to(directory).as_posix(), file.stat()) for file in shard_files(directory)]
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in files]
+    return {"format": _FORMAT, "shards": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in files]}

@@ -8,6 +8,8 @@ hidden states are computed once for all epochs, so a prompt costs a sixth of a t
                                                           ├─► level 2 …
                                                           └─► level 3 …
 
+The head of interests is one more level, of its own.
+
 The levels share no weights, so each is fitted by itself and keeps its own best epoch; one that never beats the base on
 the selection prompts stays at zero, and its forecast stays the base.
 
@@ -73,7 +75,7 @@ def read_states(
         batch_size: prompts of a forward pass.
 
     Returns:
-        One entry a level.
+        One entry a level of the head, then one of the head of interests where the prompts are asked for them.
     """
     examples = sorted((dataset[row] for row in rows), key=lambda example: len(example.token_ids))
     device = next(model.parameters()).device
@@ -84,19 +86,20 @@ def read_states(
         with model.decoder.disable_adapter() if isinstance(model.decoder, PeftModel) else nullcontext():
             hidden_BTH = model.hidden(batch.to(device))
         levels = []
-        for decisions in batch.levels:
-            decided = decisions.target_node_Y >= 0
-            levels.append(
-                LevelStates(
-                    hidden_NH=hidden_BTH[decisions.row_N, decisions.position_N].cpu(),
-                    base_NV=decisions.base_NV,
-                    period_N=batch.period_B[decisions.row_N],
-                    decision_Y=decisions.target_node_Y[decided],
-                    code_Y=decisions.target_code_Y[decided],
-                    weight_Y=batch.target_weight_Y[decided],
-                    n_prompts=len(chunk),
+        for asked in (batch,) if batch.interests is None else (batch, batch.interests):
+            for decisions in asked.levels:
+                decided = decisions.target_node_Y >= 0
+                levels.append(
+                    LevelStates(
+                        hidden_NH=hidden_BTH[decisions.row_N, decisions.position_N].cpu(),
+                        base_NV=decisions.base_NV,
+                        period_N=batch.period_B[decisions.row_N],
+                        decision_Y=decisions.target_node_Y[decided],
+                        code_Y=decisions.target_code_Y[decided],
+                        weight_Y=asked.target_weight_Y[decided],
+                        n_prompts=round(float(asked.target_weight_Y.sum())),
+                    )
                 )
-            )
         parts.append(levels)
     return [_joined([part[level] for part in parts]) for level in range(len(parts[0]))]
 
@@ -122,16 +125,33 @@ def fit_probe(
 
     Returns:
         For each level its part of the selection prompts' NLL before and after, and the epoch chosen (0 where the head
-        stays at zero).
+        stays at zero); the same of the interests under ``interests``.
     """
     torch.manual_seed(seed)
-    model.head.standardise_by([level.hidden_NH for level in train])
-    report: dict[str, Any] = {"nll_before": [], "nll_after": [], "epoch": []}
-    for level in range(model.head.n_levels):
-        before, after, epoch = _fit_level(model.head, level, train[level], select[level], cfg, head)
-        for name, value in (("nll_before", before), ("nll_after", after), ("epoch", epoch)):
-            report[name].append(value)
+    reports: list[dict[str, Any]] = []
+    of_select = levels_by_head(model, select)
+    for (fitted, of_train), (_, stop_by) in zip(levels_by_head(model, train), of_select, strict=True):
+        fitted.standardise_by([level.hidden_NH for level in of_train])
+        reports.append({"nll_before": [], "nll_after": [], "epoch": []})
+        if not next(fitted.parameters()).requires_grad:
+            continue
+        for level, states in enumerate(of_train):
+            before, after, epoch = _fit_level(fitted, level, states, stop_by[level], cfg, head)
+            for name, value in (("nll_before", before), ("nll_after", after), ("epoch", epoch)):
+                reports[-1][name].append(value)
+    report = reports[0]
+    if len(reports) > 1:
+        report["interests"] = reports[1]
     return report
+
+
+def levels_by_head(model: PriorLM, states: list[LevelStates]) -> list[tuple[IdHead, list[LevelStates]]]:
+    """Each head of a model with its part of what :func:`read_states` gave."""
+    n_levels = model.head.n_levels
+    parts = [(model.head, states[:n_levels])]
+    if model.interest_head is not None and len(states) > n_levels:
+        parts.append((model.interest_head, states[n_levels:]))
+    return parts
 
 
 def _fit_level(
@@ -174,7 +194,7 @@ def _nll(head: IdHead, level: int, states: LevelStates, device: torch.device) ->
     for rows in torch.arange(len(states.hidden_NH)).split(4096):
         scores_BV = head(states.hidden_NH[rows].to(device), level) + states.base_NV[rows].to(device)
         total += float(_cross_entropy(scores_BV, target_NV[rows].to(device)))
-    return total / states.n_prompts
+    return total / max(states.n_prompts, 1)
 
 
 def _cross_entropy(scores_BV: Tensor, target_BV: Tensor) -> Tensor:

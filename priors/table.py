@@ -12,17 +12,21 @@ One row a user and as-of time; Parquet, ``period=<period>/<shard>.parquet``, row
     remainder                        mass of neither an advertiser nor a prefix below level 1 that is listed
     mass                             probability covered by the advertisers found
     bound, certified                 likeliest pruned prefix, and whether the list is proven to be the best of all
+    interest, interest_log_prob,     the likeliest interests, best first, with exact log-probabilities, and what
+    interest_anchor_log_prob           their anchor gives them; empty where the forecaster has none
     tokens                           tokens computed for the row
     model, trie                      fingerprints of the forecaster and of the trie that the nodes are numbered in
 
-Shapes: R rows, K advertisers of a row at the most, N level-1 prefixes, F pruned prefixes at the most.
+A shard written before there were interests is read as one without any.
+
+Shapes: R rows, K advertisers and I interests of a row at the most, N level-1 prefixes, F pruned prefixes at the most.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -46,6 +50,11 @@ _LISTS = {
     "frontier_node": pl.List(pl.Int32),
     "frontier_log_prob": pl.List(pl.Float64),
 }
+_INTERESTS = {
+    "interest": pl.List(pl.String),
+    "interest_log_prob": pl.List(pl.Float64),
+    "interest_anchor_log_prob": pl.List(pl.Float64),
+}
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,9 @@ class PriorTable:
         frontier_log_prob_RF: their log-probabilities.
         tokens_R: tokens computed.
         trie: fingerprint of the trie that the nodes are numbered in.
+        interests: the categories that any row lists.
+        interest_RI: their indexes, best first; -1 pads.
+        interest_log_prob_RI: their log-probabilities; ``-inf`` pads.
     """
 
     user_R: NDArray[np.int64]
@@ -78,6 +90,9 @@ class PriorTable:
     frontier_log_prob_RF: NDArray[np.float64]
     tokens_R: NDArray[np.int64]
     trie: str | None = None
+    interests: tuple[str, ...] = ()
+    interest_RI: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 0), np.int64))
+    interest_log_prob_RI: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
 
     def __len__(self) -> int:
         return len(self.user_R)
@@ -129,7 +144,9 @@ class PriorTable:
         users = pl.DataFrame({"user_id": log.user_ids, "user": np.arange(len(log.user_ids))})
         frame = frame.join(users, on="user_id", how="inner").sort("user", "period")
         advertiser = {id_: index for index, id_ in enumerate(log.advertiser_ids.tolist())}
-        lists = {name: frame[name].to_list() for name in _LISTS}
+        lists = {name: frame[name].to_list() for name in (*_LISTS, *_INTERESTS)}
+        interests = sorted({name for row in lists["interest"] for name in row})
+        place = {name: index for index, name in enumerate(interests)}
         indexes = [[advertiser[id_] for id_ in row] for row in lists["advertiser_id"]]
         return cls(
             user_R=frame["user"].to_numpy().astype(np.int64),
@@ -144,6 +161,9 @@ class PriorTable:
             frontier_log_prob_RF=_pad(lists["frontier_log_prob"], -np.inf),
             tokens_R=frame["tokens"].to_numpy().astype(np.int64),
             trie=tries[0] if tries else None,
+            interests=tuple(interests),
+            interest_RI=_pad([[place[name] for name in row] for row in lists["interest"]], -1).astype(np.int64),
+            interest_log_prob_RI=_pad(lists["interest_log_prob"], -np.inf),
         )
 
 
@@ -173,18 +193,27 @@ def read_frame(directory: Path, folder: str = "period=*") -> pl.DataFrame:
     frames = []
     for file in files:
         try:
-            frames.append(pl.read_parquet(file))
+            frame = pl.read_parquet(file)
         except (pl.exceptions.PolarsError, OSError) as error:
             raise UserError(
                 f"{file}, which cannot be read",
                 expected="a whole Parquet file; it was cut short or overwritten",
                 action="run the job that wrote it again: it makes such shards anew and keeps all others",
             ) from error
-    return pl.concat(frames)
+        older = [pl.lit([], dtype).alias(name) for name, dtype in _INTERESTS.items() if name not in frame.columns]
+        frames.append(frame.with_columns(older))
+    return pl.concat(frames, how="diagonal")
 
 
 def frame_of(
-    log: Log, user_R: NDArray[np.integer], period: int, decoded: Sequence[Decoded], *, trie: str, model: str
+    log: Log,
+    user_R: NDArray[np.integer],
+    period: int,
+    decoded: Sequence[Decoded],
+    *,
+    trie: str,
+    model: str,
+    interests: Sequence[str] = (),
 ) -> pl.DataFrame:
     """Forecasts of one as-of period as rows of a table.
 
@@ -195,6 +224,7 @@ def frame_of(
         decoded: the forecasts.
         trie: :func:`trie_version` of the trie they were decoded in.
         model: what tells the forecaster from others.
+        interests: names of the forecaster's interests.
     """
     ids = log.advertiser_ids
     columns = {
@@ -205,8 +235,11 @@ def frame_of(
         "frontier_depth": [one.frontier_depth_F.tolist() for one in decoded],
         "frontier_node": [one.frontier_node_F.tolist() for one in decoded],
         "frontier_log_prob": [one.frontier_log_prob_F.tolist() for one in decoded],
+        "interest": [[interests[index] for index in one.interest_I] for one in decoded],
+        "interest_log_prob": [one.interest_log_prob_I.tolist() for one in decoded],
+        "interest_anchor_log_prob": [one.interest_anchor_log_prob_I.tolist() for one in decoded],
     }
-    schema = {**_LISTS, "advertiser_id": pl.List(log.tables.advertisers.schema["advertiser_id"])}
+    schema = {**_LISTS, **_INTERESTS, "advertiser_id": pl.List(log.tables.advertisers.schema["advertiser_id"])}
     n = len(decoded)
     return pl.DataFrame(
         [

@@ -105,6 +105,17 @@ class ShuffledForecast:
         """Prior features of the other user's forecast, ``(N,)`` each."""
         return self.forecast.features(self.other(user_N), period_N, advertiser_N)
 
+    @property
+    def has_interests(self) -> bool:
+        """Whether the forecast has interests."""
+        return self.forecast.has_interests
+
+    def interest_match(
+        self, user_N: NDArray[np.integer], period_N: NDArray[np.integer], ad_N: NDArray[np.integer]
+    ) -> NDArray[np.float32]:
+        """Each ad's category among the other user's interests, ``(N,)``."""
+        return self.forecast.interest_match(self.other(user_N), period_N, ad_N)
+
     def other(self, user_N: NDArray[np.integer]) -> NDArray[np.integer]:
         """Whose forecast each user is given.
 
@@ -127,6 +138,7 @@ class RememberedForecast:
     def __init__(self, forecast: Forecast) -> None:
         self.forecast = forecast
         self._features: dict[str, dict[str, NDArray[np.float32]]] = {}
+        self._interests: dict[str, NDArray[np.float32]] = {}
 
     @property
     def n_advertisers(self) -> int:
@@ -145,6 +157,20 @@ class RememberedForecast:
         if key not in self._features:
             self._features[key] = self.forecast.features(user_N, period_N, advertiser_N)
         return self._features[key]
+
+    @property
+    def has_interests(self) -> bool:
+        """Whether the forecast has interests."""
+        return self.forecast.has_interests
+
+    def interest_match(
+        self, user_N: NDArray[np.integer], period_N: NDArray[np.integer], ad_N: NDArray[np.integer]
+    ) -> NDArray[np.float32]:
+        """Each ad's category among the user's interests, ``(N,)``."""
+        key = fingerprint([user_N, period_N, ad_N])
+        if key not in self._interests:
+            self._interests[key] = self.forecast.interest_match(user_N, period_N, ad_N)
+        return self._interests[key]
 
 
 def arms(spans: RankerSpans, forecasts: Mapping[str, Forecast | None], cfg: RankerConfig) -> list[Variant]:
@@ -190,12 +216,15 @@ def grid(
 
 
 def group_variants(lm: Variant) -> tuple[list[Variant], list[tuple[str, str]]]:
-    """The LM's arm without each of its groups of prior features, and with it alone.
+    """The LM's arm without each of its groups of prior features, and with it alone, but for groups that say nothing.
 
     Returns:
         The variants, and the pairs to be compared: what a group adds to the others, and by itself to none.
     """
-    given = [group for group in GROUPS if group in lm.cfg.features.prior]
+    said = set(lm.cfg.features.prior)
+    if lm.forecast is None or not lm.forecast.has_interests:
+        said -= {"interests"}
+    given = [group for group in GROUPS if group in said]
     variants, pairs = [], []
     for group in given if len(given) > 1 else []:
         without, only = f"{lm.name}, without {group}", f"{lm.name}, only {group}"

@@ -32,7 +32,7 @@ class OracleForecast:
         truth: of the log.
         log: the simulated log, or a part of its users.
         ids: semantic IDs of its advertisers.
-        anchor: what the lift is against.
+        anchor: what the lift is against, and whose interests stand in: the truth is of advertisers.
         top: advertisers that the forecast counts as named.
     """
 
@@ -79,6 +79,17 @@ class OracleForecast:
                 values.setdefault(name, np.zeros(len(row_N), np.float32))[rows] = column
         age = np.zeros(len(row_N), np.float32)
         return {**values, "prior_age": age, "prior_missing": (~has_N).astype(np.float32)}
+
+    @property
+    def has_interests(self) -> bool:
+        """Whether the anchor has interests."""
+        return self.anchor.has_interests
+
+    def interest_match(
+        self, user_N: NDArray[np.integer], period_N: NDArray[np.integer], ad_N: NDArray[np.integer]
+    ) -> NDArray[np.float32]:
+        """Each ad's category among the interests by the anchor, ``(N,)``."""
+        return self.anchor.interest_match(user_N, period_N, ad_N)
 
 
 def true_chance(truth: Truth, log: Log, rows: Rows) -> NDArray[np.float64]:

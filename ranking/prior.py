@@ -8,6 +8,7 @@
     entropy        of the whole forecast: how sure it is of this user
     mass           probability of all advertisers that the forecast names
     age            periods since the forecast was made
+    interests      log-probability of the ad's category among the user's interests, where the forecaster has any
 
 Beside any of them stands ``prior_missing``: 1 where there is no forecast of the user, and all else is unknown.
 """
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 from priors.forecast import prefix_feature
 
 MISSING = "prior_missing"
-GROUPS = ("probability", "lift", "rank", "in_beam", "prefixes", "entropy", "mass", "age")
+GROUPS = ("probability", "lift", "rank", "in_beam", "prefixes", "entropy", "mass", "age", "interests")
 
 
 def columns_of(group: str, *, levels: int) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from data.errors import UserError
 from data.log import Log
 from data.split import Span
-from priors.forecast import Forecast
+from priors.forecast import INTEREST_MATCH, Forecast
 from ranking.prior import MISSING, columns_of_groups
 
 Floats = NDArray[np.float32]
@@ -210,7 +210,8 @@ def prior_columns(rows: Rows, forecast: Forecast | None, names: Sequence[str]) -
         names: columns of `ranking.prior.columns_of_groups`.
 
     Returns:
-        One column a name; where ``prior_missing`` is 1, all others are NaN.
+        One column a name; where ``prior_missing`` is 1, all others are NaN; the interests' column also where the
+        forecaster has none, or the ad no category.
 
     Raises:
         UserError: the forecast lacks a feature.
@@ -221,6 +222,8 @@ def prior_columns(rows: Rows, forecast: Forecast | None, names: Sequence[str]) -
         unknown = {name: np.full(len(rows), np.nan, np.float32) for name in names}
         return {**unknown, MISSING: np.ones(len(rows), np.float32)}
     given = forecast.features(rows.user, rows.period, rows.advertiser)
+    if INTEREST_MATCH in names:
+        given = {**given, INTEREST_MATCH: forecast.interest_match(rows.user, rows.period, rows.ad)}
     if "prior_log_prob" in given:
         given = {**given, "prior_prob": np.exp(given["prior_log_prob"])}
     lacking = [name for name in names if name not in given]

@@ -189,6 +189,33 @@ def test_explain_agrees_with_teacher_forcing_by_hand(run: Path) -> None:
         assert best["advertisers"][0].keys() == explained["advertisers"][0].keys() >= {
             "advertiser_id", "name", "id_tokens", "token_ids", "log_prob", "anchor_log_prob"
         }  # fmt: skip
+        assert best["interests"] == explained["interests"]
+        assert [set(one) for one in best["interests"]] == [{"interest", "log_prob", "anchor_log_prob"}] * 5
+        assert 0 < sum(np.exp(one["log_prob"]) for one in best["interests"]) < 1
+
+
+def test_interests_agree_with_the_head_by_hand(run: Path) -> None:
+    """The head's row of each category times the standardised hidden state of the prompt's end, and the anchor."""
+    explained = json.loads(adsid("explain", "--run", run, "--user", "u003", "--as-of", 9, "--json").stdout)
+    _, _, prior = open_prior(run)
+    plain, state = json.loads((run / "prior" / "prior.json").read_text()), load_file(run / "prior" / "head.safetensors")
+    decoder = PeftModel.from_pretrained(
+        load_base_model(BaseModelConfig(**plain["base_model"])).decoder, str(run / "prior" / "adapter")
+    )
+    with torch.no_grad():
+        words = prior.model.embed(torch.tensor([explained["token_ids"]]))
+        hidden_H = decoder(inputs_embeds=words).last_hidden_state[0, -1]
+    unit_H = (hidden_H - state["interest_head.mean_LH"][0]) / state["interest_head.scale_L"][0]
+    logit_C = (state["interest_head.rows.0"] @ unit_H).numpy()
+    assert prior.interests is not None
+    user = prior.compiler.log.user_ids.tolist().index("u003")
+    base_C = prior.interests.base.child_scores(np.array([user]), np.array([9]))[0][0]
+    weights = plain["interests"]["calibration"]
+    score_C = weights["lm_weight"][0] * logit_C + weights["base_exponent"][0] * base_C
+    log_prob_C = score_C - np.logaddexp.reduce(score_C)
+    best = np.argsort(-log_prob_C)[:5]
+    assert [one["interest"] for one in explained["interests"]] == [plain["interests"]["names"][c] for c in best]
+    np.testing.assert_allclose([one["log_prob"] for one in explained["interests"]], log_prob_C[best], atol=1e-4)
 
 
 def test_explain_shows_words_ids_and_whether_the_list_is_proven(run: Path) -> None:
@@ -196,6 +223,7 @@ def test_explain_shows_words_ids_and_whether_the_list_is_proven(run: Path) -> No
     assert result.exit_code == 0, result.output
     assert "3 advertisers, proven to be the most probable" in result.output
     assert "bought :" in result.output
+    assert "interest" in result.output
 
 
 def test_monitor_compares_a_table_with_what_happened(run: Path, table: Path) -> None:

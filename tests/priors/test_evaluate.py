@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from data.errors import UserError
 from priors.dataset import PromptDataset
-from priors.evaluate import ForecastEvaluation, constant_log_probs, evaluate_forecast, exact_log_prob
+from priors.evaluate import ForecastEvaluation, constant_log_probs, evaluate_forecast, exact_log_prob, judge_interests
 from priors.fit import batches
 from priors.forecast import TableForecast
 from priors.generate import generate_priors
@@ -54,6 +55,30 @@ def test_every_arm_control_segment_and_difference_is_there(evaluation: ForecastE
         found["nll", "lm", "all"].value - found["nll", "anchor", "all"].value
     )
     assert set(evaluation.curves["reliability"]) == {"anchor", "lm"}
+    for metric in ("interest_nll", "interest_recall"):
+        arms = ("lm", "anchor", "popularity", "lm - anchor", "lm - popularity")
+        assert {(metric, arm, "all") for arm in arms} == {key for key in found if key[0] == metric}
+    assert found["interest_nll", "anchor", "all"].value < found["interest_nll", "popularity", "all"].value
+
+
+def testjudge_interests_are_judged_by_the_shares_of_conversions(fitted: Fitted, evaluation: ForecastEvaluation) -> None:
+    """The anchor's, whose forecast needs no LM, request by request."""
+    exact, interests = evaluation.requests[0], fitted.prior.interests
+    assert interests is not None
+    wanted = interests.space.targets_of(exact.user_R, exact.period_R)
+    log_prob_RC = interests.base.log_probs(exact.user_R, exact.period_R)
+    for row in range(0, len(wanted), 3):
+        items, weight = wanted.of(row), wanted.weight[wanted.ptr[row] : wanted.ptr[row + 1]]
+        nll = -(weight / weight.sum() * log_prob_RC[row, items]).sum()
+        assert exact.values[Measure("interest_nll", "anchor")][row] == pytest.approx(nll)
+        top = np.argsort(-log_prob_RC[row], kind="stable")[:5]
+        recall = len(np.intersect1d(top, items)) / min(5, len(items))
+        assert exact.values[Measure("interest_recall", "anchor", "all", 5)][row] == pytest.approx(recall)
+
+
+def test_withoutjudge_interests_none_are_judged(fitted: Fitted) -> None:
+    targets = fitted.log.advertiser_targets("validation").select(np.arange(3))
+    assert judge_interests(replace(fitted.prior, interests=None), targets, fitted.cfg) == {}
 
 
 def test_one_figure_of_each_kind(evaluation: ForecastEvaluation) -> None:

@@ -69,8 +69,14 @@ def test_a_fit_ended_by_kill_9_has_the_loss_curve_of_an_undisturbed_one(fitted: 
     resumed, metrics = fit_prior(fitted.log, fitted.ids, resumed_config(), work_dir=tmp_path / "work")
     np.testing.assert_allclose(curve(tmp_path / "work"), expected, atol=1e-5)
     assert metrics["steps"] == len(expected)
-    for name, value in whole.model.head.state_dict().items():
-        torch.testing.assert_close(resumed.model.head.state_dict()[name], value, atol=1e-6, rtol=0)
+    for ours, theirs in (
+        (whole.model.head, resumed.model.head),
+        (whole.model.interest_head, resumed.model.interest_head),
+    ):
+        assert ours is not None
+        assert theirs is not None
+        for name, value in ours.state_dict().items():
+            torch.testing.assert_close(theirs.state_dict()[name], value, atol=1e-6, rtol=0)
 
 
 def untrained(fitted: Fitted, **base: Any) -> tuple[PriorLMModule, list[TreeBatch]]:

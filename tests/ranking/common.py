@@ -44,10 +44,17 @@ class KnownForecast:
     Args:
         log_prob_UA: log-probability of each advertiser for each user.
         covered: users that it covers; None covers all.
+        interest_UI: log-probability of each ad's category for each user; None: it has no interests.
     """
 
-    def __init__(self, log_prob_UA: NDArray[np.float32], *, covered: NDArray[np.bool_] | None = None) -> None:
-        self.log_prob_UA = log_prob_UA
+    def __init__(
+        self,
+        log_prob_UA: NDArray[np.float32],
+        *,
+        covered: NDArray[np.bool_] | None = None,
+        interest_UI: NDArray[np.float32] | None = None,
+    ) -> None:
+        self.log_prob_UA, self.interest_UI = log_prob_UA, interest_UI
         self.covered_U = np.ones(len(log_prob_UA), bool) if covered is None else covered
 
     @property
@@ -65,6 +72,15 @@ class KnownForecast:
         columns["prior_missing"] = (~self.covered_U[user_N] | (advertiser_N < 0)).astype(np.float32)
         return columns
 
+    @property
+    def has_interests(self) -> bool:
+        return self.interest_UI is not None
+
+    def interest_match(
+        self, user_N: NDArray[np.integer], period_N: NDArray[np.integer], ad_N: NDArray[np.integer]
+    ) -> NDArray[np.float32]:
+        return np.full(len(ad_N), np.nan, np.float32) if self.interest_UI is None else self.interest_UI[user_N, ad_N]
+
 
 def tastes(log: Log, *, strength: float = 8.0) -> KnownForecast:
     """What `tests.logs.tiny_tables` draws from: user ``u`` likes goods ``u % 10`` and ``(u + 1) % 10``."""
@@ -72,4 +88,7 @@ def tastes(log: Log, *, strength: float = 8.0) -> KnownForecast:
     user_U = np.arange(len(log.user_ids))[:, None]
     liked_UA = (good_A == user_U % 10) | (good_A == (user_U + 1) % 10)
     mass_UA = np.where(liked_UA, strength, 1.0)
-    return KnownForecast(np.log(mass_UA / mass_UA.sum(1, keepdims=True)).astype(np.float32))
+    log_prob_UA = np.log(mass_UA / mass_UA.sum(1, keepdims=True)).astype(np.float32)
+    return KnownForecast(
+        log_prob_UA, interest_UI=np.where(liked_UA, -1.2, -3.0).astype(np.float32)[:, log.ad_advertiser]
+    )

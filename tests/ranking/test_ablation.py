@@ -116,6 +116,11 @@ def test_in_the_shuffle_everybody_has_the_forecast_of_somebody_else(spans: Ranke
     given = shuffled.features(users, period, advertiser)
     for name in PRIOR_FEATURES:
         np.testing.assert_array_equal(given[name], expected[name])
+    ads = np.arange(5)
+    assert shuffled.has_interests
+    np.testing.assert_array_equal(
+        shuffled.interest_match(users, period, ads), forecast.interest_match(shuffled.other(users), period, ads)
+    )
     np.testing.assert_array_equal(shuffled.log_probs(users, period), forecast.log_probs(shuffled.other(users), period))
     with pytest.raises(ValueError, match="not among those"):
         shuffled.other(np.array([4]))
@@ -162,6 +167,14 @@ def test_the_grid_takes_each_group_away_and_leaves_it_alone(spans: RankerSpans) 
     assert all(variant.cfg.model == "dlrm" for variant in variants)
 
 
+def test_the_grid_leaves_out_a_group_that_says_nothing(spans: RankerSpans) -> None:
+    bare = KnownForecast(tastes(spans.log).log_prob_UA)  # without interests
+    cfg = replace(CFG, ablation=AblationConfig(groups=True, models=[]))
+    variants, _ = grid(spans, {"none": None, "anchor": bare, "lm": bare}, cfg)
+    assert len(variants) == 4 + 2 * (len(GROUPS) - 1)
+    assert not any("interests" in variant.name for variant in variants)
+
+
 def test_the_grid_trains_the_other_models_in_three_arms(spans: RankerSpans) -> None:
     forecasts = {"none": None, "anchor": tastes(spans.log, strength=2.0), "lm": tastes(spans.log)}
     cfg = replace(CFG, model="dcn_v2", ablation=AblationConfig(groups=False))
@@ -181,9 +194,15 @@ def test_a_forecast_is_asked_once_for_the_same_rows(spans: RankerSpans) -> None:
             asked.append(1)
             return super().features(*args)  # type: ignore[arg-type]
 
-    remembered = RememberedForecast(Counted(tastes(spans.log).log_prob_UA))
+        def interest_match(self, *args: object) -> np.ndarray:
+            matched.append(1)
+            return super().interest_match(*args)  # type: ignore[arg-type]
+
+    known, matched = tastes(spans.log), list[int]()
+    remembered = RememberedForecast(Counted(known.log_prob_UA, interest_UI=known.interest_UI))
     first = spans.fit.with_prior(remembered, GROUPS)
     again = spans.fit.with_prior(remembered, ["rank"])
     spans.stop.with_prior(remembered, GROUPS)
-    assert len(asked) == 2
+    spans.fit.with_prior(remembered, ["interests"])
+    assert len(asked) == len(matched) == 2
     np.testing.assert_array_equal(again.dense["prior_rank"], first.dense["prior_rank"])

@@ -348,3 +348,19 @@ def test_an_id_outside_its_table_is_refused(features: Features) -> None:
     module = build_module(spec, tiny_ranker(), base_rate=0.1, seed=0)
     with pytest.raises((RuntimeError, IndexError)):
         predict(module, replace(design, bags={**design.bags, "ad": beyond}))
+
+
+def test_interests_are_of_the_ad_and_unknown_without_them(log: Log, builder: FeatureBuilder) -> None:
+    base, known = builder.build(Rows.of_span(log, "ranker_fit")), tastes(log)
+    rows = base.rows
+    given = base.with_prior(known, ["interests"]).dense["prior_interests"]
+    assert known.interest_UI is not None
+    np.testing.assert_array_equal(given, known.interest_UI[rows.user, rows.ad])
+    covered = np.arange(len(log.user_ids)) % 2 == 0
+    some = KnownForecast(known.log_prob_UA, covered=covered, interest_UI=known.interest_UI)
+    partly = base.with_prior(some, ["interests"]).dense
+    np.testing.assert_array_equal(np.isnan(partly["prior_interests"]), ~covered[rows.user])
+    bare = base.with_prior(KnownForecast(known.log_prob_UA), GROUPS)
+    assert np.isnan(bare.dense["prior_interests"]).all()
+    column = FeatureSpec.fit(bare, CFG, semantic_ids="v")
+    assert not column.apply(bare).dense_NF[:, column.dense.index("prior_interests")].any()

@@ -30,7 +30,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Log, Truth, Adverti
 def oracle(world: tuple[Log, Truth, AdvertiserIds]) -> OracleForecast:
     log, truth, ids = world
     even = np.full((len(log.user_ids), len(log.advertiser_ids)), -np.log(len(log.advertiser_ids)), np.float32)
-    return OracleForecast(truth, log, ids, anchor=KnownForecast(even), top=10)
+    interests = np.tile(np.arange(len(log.ad_ids), dtype=np.float32), (len(log.user_ids), 1))
+    return OracleForecast(truth, log, ids, anchor=KnownForecast(even, interest_UI=interests), top=10)
 
 
 def test_it_says_what_the_truth_says(world: tuple[Log, Truth, AdvertiserIds], oracle: OracleForecast) -> None:
@@ -60,6 +61,7 @@ def test_its_features_are_those_of_a_forecast(world: tuple[Log, Truth, Advertise
             "prior_entropy": -(np.exp(log_prob_A) * log_prob_A).sum(),
             "prior_mass": np.sort(np.exp(log_prob_A))[-10:].sum(),
             "prior_age": 0.0,
+            "prior_interests": rows.ad[n],  # the anchor's: the truth is of advertisers
         }
         for name, value in expected.items():
             assert columns[name][n] == pytest.approx(value, abs=1e-4), name
