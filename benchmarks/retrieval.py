@@ -53,6 +53,7 @@ from pipeline.config import compose
 from pipeline.quiet import quiet_libraries
 from retrieval.blend import QuotaBlend
 from retrieval.config import FORECAST, SEEDED, TWO_TOWER, RetrievalConfig
+from retrieval.counts import Purchases
 from retrieval.index import AdIndex, IndexConfig
 from retrieval.metrics import hits, ndcg_at_k, recall_at_k
 from retrieval.neighbours import Neighbours
@@ -411,12 +412,12 @@ def beauty(folder: Path | None) -> None:
 
 def measured(scores: Scores, log: Log, targets: Targets) -> tuple[float, float]:
     """Mean recall and NDCG at 10."""
-    lists = []
+    lists, purchases = [], Purchases(log)
     for rows in np.array_split(np.arange(len(targets)), 64):
         part = targets.select(rows)
         score_RI = np.array(scores(part), dtype=np.float64)
         for place in range(len(part)):
-            bought = log.events.ad[log.history(int(part.user[place]), int(part.period[place]))]
+            bought = purchases.of(int(part.user[place]), int(part.period[place])).ad  # not what was only shown
             score_RI[place, bought[bought >= 0]] = -np.inf
         top = np.argpartition(-score_RI, TOP, axis=1)[:, :TOP]
         order = np.argsort(-np.take_along_axis(score_RI, top, axis=1), axis=1, kind="stable")
