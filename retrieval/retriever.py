@@ -88,7 +88,7 @@ class Retriever:
         )
 
 
-def with_forecast(requests: Sequence[Request], forecast: Forecast, prior_weight: float) -> list[Request]:
+def with_forecast(requests: Sequence[Request], forecast: Forecast, prior_weight: float = 0.0) -> list[Request]:
     """The same requests, answered with a forecast."""
     if not requests:
         return []
