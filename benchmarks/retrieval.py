@@ -41,6 +41,7 @@ from data.prepare import prepare
 from data.truth import SimulatorConfig, Truth
 from models.two_tower import (
     Batch,
+    Candidates,
     ItemEncoder,
     TwoTower,
     TwoTowerConfig,
@@ -312,11 +313,14 @@ def _our_step() -> Callable[[int], None]:
             age_BH=nothing_B0,
             count_BH=nothing_B0,
             profile_BF=user_B.unsqueeze(1),
-            candidates_C=ad_B,
-            pair_row_P=torch.arange(PAIRS),
-            log_q_C=torch.zeros(PAIRS),
-            legal_BC=~torch.eye(PAIRS, dtype=torch.bool),
-            popularity_BC=square_BB,
+            ads=Candidates(
+                item_C=ad_B,
+                pair_row_P=torch.arange(PAIRS),
+                log_q_C=torch.zeros(PAIRS),
+                legal_BC=~torch.eye(PAIRS, dtype=torch.bool),
+                popularity_BC=square_BB,
+            ),
+            advertisers=None,
         )
         optimizer.zero_grad()
         module.loss(batch).backward()

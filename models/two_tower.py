@@ -22,6 +22,10 @@ out of its logit (log-Q correction: Yi et al., *Sampling-Bias-Corrected Neural M
 Item Recommendations*, RecSys 2019). A row's candidates are those its request could have shown, less
 its other targets, so the softmax estimates the choice among the ads active in the visited market.
 
+By config an **advertiser tower** is trained with them: the user vector and an advertiser's embedding go each through a
+layer of their own, and the same softmax runs over the advertisers of the batch's candidates. It says which advertisers
+a user converts with, as a forecast does, from the towers alone.
+
 An epoch of a large catalogue reads few rows of its embedding tables, so their gradients are sparse, and Adam moves
 the rows that a batch has read and no others.
 
@@ -30,7 +34,7 @@ Shapes: B users, H history, N items, C candidates, P (user, target) pairs, F fea
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, TypedDict
 
@@ -54,6 +58,7 @@ class TwoTowerConfig:
         dropout: applied to the embedded items in training.
         id_dropout: share of training items whose own id is hidden, so that their other features have to serve.
         popularity_weight: of the log of an ad's conversions so far, where training begins; null leaves them out.
+        advertiser_weight: of the loss over advertisers beside that over ads; null trains no advertiser tower.
         temperature: divides the inner product of unit vectors.
         learning_rate: of Adam.
         weight_decay: of the layers; embeddings have none.
@@ -66,6 +71,7 @@ class TwoTowerConfig:
     dropout: float = 0.1
     id_dropout: float = 0.0
     popularity_weight: float | None = 0.3
+    advertiser_weight: float | None = None
     temperature: float = 0.07
     learning_rate: float = 3e-3
     weight_decay: float = 1e-4
@@ -74,6 +80,8 @@ class TwoTowerConfig:
         for name in ("dim", "hidden", "heads", "temperature", "learning_rate"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)}; expected a positive number")
+        if self.advertiser_weight is not None and self.advertiser_weight <= 0:
+            raise ValueError(f"advertiser_weight={self.advertiser_weight}; expected a positive number, or null")
         for name in ("dropout", "id_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; expected a share in [0, 1)")
@@ -107,6 +115,24 @@ class TwoTowerShape:
         return asdict(self)
 
 
+class Candidates(TypedDict):
+    """(Request, target) pairs and what they are scored against: ads, or advertisers.
+
+    Attributes:
+        item_C: the pairs' targets first, in the order of the pairs, then sampled ones.
+        pair_row_P: the user row of each pair; its target is candidate ``p``.
+        log_q_C: logarithm of each candidate's expected count in a batch.
+        legal_BC: True where a candidate is a negative of the row: active in its market, no target of it.
+        popularity_BC: log of each candidate's conversions before the row's request; 0 where it is not scored.
+    """
+
+    item_C: Tensor
+    pair_row_P: Tensor
+    log_q_C: Tensor
+    legal_BC: Tensor
+    popularity_BC: Tensor
+
+
 class Batch(TypedDict):
     """Training requests and the candidates they are scored against.
 
@@ -115,22 +141,16 @@ class Batch(TypedDict):
         age_BH: bucket of how long ago each was bought last.
         count_BH: bucket of how often it was bought.
         profile_BF: profile codes, 0 = unknown.
-        candidates_C: ads; the pairs' targets first, in the order of the pairs, then sampled ones.
-        pair_row_P: the user row of each pair; its target is candidate ``p``.
-        log_q_C: logarithm of each candidate's expected count in a batch.
-        legal_BC: True where a candidate is a negative of the row: active in its market, no target of it.
-        popularity_BC: log of each candidate's conversions before the row's request; 0 where it is not scored.
+        ads: candidates of the ad tower.
+        advertisers: of the advertiser tower; None without one, and where no target has an advertiser.
     """
 
     history_BH: Tensor
     age_BH: Tensor
     count_BH: Tensor
     profile_BF: Tensor
-    candidates_C: Tensor
-    pair_row_P: Tensor
-    log_q_C: Tensor
-    legal_BC: Tensor
-    popularity_BC: Tensor
+    ads: Candidates
+    advertisers: Candidates | None
 
 
 class ValidationBatch(TypedDict):
@@ -325,8 +345,34 @@ def _sequence_encoder(cfg: TwoTowerConfig) -> nn.Module:
     return nn.TransformerEncoder(layer, cfg.layers, enable_nested_tensor=False)
 
 
+class AdvertiserTower(nn.Module):
+    """What the user vector and an advertiser's embedding say about the two, each through a layer of its own."""
+
+    def __init__(self, cfg: TwoTowerConfig) -> None:
+        super().__init__()
+        self.user, self.advertiser = Residual(cfg.dim, cfg.hidden), Residual(cfg.dim, cfg.hidden)
+        self.popularity_weight = _popularity_weight(cfg)
+
+    def users(self, user_BD: Tensor) -> Tensor:
+        """Unit vectors, of those of the user tower."""
+        return nn.functional.normalize(self.user(user_BD), dim=-1)
+
+    def advertisers(self, x_AD: Tensor) -> Tensor:
+        """Unit vectors, of embedded advertisers."""
+        return nn.functional.normalize(self.advertiser(x_AD), dim=-1)
+
+
+def _popularity_weight(cfg: TwoTowerConfig) -> nn.Parameter | None:
+    return None if cfg.popularity_weight is None else nn.Parameter(torch.tensor(float(cfg.popularity_weight)))
+
+
+def biased(scores: Tensor, popularity: Tensor, weight: Tensor | None) -> Tensor:
+    """Scores with what popularity adds, both of any one shape; as they are without a weight."""
+    return scores if weight is None else scores + weight * popularity
+
+
 class TwoTower(nn.Module):
-    """User tower and ad tower over one item encoder."""
+    """User tower and ad tower over one item encoder, and by config the advertiser tower."""
 
     def __init__(self, encoder: ItemEncoder, shape: TwoTowerShape, cfg: TwoTowerConfig) -> None:
         super().__init__()
@@ -335,8 +381,8 @@ class TwoTower(nn.Module):
         self.ad_tower = AdTower(cfg)
         self.user_tower = UserTower(shape, cfg)
         self.dropout = nn.Dropout(cfg.dropout)
-        weight = cfg.popularity_weight
-        self.popularity_weight = None if weight is None else nn.Parameter(torch.tensor(float(weight)))
+        self.popularity_weight = _popularity_weight(cfg)
+        self.advertiser_tower = None if cfg.advertiser_weight is None else AdvertiserTower(cfg)
 
     def users(self, history_BH: Tensor, age_BH: Tensor, count_BH: Tensor, profile_BF: Tensor) -> Tensor:
         """Unit user vectors, shape ``(B, D)``; arguments as in :class:`Batch`."""
@@ -347,13 +393,20 @@ class TwoTower(nn.Module):
             x_BHD = self.user_tower.empty.new_zeros(*history_BH.shape, self.dim)
         return self.user_tower(x_BHD, age_BH, count_BH, history_BH != NO_ITEM, profile_BF)
 
-    def biased(self, scores: Tensor, popularity: Tensor) -> Tensor:
-        """Scores with what popularity adds, both of any one shape."""
-        return scores if self.popularity_weight is None else scores + self.popularity_weight * popularity
-
     def ads(self, ads_N: Tensor) -> Tensor:
         """Unit ad vectors, shape ``(N, D)``."""
         return self.ad_tower(self.dropout(self.encoder(ads_N)))
+
+    def advertisers(self, advertisers_A: Tensor) -> Tensor:
+        """Unit advertiser vectors, shape ``(A, D)``.
+
+        Raises:
+            ValueError: there is no advertiser tower.
+        """
+        if self.advertiser_tower is None:
+            raise ValueError("no advertiser tower was trained; set retrieval.model.advertiser_weight")
+        first = len(self.encoder.codes_NF) - len(self.encoder.text_AE)  # items are the ads, then the advertisers
+        return self.advertiser_tower.advertisers(self.dropout(self.encoder(first + advertisers_A)))
 
 
 def sampled_softmax(scores_BC: Tensor, pair_row_P: Tensor, log_q_C: Tensor, legal_BC: Tensor) -> Tensor:
@@ -397,11 +450,21 @@ class TwoTowerModule(L.LightningModule):
 
     def loss(self, batch: Batch) -> Tensor:
         """Of a batch of training requests."""
-        user_BD = self.model.users(batch["history_BH"], batch["age_BH"], batch["count_BH"], batch["profile_BF"])
-        ads, position_C = batch["candidates_C"].unique(return_inverse=True)
-        ad_CD = self.model.ads(ads)[position_C]
-        scores_BC = self.model.biased(user_BD @ ad_CD.t() / self.cfg.temperature, batch["popularity_BC"])
-        return sampled_softmax(scores_BC, batch["pair_row_P"], batch["log_q_C"], batch["legal_BC"])
+        model = self.model
+        user_BD = model.users(batch["history_BH"], batch["age_BH"], batch["count_BH"], batch["profile_BF"])
+        loss = self._softmax(user_BD, model.ads, batch["ads"], model.popularity_weight)
+        tower, among, weight = model.advertiser_tower, batch["advertisers"], self.cfg.advertiser_weight
+        if tower is None or among is None or weight is None:
+            return loss
+        return loss + weight * self._softmax(tower.users(user_BD), model.advertisers, among, tower.popularity_weight)
+
+    def _softmax(
+        self, user_BD: Tensor, embed: Callable[[Tensor], Tensor], among: Candidates, popularity_weight: Tensor | None
+    ) -> Tensor:
+        items, position_C = among["item_C"].unique(return_inverse=True)
+        scores_BC = user_BD @ embed(items)[position_C].t() / self.cfg.temperature
+        scores_BC = biased(scores_BC, among["popularity_BC"], popularity_weight)
+        return sampled_softmax(scores_BC, among["pair_row_P"], among["log_q_C"], among["legal_BC"])
 
     def on_validation_epoch_start(self) -> None:
         self._ad_vectors_ND = ad_vectors(self.model, self.n_ads)
@@ -410,8 +473,10 @@ class TwoTowerModule(L.LightningModule):
         user_BD = self.model.users(batch["history_BH"], batch["age_BH"], batch["count_BH"], batch["profile_BF"])
         assert self._ad_vectors_ND is not None
         active_BN, target_BN = batch["active_BN"], batch["target_BN"] & batch["active_BN"]
-        scores_BN = self.model.biased(
-            user_BD @ self._ad_vectors_ND.t() / self.cfg.temperature, batch["popularity_BN"]
+        scores_BN = biased(
+            user_BD @ self._ad_vectors_ND.t() / self.cfg.temperature,
+            batch["popularity_BN"],
+            self.model.popularity_weight,
         ).masked_fill(~active_BN, -torch.inf)
         targets_B = target_BN.sum(1)
         nll_B = scores_BN.logsumexp(1) - scores_BN.masked_fill(~target_BN, 0).sum(1) / targets_B.clamp_min(1)

@@ -17,8 +17,8 @@ from pipeline.figures import Panel, SweepPoint, quota_sweep, round_axis, svg
 from pipeline.grids import NONE, Grid, Plot, Section, console_parts, count
 from pipeline.pages import template
 from pipeline.report import DATASET_NOTES
-from pipeline.verdict import DIFFERENCE, arm_label, figure, is_known, number
-from retrieval.benchmark import ALL, ALONE, BLEND, WITHOUT, RetrievalBenchmark
+from pipeline.verdict import DIFFERENCE, arm_label, figure, is_known, judge, number
+from retrieval.benchmark import ALL, ALONE, BLEND, RIVALS, WITHOUT, RetrievalBenchmark
 from retrieval.evaluate import SECTION, TIERS
 
 Key = tuple[str, str, str, str, int | None]
@@ -127,11 +127,16 @@ def _segments(found: RetrievalBenchmark, rows: _Rows) -> Section:
 
 
 def _alone(found: RetrievalBenchmark, rows: _Rows) -> Section:
-    notes = ("Each channel with the whole budget; popularity fills what it leaves free. The last column is the gap.",)
+    notes = ["Each channel with the whole budget; popularity fills what it leaves free. The last column is the gap."]
     names = [arm for arm in rows.arms(ALONE) if DIFFERENCE not in arm]
-    return Section(
-        "alone", "Channels alone", notes, (_study(found, rows, ALONE, names, lambda name: f"{ALL}{DIFFERENCE}{name}"),)
-    )
+    rival = rows.find(ALONE, "recall", DIFFERENCE.join(RIVALS), k=found.facts["k"])
+    if rival is not None:
+        notes.append(
+            f"One rule for both, {RIVALS[0]} by the head arm's forecast and {RIVALS[1]} by the advertiser tower: "
+            f"{arm_label(rival.arm)} {figure(rival, 3)} in recall@{rival.k}, {judge(rival).value}."
+        )
+    grid = _study(found, rows, ALONE, names, lambda name: f"{ALL}{DIFFERENCE}{name}")
+    return Section("alone", "Channels alone", tuple(notes), (grid,))
 
 
 def _without(found: RetrievalBenchmark, rows: _Rows) -> Section:

@@ -1,7 +1,8 @@
 """What every part of retrieval is worth, at one total budget.
 
     arms      none, anchor, LM: what the forecast adds
-    alone     each channel has the whole budget; popularity fills what it leaves free
+    alone     each channel has the whole budget; popularity fills what it leaves free. With an advertiser tower its
+              channel is the rival of the forecast's: one rule, one budget, no language model
     without   all channels but one, tuned again: what that one adds beside the others
     blends    quota, rrf, calibrated, each tuned: what the way of merging is worth
     sweep     recall and concentration by the forecast channels' quota
@@ -29,12 +30,14 @@ from data.statistics import Row
 from priors.forecast import Forecast
 from retrieval.blend import QuotaBlend, merge
 from retrieval.channels import Ads
-from retrieval.config import BLENDS, POPULARITY, RetrievalConfig
+from retrieval.config import ADVERTISER, BLENDS, FORECAST, POPULARITY, RetrievalConfig
 from retrieval.evaluate import Arms, Values
 from retrieval.retriever import Retriever, with_forecast
 from retrieval.tuning import Plan, tuning_span
 
 ALONE, WITHOUT, BLEND, ALL = "alone", "without", "blends", "all channels"
+RIVALS = (FORECAST, ADVERTISER)
+"""Channels of one rule: what a language model's forecast finds beyond the towers' own."""
 PERCENTILES = (50, 95, 99)
 LATENCY_REQUESTS = 300
 
@@ -115,7 +118,8 @@ class _Bench:
             ).values
             for name in names
         }
-        self._add(ALONE, {ALL: whole.values} | alone, [(ALL, name) for name in names])
+        differences = [(ALL, name) for name in names] + [RIVALS] * set(RIVALS).issubset(names)
+        self._add(ALONE, {ALL: whole.values} | alone, differences)
         without: dict[str, Values] = {}
         for name in names:
             shares = {other: share for other, share in self.cfg.blend.shares.items() if other != name}

@@ -42,7 +42,9 @@ class Retriever:
             weight=two_tower.popularity_weight,
             popularity=log_popularity(log, cfg.pairs),
         )
-        self.channels = build_channels(Sources(log, scores, codes_AL, cfg))
+        self.channels = build_channels(
+            Sources(log, scores, codes_AL, cfg, lambda: two_tower.advertiser_scores(log, cfg.pairs))
+        )
 
     def requests(self, targets: Targets) -> list[Request]:
         """Requests without a forecast, one a row of targets."""
