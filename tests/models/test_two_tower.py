@@ -134,7 +134,7 @@ def advertiser_batches(log: Log, cfg: PairsConfig) -> TrainingBatches:
 def test_candidates_of_the_advertiser_tower_are_the_owners_of_the_ads(log: Log) -> None:
     batches = advertiser_batches(log, tiny_retrieval().pairs)
     rows = np.arange(10, 40)
-    batch = batches(rows)
+    batch = batches(rows.tolist())
     ads, advertisers = batch["ads"], batch["advertisers"]
     assert advertisers is not None
 
@@ -163,7 +163,7 @@ def test_expected_counts_are_those_of_the_batches(log: Log) -> None:
     rng, seen = np.random.default_rng(0), np.zeros((2, max(len(log.ad_ids), len(log.advertiser_ids))))
     times = 60
     for _ in range(times):
-        batch = batches(rng.integers(0, len(batches), cfg.batch_size))
+        batch = batches(rng.integers(0, len(batches), cfg.batch_size).tolist())
         assert batch["advertisers"] is not None
         for counts, of in zip(seen, (batch["ads"], batch["advertisers"]), strict=True):
             counts += np.bincount(of["item_C"].numpy(), minlength=len(counts)) / times
