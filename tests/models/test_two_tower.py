@@ -14,7 +14,7 @@ import torch
 from data.errors import LineageError, UserError
 from data.log import Log
 from models.training import TrainerConfig
-from models.two_tower import Candidates, RowsAndLayers, TwoTowerConfig, clip_gradients
+from models.two_tower import Candidates, RowAdam, RowsAndLayers, TwoTowerConfig, clip_gradients
 from retrieval.config import ForecastChannelConfig, PairsConfig, RetrievalConfig
 from retrieval.index import IndexConfig
 from retrieval.two_tower import TrainedTwoTower
@@ -212,6 +212,22 @@ def test_gradients_are_clipped_by_their_norm_in_all() -> None:
     torch.nn.utils.clip_grad_norm_([dense.weight, *other.parameters()], 0.5)
     torch.testing.assert_close(bag.weight.grad.to_dense(), dense.weight.grad)  # type: ignore[union-attr]
     torch.testing.assert_close(layer.weight.grad, other.weight.grad)
+
+
+def test_row_adam_is_sparse_adam() -> None:
+    ours = torch.nn.EmbeddingBag(10, 4, mode="sum", sparse=True)
+    theirs = copy.deepcopy(ours)
+    optimizers = [RowAdam([ours.weight], lr=0.1), torch.optim.SparseAdam([theirs.weight], lr=0.1)]
+    for step in range(5):
+        read = torch.randint(10, (6,), generator=torch.Generator().manual_seed(step))
+        for bag, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            (bag(read, torch.arange(6)) - step).pow(2).sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(ours.weight, theirs.weight)
+    for name in ("exp_avg", "exp_avg_sq"):
+        mine, other = optimizers[0].state[ours.weight][name], optimizers[1].state[theirs.weight][name]
+        torch.testing.assert_close(mine, other)
 
 
 def test_only_rows_that_were_read_move() -> None:
