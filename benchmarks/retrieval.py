@@ -299,12 +299,13 @@ def _pairs(number: int) -> tuple[torch.Tensor, torch.Tensor]:
 def _our_step() -> Callable[[int], None]:
     """Adam, softmax over the batch; the user is its id alone, without a history."""
     cfg = TwoTowerConfig(dim=LAYERS[1], hidden=LAYERS[0], popularity_weight=None)
-    shape = TwoTowerShape({"ad": ROWS}, {"user": ROWS}, 1, 1, 1)
+    shape = TwoTowerShape({"ad": ROWS}, {"user": ROWS}, text_dim=0, ages=1, counts=1)
     ids_N1, nobody_N = torch.arange(ROWS).unsqueeze(1), torch.full((ROWS,), -1)
-    encoder = ItemEncoder(ids_N1, nobody_N, torch.zeros(1, 1), shape=shape, dim=cfg.dim)
+    encoder = ItemEncoder(ids_N1, nobody_N, torch.zeros(0, 0), shape=shape, dim=cfg.dim)
     module = TwoTowerModule(TwoTower(encoder, shape, cfg), cfg, n_ads=ROWS)
     optimizer, nothing_B0 = module.configure_optimizers(), torch.zeros(PAIRS, 0, dtype=torch.int64)
-    square_BB = torch.zeros(PAIRS, PAIRS)
+    every_P, nothing_P, nothing_PP = torch.arange(PAIRS), torch.zeros(PAIRS), torch.zeros(PAIRS, PAIRS)
+    others_PP = ~torch.eye(PAIRS, dtype=torch.bool)
 
     def step(number: int) -> None:
         user_B, ad_B = _pairs(number)
@@ -315,10 +316,12 @@ def _our_step() -> Callable[[int], None]:
             profile_BF=user_B.unsqueeze(1),
             ads=Candidates(
                 item_C=ad_B,
-                pair_row_P=torch.arange(PAIRS),
-                log_q_C=torch.zeros(PAIRS),
-                legal_BC=~torch.eye(PAIRS, dtype=torch.bool),
-                popularity_BC=square_BB,
+                pair_row_P=every_P,
+                pair_column_P=every_P,
+                log_q_C=nothing_P,
+                log_count_C=nothing_P,
+                legal_BC=others_PP,
+                popularity_BC=nothing_PP,
             ),
             advertisers=None,
         )
@@ -487,7 +490,7 @@ def ease_scores(log: Log, before: int, ridge: float) -> Scores:
 def two_tower_scores(log: Log, cfg: RetrievalConfig, last: int) -> Scores:
     """Trained on all but the last two items, its epoch chosen by the last but one."""
     codes_AL = np.arange(len(log.advertiser_ids))[:, None]
-    text_AE = np.zeros((len(log.advertiser_ids), 1), np.float32)
+    text_AE = np.zeros((len(log.advertiser_ids), 0), np.float32)
     with tempfile.TemporaryDirectory() as folder:
         spans: dict[str, Any] = {"fit_span": (1, last - 2), "select_span": (last - 1, last - 1)}
         towers, _ = train_two_tower(log, codes_AL, text_AE, cfg, work_dir=Path(folder), **spans)

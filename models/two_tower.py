@@ -41,7 +41,7 @@ from typing import Any, TypedDict
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
 
 NO_ITEM = -1
 
@@ -99,7 +99,7 @@ class TwoTowerShape:
     Attributes:
         item_features: name → number of codes of each categorical item feature, ids included.
         user_features: the same of the profile.
-        text_dim: width of the advertiser's text embedding.
+        text_dim: width of the advertiser's text embedding; 0 where there is none.
         ages: number of buckets of "how long ago".
         counts: number of buckets of "how often".
     """
@@ -116,19 +116,23 @@ class TwoTowerShape:
 
 
 class Candidates(TypedDict):
-    """(Request, target) pairs and what they are scored against: ads, or advertisers.
+    """(Request, target) pairs and what they are scored against: ads, or advertisers, each once.
 
     Attributes:
-        item_C: the pairs' targets first, in the order of the pairs, then sampled ones.
-        pair_row_P: the user row of each pair; its target is candidate ``p``.
+        item_C: the pairs' targets and sampled ones.
+        pair_row_P: the user row of each pair.
+        pair_column_P: its target among the candidates.
         log_q_C: logarithm of each candidate's expected count in a batch.
+        log_count_C: logarithm of its count in this one.
         legal_BC: True where a candidate is a negative of the row: active in its market, no target of it.
         popularity_BC: log of each candidate's conversions before the row's request; 0 where it is not scored.
     """
 
     item_C: Tensor
     pair_row_P: Tensor
+    pair_column_P: Tensor
     log_q_C: Tensor
+    log_count_C: Tensor
     legal_BC: Tensor
     popularity_BC: Tensor
 
@@ -187,6 +191,12 @@ def single_valued(codes_NF: Tensor, names: list[str]) -> KeyedJaggedTensor:
     )
 
 
+def added_up(pooled: KeyedTensor) -> Tensor:
+    """The sum of a row's embeddings, all of one width, ``(N, D)``."""
+    values_NE = pooled.values()
+    return values_NE.unflatten(1, (len(pooled.keys()), -1)).sum(1)
+
+
 def summed_bags(features: dict[str, int], dim: int) -> EmbeddingBagCollection:
     """One table a feature, all of the same width, so that a row's embeddings can be added; gradients are sparse."""
     bags = EmbeddingBagCollection(
@@ -240,7 +250,7 @@ class ItemEncoder(nn.Module):
         self.register_buffer("text_AE", text_AE.float())
         self.names = list(shape.item_features)
         self.bags = summed_bags(shape.item_features, dim)
-        self.text = nn.Linear(shape.text_dim, dim, bias=False)
+        self.text = nn.Linear(shape.text_dim, dim, bias=False) if shape.text_dim else None
 
     def forward(self, items_N: Tensor) -> Tensor:
         """Embeddings of items, shape ``(N, D)``."""
@@ -248,8 +258,9 @@ class ItemEncoder(nn.Module):
         if self.training and self.id_dropout:
             hidden_N = torch.rand(len(codes_NF), device=codes_NF.device) < self.id_dropout
             codes_NF[:, 0] = codes_NF[:, 0].masked_fill(hidden_N, 0)
-        pooled = self.bags(single_valued(codes_NF, self.names))
-        x_ND = torch.stack([pooled[name] for name in self.names]).sum(0)
+        x_ND = added_up(self.bags(single_valued(codes_NF, self.names)))
+        if self.text is None:
+            return x_ND
         row_N = self.advertiser_N[items_N].long()
         rows, position_N = row_N.clamp_min(0).unique(return_inverse=True)
         text_ND = self.text(self.text_AE[rows])[position_N]
@@ -321,8 +332,7 @@ class UserTower(nn.Module):
         """
         u_BD = self._pooled(x_BHD, age_BH, count_BH, there_BH) if x_BHD.shape[1] else self.empty.expand(len(x_BHD), -1)
         if self.profile is not None:
-            pooled = self.profile(single_valued(profile_BF, self.names))
-            u_BD = u_BD + torch.stack([pooled[name] for name in self.names]).sum(0)
+            u_BD = u_BD + added_up(self.profile(single_valued(profile_BF, self.names)))
         return nn.functional.normalize(self.body(u_BD), dim=-1)
 
     def _pooled(self, x_BHD: Tensor, age_BH: Tensor, count_BH: Tensor, there_BH: Tensor) -> Tensor:
@@ -409,23 +419,24 @@ class TwoTower(nn.Module):
         return self.advertiser_tower.advertisers(self.dropout(self.encoder(first + advertisers_A)))
 
 
-def sampled_softmax(scores_BC: Tensor, pair_row_P: Tensor, log_q_C: Tensor, legal_BC: Tensor) -> Tensor:
+def sampled_softmax(scores_BC: Tensor, among: Candidates) -> Tensor:
     """Mean loss of (user, target) pairs against the candidates of a batch.
+
+    A candidate's expected count is taken out of its logit (log-Q correction); as a negative it counts as often as it
+    was drawn.
 
     Args:
         scores_BC: inner products over the temperature.
-        pair_row_P: row of each pair; its target is candidate ``p``.
-        log_q_C: logarithm of each candidate's expected count, which is subtracted (log-Q correction).
-        legal_BC: True where the candidate is a negative of the row.
+        among: the candidates.
 
     Returns:
         A scalar.
     """
-    logits_BC = scores_BC - log_q_C
-    n_pairs = len(pair_row_P)
-    positive_P = logits_BC[pair_row_P, torch.arange(n_pairs, device=logits_BC.device)]
-    negatives_B = logits_BC.masked_fill(~legal_BC, -torch.inf).logsumexp(1)
-    return (torch.logaddexp(positive_P, negatives_B[pair_row_P]) - positive_P).mean()
+    logits_BC = scores_BC - among["log_q_C"]
+    positive_P = logits_BC[among["pair_row_P"], among["pair_column_P"]]
+    drawn_BC = (logits_BC + among["log_count_C"]).masked_fill(~among["legal_BC"], -torch.inf)
+    negatives_B = drawn_BC.logsumexp(1)
+    return (torch.logaddexp(positive_P, negatives_B[among["pair_row_P"]]) - positive_P).mean()
 
 
 class TwoTowerModule(L.LightningModule):
@@ -461,10 +472,8 @@ class TwoTowerModule(L.LightningModule):
     def _softmax(
         self, user_BD: Tensor, embed: Callable[[Tensor], Tensor], among: Candidates, popularity_weight: Tensor | None
     ) -> Tensor:
-        items, position_C = among["item_C"].unique(return_inverse=True)
-        scores_BC = user_BD @ embed(items)[position_C].t() / self.cfg.temperature
-        scores_BC = biased(scores_BC, among["popularity_BC"], popularity_weight)
-        return sampled_softmax(scores_BC, among["pair_row_P"], among["log_q_C"], among["legal_BC"])
+        scores_BC = user_BD @ embed(among["item_C"]).t() / self.cfg.temperature
+        return sampled_softmax(biased(scores_BC, among["popularity_BC"], popularity_weight), among)
 
     def on_validation_epoch_start(self) -> None:
         self._ad_vectors_ND = ad_vectors(self.model, self.n_ads)

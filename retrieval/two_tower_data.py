@@ -336,24 +336,27 @@ class TrainingBatches(RequestBatches):
         drawn_D: NDArray[np.int32],
     ) -> Candidates:
         """Drawn pairs and negatives, with what each request may score: what is active, and no other target of it."""
-        items_C = np.concatenate([pairs[1], drawn_D])
-        items_U, column_C = np.unique(items_C, return_inverse=True)
+        items_C, column_N, count_C = np.unique(
+            np.concatenate([pairs[1], drawn_D]), return_inverse=True, return_counts=True
+        )
         column_of = np.full(len(catalogue.log_q), -1, dtype=np.int64)
-        column_of[items_U] = np.arange(len(items_U))
-        legal_BU = np.zeros((len(rows_B), len(items_U)), dtype=bool)
+        column_of[items_C] = np.arange(len(items_C))
+        legal_BC = np.zeros((len(rows_B), len(items_C)), dtype=bool)
         column_M = column_of[active[1]]
-        legal_BU[active[0][column_M >= 0], column_M[column_M >= 0]] = True
+        legal_BC[active[0][column_M >= 0], column_M[column_M >= 0]] = True
         column = column_of[every[1]]
-        scored_BU = legal_BU.copy()
-        scored_BU[every[0][column >= 0], column[column >= 0]] = True
-        legal_BU[every[0][column >= 0], column[column >= 0]] = False
-        popularity_BU = self.popularities(catalogue.popularity, rows_B, items_U, scored_BU)
+        scored_BC = legal_BC.copy()
+        scored_BC[every[0][column >= 0], column[column >= 0]] = True
+        legal_BC[every[0][column >= 0], column[column >= 0]] = False
+        popularity_BC = self.popularities(catalogue.popularity, rows_B, items_C, scored_BC)
         return Candidates(
             item_C=torch.from_numpy(items_C.astype(np.int64)),
             pair_row_P=torch.from_numpy(pairs[0]),
+            pair_column_P=torch.from_numpy(column_N[: len(pairs[0])]),
             log_q_C=torch.from_numpy(catalogue.log_q[items_C].astype(np.float32)),
-            legal_BC=torch.from_numpy(legal_BU[:, column_C]),
-            popularity_BC=torch.from_numpy(popularity_BU[:, column_C]),
+            log_count_C=torch.from_numpy(np.log(count_C).astype(np.float32)),
+            legal_BC=torch.from_numpy(legal_BC),
+            popularity_BC=torch.from_numpy(popularity_BC),
         )
 
     def _owners(self, row_P: NDArray[np.int64], ad_P: NDArray[np.int32]) -> Pairs:

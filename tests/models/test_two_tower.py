@@ -14,7 +14,7 @@ import torch
 from data.errors import LineageError, UserError
 from data.log import Log
 from models.training import TrainerConfig
-from models.two_tower import Candidates, RowAdam, RowsAndLayers, TwoTowerConfig, clip_gradients
+from models.two_tower import Candidates, RowAdam, RowsAndLayers, TwoTowerConfig, clip_gradients, sampled_softmax
 from retrieval.config import ForecastChannelConfig, PairsConfig, RetrievalConfig
 from retrieval.index import IndexConfig
 from retrieval.two_tower import TrainedTwoTower
@@ -138,13 +138,14 @@ def test_candidates_of_the_advertiser_tower_are_the_owners_of_the_ads(log: Log) 
     ads, advertisers = batch["ads"], batch["advertisers"]
     assert advertisers is not None
 
-    def owners(of: Candidates) -> set[tuple[int, int]]:
-        pairs = zip(of["pair_row_P"].tolist(), of["item_C"].tolist(), strict=False)
-        return {(row, int(log.ad_advertiser[ad])) for row, ad in pairs if log.ad_advertiser[ad] >= 0}
+    def pairs_of(of: Candidates) -> list[tuple[int, int]]:
+        targets_P = of["item_C"][of["pair_column_P"]]
+        return list(zip(of["pair_row_P"].tolist(), targets_P.tolist(), strict=True))
 
-    pairs = list(zip(advertisers["pair_row_P"].tolist(), advertisers["item_C"].tolist(), strict=False))
+    pairs = pairs_of(advertisers)
+    owners = [(row, int(log.ad_advertiser[ad])) for row, ad in pairs_of(ads)]
     assert len(pairs) == len(set(pairs))
-    assert set(pairs) == owners(ads)
+    assert set(pairs) == {pair for pair in owners if pair[1] >= 0}
     counted, targets = log_popularity(log, batches.cfg, of_advertisers=True), batches.targets
     for place, row in enumerate(rows.tolist()):
         market, period = int(targets.market[row]), int(targets.period[row])
@@ -166,7 +167,7 @@ def test_expected_counts_are_those_of_the_batches(log: Log) -> None:
         batch = batches(rng.integers(0, len(batches), cfg.batch_size).tolist())
         assert batch["advertisers"] is not None
         for counts, of in zip(seen, (batch["ads"], batch["advertisers"]), strict=True):
-            counts += np.bincount(of["item_C"].numpy(), minlength=len(counts)) / times
+            counts[of["item_C"].numpy()] += np.exp(of["log_count_C"].numpy()) / times
     for counts, expected in zip(seen, (batches.expected_counts(), batches.expected_advertisers()), strict=True):
         deviation = np.sqrt(expected / times) + 1e-6
         assert (np.abs(counts[: len(expected)] - expected) < 5 * deviation).all()
@@ -199,6 +200,32 @@ def test_towers_without_the_advertisers_say_so(log: Log, tmp_path: Path) -> None
         towers.advertiser_scores(log, tiny_retrieval().pairs)
     with pytest.raises(ValueError, match="advertiser_weight"):
         towers.model.advertisers(torch.arange(2))
+
+
+def test_a_candidate_drawn_twice_counts_twice() -> None:
+    """One column with its count is as good as a column a draw, as the softmax over all draws has it."""
+    torch.manual_seed(0)
+    items_N, rows_P = torch.tensor([4, 7, 7, 2, 4]), torch.tensor([0, 1])  # the pairs' targets first
+    scores_BI, log_q_I = torch.randn(2, 9), torch.randn(9)
+    legal_BN = torch.tensor([[False, True, True, True, False], [True, False, False, True, True]])
+    logits_BN = scores_BI[:, items_N] - log_q_I[items_N]
+    expected = []
+    for row in range(2):
+        drawn = torch.cat([logits_BN[row, row : row + 1], logits_BN[row][legal_BN[row]]])
+        expected.append(-drawn.log_softmax(0)[0])
+    items_C, column_N, count_C = items_N.unique(return_inverse=True, return_counts=True)
+    legal_BC = torch.zeros(2, 3, dtype=torch.bool)
+    legal_BC[:, column_N] = legal_BN
+    among = Candidates(
+        item_C=items_C,
+        pair_row_P=rows_P,
+        pair_column_P=column_N[:2],
+        log_q_C=log_q_I[items_C],
+        log_count_C=count_C.log(),
+        legal_BC=legal_BC,
+        popularity_BC=torch.zeros(2, 3),
+    )
+    torch.testing.assert_close(sampled_softmax(scores_BI[:, items_C], among), torch.stack(expected).mean())
 
 
 def test_gradients_are_clipped_by_their_norm_in_all() -> None:
