@@ -244,7 +244,7 @@ def test_gradients_are_clipped_by_their_norm_in_all() -> None:
 def test_row_adam_is_sparse_adam() -> None:
     ours = torch.nn.EmbeddingBag(10, 4, mode="sum", sparse=True)
     theirs = copy.deepcopy(ours)
-    optimizers = [RowAdam([ours.weight], lr=0.1), torch.optim.SparseAdam([theirs.weight], lr=0.1)]
+    optimizers = [RowAdam([*ours.parameters()], lr=0.1), torch.optim.SparseAdam([theirs.weight], lr=0.1)]
     for step in range(5):
         read = torch.randint(10, (6,), generator=torch.Generator().manual_seed(step))
         for bag, optimizer in zip((ours, theirs), optimizers, strict=True):
