@@ -297,8 +297,8 @@ def _pairs(number: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _our_step() -> Callable[[int], None]:
-    """Adam, softmax over the batch; the user is its id alone, without a history."""
-    cfg = TwoTowerConfig(dim=LAYERS[1], hidden=LAYERS[0], popularity_weight=None)
+    """Adam, softmax over the batch; the user is its id alone, without a history; no dropout, as theirs has none."""
+    cfg = TwoTowerConfig(dim=LAYERS[1], hidden=LAYERS[0], dropout=0.0, popularity_weight=None)
     shape = TwoTowerShape({"ad": ROWS}, {"user": ROWS}, text_dim=0, ages=1, counts=1)
     ids_N1, nobody_N = torch.arange(ROWS).unsqueeze(1), torch.full((ROWS,), -1)
     encoder = ItemEncoder(ids_N1, nobody_N, torch.zeros(0, 0), shape=shape, dim=cfg.dim)

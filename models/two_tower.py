@@ -193,8 +193,8 @@ def single_valued(codes_NF: Tensor, names: list[str]) -> KeyedJaggedTensor:
 
 def added_up(pooled: KeyedTensor) -> Tensor:
     """The sum of a row's embeddings, all of one width, ``(N, D)``."""
-    values_NE = pooled.values()
-    return values_NE.unflatten(1, (len(pooled.keys()), -1)).sum(1)
+    values_NE, features = pooled.values(), len(pooled.keys())
+    return values_NE if features == 1 else values_NE.unflatten(1, (features, -1)).sum(1)
 
 
 def summed_bags(features: dict[str, int], dim: int) -> EmbeddingBagCollection:
@@ -519,11 +519,11 @@ class TwoTowerModule(L.LightningModule):
             clip_gradients(self.parameters(), float(gradient_clip_val))
 
 
-class RowAdam(torch.optim.Optimizer):
+class RowAdam:
     """Adam of tables with sparse gradients; a row moves, and its moments decay, in the steps that have read it.
 
     The rule of ``torch.optim.SparseAdam``, whose sums of sparse tensors take several times as long as the few rows that
-    are read and written here.
+    are read and written here. A part of `RowsAndLayers`, whose step it shares.
 
     Args:
         tables: parameters whose gradients are sparse.
@@ -533,20 +533,29 @@ class RowAdam(torch.optim.Optimizer):
     def __init__(
         self, tables: list[nn.Parameter], *, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
     ) -> None:
-        super().__init__(tables, {"lr": lr, "betas": betas, "eps": eps})
+        self.tables, self.lr, self.betas, self.eps = tables, lr, betas, eps
+        self.states: list[dict[str, Any]] = [{} for _ in tables]
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        loss = None if closure is None else closure()
-        for group in self.param_groups:
-            for table in group["params"]:
-                if table.grad is not None:
-                    self._move(table, group["lr"], group["betas"], group["eps"])
-        return loss
+    def step(self) -> None:
+        """Move the rows that have a gradient."""
+        for table, state in zip(self.tables, self.states, strict=True):
+            if table.grad is not None:
+                self._move(table, table.grad.coalesce(), state)
 
-    def _move(self, table: nn.Parameter, lr: float, betas: tuple[float, float], eps: float) -> None:
-        assert table.grad is not None
-        gradient, state = table.grad.coalesce(), self.state[table]
+    def state_dict(self) -> dict[str, Any]:
+        """Moments and steps of each table."""
+        return {"states": self.states}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Back from :meth:`state_dict`."""
+        self.states = [
+            {name: value.to(table.device) if isinstance(value, Tensor) else value for name, value in state.items()}
+            for table, state in zip(self.tables, state_dict["states"], strict=True)
+        ]
+
+    def _move(self, table: nn.Parameter, gradient: Tensor, state: dict[str, Any]) -> None:
+        betas = self.betas
         rows_R, gradient_RD = gradient.indices()[0], gradient.values()
         if not state:
             state |= {"step": 0, "exp_avg": torch.zeros_like(table), "exp_avg_sq": torch.zeros_like(table)}
@@ -556,8 +565,8 @@ class RowAdam(torch.optim.Optimizer):
         square_RD.addcmul_(gradient_RD, gradient_RD, value=1 - betas[1])
         state["exp_avg"].index_copy_(0, rows_R, mean_RD)
         state["exp_avg_sq"].index_copy_(0, rows_R, square_RD)
-        size = lr * (1 - betas[1] ** state["step"]) ** 0.5 / (1 - betas[0] ** state["step"])
-        table.index_add_(0, rows_R, mean_RD.div_(square_RD.sqrt_().add_(eps)), alpha=-size)
+        size = self.lr * (1 - betas[1] ** state["step"]) ** 0.5 / (1 - betas[0] ** state["step"])
+        table.index_add_(0, rows_R, mean_RD.div_(square_RD.sqrt_().add_(self.eps)), alpha=-size)
 
 
 class RowsAndLayers(torch.optim.Optimizer):
@@ -573,7 +582,7 @@ class RowsAndLayers(torch.optim.Optimizer):
     def __init__(
         self, tables: list[nn.Parameter], layers: list[nn.Parameter], *, lr: float, weight_decay: float
     ) -> None:
-        self.parts: list[torch.optim.Optimizer] = [RowAdam(tables, lr=lr)] if tables else []
+        self.parts: list[RowAdam | torch.optim.Optimizer] = [RowAdam(tables, lr=lr)] if tables else []
         self.parts.append(torch.optim.AdamW(layers, lr=lr, weight_decay=weight_decay, fused=True))
         super().__init__([*tables, *layers], {"lr": lr})
 
