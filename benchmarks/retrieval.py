@@ -41,6 +41,7 @@ from data.prepare import prepare
 from data.truth import SimulatorConfig, Truth
 from models.two_tower import (
     Batch,
+    Candidates,
     ItemEncoder,
     TwoTower,
     TwoTowerConfig,
@@ -53,6 +54,7 @@ from pipeline.config import compose
 from pipeline.quiet import quiet_libraries
 from retrieval.blend import QuotaBlend
 from retrieval.config import FORECAST, SEEDED, TWO_TOWER, RetrievalConfig
+from retrieval.counts import Purchases
 from retrieval.index import AdIndex, IndexConfig
 from retrieval.metrics import hits, ndcg_at_k, recall_at_k
 from retrieval.neighbours import Neighbours
@@ -301,14 +303,15 @@ def _pairs(number: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _our_step() -> Callable[[int], None]:
-    """Adam, softmax over the batch; the user is its id alone, without a history."""
-    cfg = TwoTowerConfig(dim=LAYERS[1], hidden=LAYERS[0], popularity_weight=None)
-    shape = TwoTowerShape({"ad": ROWS}, {"user": ROWS}, 1, 1, 1)
+    """Adam, softmax over the batch; the user is its id alone, without a history; no dropout, as theirs has none."""
+    cfg = TwoTowerConfig(dim=LAYERS[1], hidden=LAYERS[0], dropout=0.0, popularity_weight=None)
+    shape = TwoTowerShape({"ad": ROWS}, {"user": ROWS}, text_dim=0, ages=1, counts=1)
     ids_N1, nobody_N = torch.arange(ROWS).unsqueeze(1), torch.full((ROWS,), -1)
-    encoder = ItemEncoder(ids_N1, nobody_N, torch.zeros(1, 1), shape=shape, dim=cfg.dim)
+    encoder = ItemEncoder(ids_N1, nobody_N, torch.zeros(0, 0), shape=shape, dim=cfg.dim)
     module = TwoTowerModule(TwoTower(encoder, shape, cfg), cfg, n_ads=ROWS)
     optimizer, nothing_B0 = module.configure_optimizers(), torch.zeros(PAIRS, 0, dtype=torch.int64)
-    square_BB = torch.zeros(PAIRS, PAIRS)
+    every_P, nothing_P, nothing_PP = torch.arange(PAIRS), torch.zeros(PAIRS), torch.zeros(PAIRS, PAIRS)
+    others_PP = ~torch.eye(PAIRS, dtype=torch.bool)
 
     def step(number: int) -> None:
         user_B, ad_B = _pairs(number)
@@ -317,11 +320,16 @@ def _our_step() -> Callable[[int], None]:
             age_BH=nothing_B0,
             count_BH=nothing_B0,
             profile_BF=user_B.unsqueeze(1),
-            candidates_C=ad_B,
-            pair_row_P=torch.arange(PAIRS),
-            log_q_C=torch.zeros(PAIRS),
-            legal_BC=~torch.eye(PAIRS, dtype=torch.bool),
-            popularity_BC=square_BB,
+            ads=Candidates(
+                item_C=ad_B,
+                pair_row_P=every_P,
+                pair_column_P=every_P,
+                log_q_C=nothing_P,
+                log_count_C=nothing_P,
+                legal_BC=others_PP,
+                popularity_BC=nothing_PP,
+            ),
+            advertisers=None,
         )
         optimizer.zero_grad()
         module.loss(batch).backward()
@@ -380,7 +388,7 @@ class _UserAndAd(nn.Module):
 BEAUTY = (
     "data=parquet", "data.origin='2000-01-01'", "data.label_kinds=[click_conversion]", "data.label_window_days=1",
     "data.split.by=leave_one_out", "data.ad_columns=[category]", "trainer.progress_bar=false",
-    "retrieval.pairs.history=50", "retrieval.pairs.window=50", "retrieval.pairs.targets_per_request=1",
+    "retrieval.pairs.history=20", "retrieval.pairs.window=20", "retrieval.pairs.targets_per_request=1",
     "retrieval.pairs.sampled_negatives=2048", "retrieval.pairs.requests_per_epoch=16384",
     "retrieval.pairs.validation_requests=4096", "retrieval.pairs.recall_at=10",
     "retrieval.pairs.popularity.market_weight=0", "retrieval.pairs.popularity.decay=1.0",
@@ -417,12 +425,12 @@ def beauty(folder: Path | None) -> None:
 
 def measured(scores: Scores, log: Log, targets: Targets) -> tuple[float, float]:
     """Mean recall and NDCG at 10."""
-    lists = []
+    lists, purchases = [], Purchases(log)
     for rows in np.array_split(np.arange(len(targets)), 64):
         part = targets.select(rows)
         score_RI = np.array(scores(part), dtype=np.float64)
         for place in range(len(part)):
-            bought = log.events.ad[log.history(int(part.user[place]), int(part.period[place]))]
+            bought = purchases.of(int(part.user[place]), int(part.period[place])).ad  # not what was only shown
             score_RI[place, bought[bought >= 0]] = -np.inf
         top = np.argpartition(-score_RI, TOP, axis=1)[:, :TOP]
         order = np.argsort(-np.take_along_axis(score_RI, top, axis=1), axis=1, kind="stable")
@@ -488,7 +496,7 @@ def ease_scores(log: Log, before: int, ridge: float) -> Scores:
 def two_tower_scores(log: Log, cfg: RetrievalConfig, last: int) -> Scores:
     """Trained on all but the last two items, its epoch chosen by the last but one."""
     codes_AL = np.arange(len(log.advertiser_ids))[:, None]
-    text_AE = np.zeros((len(log.advertiser_ids), 1), np.float32)
+    text_AE = np.zeros((len(log.advertiser_ids), 0), np.float32)
     with tempfile.TemporaryDirectory() as folder:
         spans: dict[str, Any] = {"fit_span": (1, last - 2), "select_span": (last - 1, last - 1)}
         towers, _ = train_two_tower(log, codes_AL, text_AE, cfg, work_dir=Path(folder), **spans)

@@ -22,6 +22,10 @@ out of its logit (log-Q correction: Yi et al., *Sampling-Bias-Corrected Neural M
 Item Recommendations*, RecSys 2019). A row's candidates are those its request could have shown, less
 its other targets, so the softmax estimates the choice among the ads active in the visited market.
 
+By config an **advertiser tower** is trained with them: the user vector and an advertiser's embedding go each through a
+layer of their own, and the same softmax runs over the advertisers of the batch's candidates. It says which advertisers
+a user converts with, as a forecast does, from the towers alone.
+
 An epoch of a large catalogue reads few rows of its embedding tables, so their gradients are sparse, and Adam moves
 the rows that a batch has read and no others.
 
@@ -30,14 +34,14 @@ Shapes: B users, H history, N items, C candidates, P (user, target) pairs, F fea
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, TypedDict
 
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
 
 NO_ITEM = -1
 
@@ -54,6 +58,7 @@ class TwoTowerConfig:
         dropout: applied to the embedded items in training.
         id_dropout: share of training items whose own id is hidden, so that their other features have to serve.
         popularity_weight: of the log of an ad's conversions so far, where training begins; null leaves them out.
+        advertiser_weight: of the loss over advertisers beside that over ads; null trains no advertiser tower.
         temperature: divides the inner product of unit vectors.
         learning_rate: of Adam.
         weight_decay: of the layers; embeddings have none.
@@ -66,6 +71,7 @@ class TwoTowerConfig:
     dropout: float = 0.1
     id_dropout: float = 0.0
     popularity_weight: float | None = 0.3
+    advertiser_weight: float | None = None
     temperature: float = 0.07
     learning_rate: float = 3e-3
     weight_decay: float = 1e-4
@@ -74,6 +80,8 @@ class TwoTowerConfig:
         for name in ("dim", "hidden", "heads", "temperature", "learning_rate"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)}; expected a positive number")
+        if self.advertiser_weight is not None and self.advertiser_weight <= 0:
+            raise ValueError(f"advertiser_weight={self.advertiser_weight}; expected a positive number, or null")
         for name in ("dropout", "id_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; expected a share in [0, 1)")
@@ -91,7 +99,7 @@ class TwoTowerShape:
     Attributes:
         item_features: name → number of codes of each categorical item feature, ids included.
         user_features: the same of the profile.
-        text_dim: width of the advertiser's text embedding.
+        text_dim: width of the advertiser's text embedding; 0 where there is none.
         ages: number of buckets of "how long ago".
         counts: number of buckets of "how often".
     """
@@ -107,6 +115,28 @@ class TwoTowerShape:
         return asdict(self)
 
 
+class Candidates(TypedDict):
+    """(Request, target) pairs and what they are scored against: ads, or advertisers, each once.
+
+    Attributes:
+        item_C: the pairs' targets and sampled ones.
+        pair_row_P: the user row of each pair.
+        pair_column_P: its target among the candidates.
+        log_q_C: logarithm of each candidate's expected count in a batch.
+        log_count_C: logarithm of its count in this one.
+        legal_BC: True where a candidate is a negative of the row: active in its market, no target of it.
+        popularity_BC: log of each candidate's conversions before the row's request; 0 where it is not scored.
+    """
+
+    item_C: Tensor
+    pair_row_P: Tensor
+    pair_column_P: Tensor
+    log_q_C: Tensor
+    log_count_C: Tensor
+    legal_BC: Tensor
+    popularity_BC: Tensor
+
+
 class Batch(TypedDict):
     """Training requests and the candidates they are scored against.
 
@@ -115,22 +145,16 @@ class Batch(TypedDict):
         age_BH: bucket of how long ago each was bought last.
         count_BH: bucket of how often it was bought.
         profile_BF: profile codes, 0 = unknown.
-        candidates_C: ads; the pairs' targets first, in the order of the pairs, then sampled ones.
-        pair_row_P: the user row of each pair; its target is candidate ``p``.
-        log_q_C: logarithm of each candidate's expected count in a batch.
-        legal_BC: True where a candidate is a negative of the row: active in its market, no target of it.
-        popularity_BC: log of each candidate's conversions before the row's request; 0 where it is not scored.
+        ads: candidates of the ad tower.
+        advertisers: of the advertiser tower; None without one, and where no target has an advertiser.
     """
 
     history_BH: Tensor
     age_BH: Tensor
     count_BH: Tensor
     profile_BF: Tensor
-    candidates_C: Tensor
-    pair_row_P: Tensor
-    log_q_C: Tensor
-    legal_BC: Tensor
-    popularity_BC: Tensor
+    ads: Candidates
+    advertisers: Candidates | None
 
 
 class ValidationBatch(TypedDict):
@@ -165,6 +189,12 @@ def single_valued(codes_NF: Tensor, names: list[str]) -> KeyedJaggedTensor:
         values=codes_NF.t().reshape(-1),
         lengths=torch.ones(n_rows * n_features, dtype=torch.int64, device=codes_NF.device),
     )
+
+
+def added_up(pooled: KeyedTensor) -> Tensor:
+    """The sum of a row's embeddings, all of one width, ``(N, D)``."""
+    values_NE, features = pooled.values(), len(pooled.keys())
+    return values_NE if features == 1 else values_NE.unflatten(1, (features, -1)).sum(1)
 
 
 def summed_bags(features: dict[str, int], dim: int) -> EmbeddingBagCollection:
@@ -220,7 +250,7 @@ class ItemEncoder(nn.Module):
         self.register_buffer("text_AE", text_AE.float())
         self.names = list(shape.item_features)
         self.bags = summed_bags(shape.item_features, dim)
-        self.text = nn.Linear(shape.text_dim, dim, bias=False)
+        self.text = nn.Linear(shape.text_dim, dim, bias=False) if shape.text_dim else None
 
     def forward(self, items_N: Tensor) -> Tensor:
         """Embeddings of items, shape ``(N, D)``."""
@@ -228,8 +258,9 @@ class ItemEncoder(nn.Module):
         if self.training and self.id_dropout:
             hidden_N = torch.rand(len(codes_NF), device=codes_NF.device) < self.id_dropout
             codes_NF[:, 0] = codes_NF[:, 0].masked_fill(hidden_N, 0)
-        pooled = self.bags(single_valued(codes_NF, self.names))
-        x_ND = torch.stack([pooled[name] for name in self.names]).sum(0)
+        x_ND = added_up(self.bags(single_valued(codes_NF, self.names)))
+        if self.text is None:
+            return x_ND
         row_N = self.advertiser_N[items_N].long()
         rows, position_N = row_N.clamp_min(0).unique(return_inverse=True)
         text_ND = self.text(self.text_AE[rows])[position_N]
@@ -301,8 +332,7 @@ class UserTower(nn.Module):
         """
         u_BD = self._pooled(x_BHD, age_BH, count_BH, there_BH) if x_BHD.shape[1] else self.empty.expand(len(x_BHD), -1)
         if self.profile is not None:
-            pooled = self.profile(single_valued(profile_BF, self.names))
-            u_BD = u_BD + torch.stack([pooled[name] for name in self.names]).sum(0)
+            u_BD = u_BD + added_up(self.profile(single_valued(profile_BF, self.names)))
         return nn.functional.normalize(self.body(u_BD), dim=-1)
 
     def _pooled(self, x_BHD: Tensor, age_BH: Tensor, count_BH: Tensor, there_BH: Tensor) -> Tensor:
@@ -325,8 +355,34 @@ def _sequence_encoder(cfg: TwoTowerConfig) -> nn.Module:
     return nn.TransformerEncoder(layer, cfg.layers, enable_nested_tensor=False)
 
 
+class AdvertiserTower(nn.Module):
+    """What the user vector and an advertiser's embedding say about the two, each through a layer of its own."""
+
+    def __init__(self, cfg: TwoTowerConfig) -> None:
+        super().__init__()
+        self.user, self.advertiser = Residual(cfg.dim, cfg.hidden), Residual(cfg.dim, cfg.hidden)
+        self.popularity_weight = _popularity_weight(cfg)
+
+    def users(self, user_BD: Tensor) -> Tensor:
+        """Unit vectors, of those of the user tower."""
+        return nn.functional.normalize(self.user(user_BD), dim=-1)
+
+    def advertisers(self, x_AD: Tensor) -> Tensor:
+        """Unit vectors, of embedded advertisers."""
+        return nn.functional.normalize(self.advertiser(x_AD), dim=-1)
+
+
+def _popularity_weight(cfg: TwoTowerConfig) -> nn.Parameter | None:
+    return None if cfg.popularity_weight is None else nn.Parameter(torch.tensor(float(cfg.popularity_weight)))
+
+
+def biased(scores: Tensor, popularity: Tensor, weight: Tensor | None) -> Tensor:
+    """Scores with what popularity adds, both of any one shape; as they are without a weight."""
+    return scores if weight is None else scores + weight * popularity
+
+
 class TwoTower(nn.Module):
-    """User tower and ad tower over one item encoder."""
+    """User tower and ad tower over one item encoder, and by config the advertiser tower."""
 
     def __init__(self, encoder: ItemEncoder, shape: TwoTowerShape, cfg: TwoTowerConfig) -> None:
         super().__init__()
@@ -335,8 +391,8 @@ class TwoTower(nn.Module):
         self.ad_tower = AdTower(cfg)
         self.user_tower = UserTower(shape, cfg)
         self.dropout = nn.Dropout(cfg.dropout)
-        weight = cfg.popularity_weight
-        self.popularity_weight = None if weight is None else nn.Parameter(torch.tensor(float(weight)))
+        self.popularity_weight = _popularity_weight(cfg)
+        self.advertiser_tower = None if cfg.advertiser_weight is None else AdvertiserTower(cfg)
 
     def users(self, history_BH: Tensor, age_BH: Tensor, count_BH: Tensor, profile_BF: Tensor) -> Tensor:
         """Unit user vectors, shape ``(B, D)``; arguments as in :class:`Batch`."""
@@ -347,32 +403,40 @@ class TwoTower(nn.Module):
             x_BHD = self.user_tower.empty.new_zeros(*history_BH.shape, self.dim)
         return self.user_tower(x_BHD, age_BH, count_BH, history_BH != NO_ITEM, profile_BF)
 
-    def biased(self, scores: Tensor, popularity: Tensor) -> Tensor:
-        """Scores with what popularity adds, both of any one shape."""
-        return scores if self.popularity_weight is None else scores + self.popularity_weight * popularity
-
     def ads(self, ads_N: Tensor) -> Tensor:
         """Unit ad vectors, shape ``(N, D)``."""
         return self.ad_tower(self.dropout(self.encoder(ads_N)))
 
+    def advertisers(self, advertisers_A: Tensor) -> Tensor:
+        """Unit advertiser vectors, shape ``(A, D)``.
 
-def sampled_softmax(scores_BC: Tensor, pair_row_P: Tensor, log_q_C: Tensor, legal_BC: Tensor) -> Tensor:
+        Raises:
+            ValueError: there is no advertiser tower.
+        """
+        if self.advertiser_tower is None:
+            raise ValueError("no advertiser tower was trained; set retrieval.model.advertiser_weight")
+        first = len(self.encoder.codes_NF) - len(self.encoder.text_AE)  # items are the ads, then the advertisers
+        return self.advertiser_tower.advertisers(self.dropout(self.encoder(first + advertisers_A)))
+
+
+def sampled_softmax(scores_BC: Tensor, among: Candidates) -> Tensor:
     """Mean loss of (user, target) pairs against the candidates of a batch.
+
+    A candidate's expected count is taken out of its logit (log-Q correction); as a negative it counts as often as it
+    was drawn.
 
     Args:
         scores_BC: inner products over the temperature.
-        pair_row_P: row of each pair; its target is candidate ``p``.
-        log_q_C: logarithm of each candidate's expected count, which is subtracted (log-Q correction).
-        legal_BC: True where the candidate is a negative of the row.
+        among: the candidates.
 
     Returns:
         A scalar.
     """
-    logits_BC = scores_BC - log_q_C
-    n_pairs = len(pair_row_P)
-    positive_P = logits_BC[pair_row_P, torch.arange(n_pairs, device=logits_BC.device)]
-    negatives_B = logits_BC.masked_fill(~legal_BC, -torch.inf).logsumexp(1)
-    return (torch.logaddexp(positive_P, negatives_B[pair_row_P]) - positive_P).mean()
+    logits_BC = scores_BC - among["log_q_C"]
+    positive_P = logits_BC[among["pair_row_P"], among["pair_column_P"]]
+    drawn_BC = (logits_BC + among["log_count_C"]).masked_fill(~among["legal_BC"], -torch.inf)
+    negatives_B = drawn_BC.logsumexp(1)
+    return (torch.logaddexp(positive_P, negatives_B[among["pair_row_P"]]) - positive_P).mean()
 
 
 class TwoTowerModule(L.LightningModule):
@@ -397,11 +461,19 @@ class TwoTowerModule(L.LightningModule):
 
     def loss(self, batch: Batch) -> Tensor:
         """Of a batch of training requests."""
-        user_BD = self.model.users(batch["history_BH"], batch["age_BH"], batch["count_BH"], batch["profile_BF"])
-        ads, position_C = batch["candidates_C"].unique(return_inverse=True)
-        ad_CD = self.model.ads(ads)[position_C]
-        scores_BC = self.model.biased(user_BD @ ad_CD.t() / self.cfg.temperature, batch["popularity_BC"])
-        return sampled_softmax(scores_BC, batch["pair_row_P"], batch["log_q_C"], batch["legal_BC"])
+        model = self.model
+        user_BD = model.users(batch["history_BH"], batch["age_BH"], batch["count_BH"], batch["profile_BF"])
+        loss = self._softmax(user_BD, model.ads, batch["ads"], model.popularity_weight)
+        tower, among, weight = model.advertiser_tower, batch["advertisers"], self.cfg.advertiser_weight
+        if tower is None or among is None or weight is None:
+            return loss
+        return loss + weight * self._softmax(tower.users(user_BD), model.advertisers, among, tower.popularity_weight)
+
+    def _softmax(
+        self, user_BD: Tensor, embed: Callable[[Tensor], Tensor], among: Candidates, popularity_weight: Tensor | None
+    ) -> Tensor:
+        scores_BC = user_BD @ embed(among["item_C"]).t() / self.cfg.temperature
+        return sampled_softmax(biased(scores_BC, among["popularity_BC"], popularity_weight), among)
 
     def on_validation_epoch_start(self) -> None:
         self._ad_vectors_ND = ad_vectors(self.model, self.n_ads)
@@ -410,8 +482,10 @@ class TwoTowerModule(L.LightningModule):
         user_BD = self.model.users(batch["history_BH"], batch["age_BH"], batch["count_BH"], batch["profile_BF"])
         assert self._ad_vectors_ND is not None
         active_BN, target_BN = batch["active_BN"], batch["target_BN"] & batch["active_BN"]
-        scores_BN = self.model.biased(
-            user_BD @ self._ad_vectors_ND.t() / self.cfg.temperature, batch["popularity_BN"]
+        scores_BN = biased(
+            user_BD @ self._ad_vectors_ND.t() / self.cfg.temperature,
+            batch["popularity_BN"],
+            self.model.popularity_weight,
         ).masked_fill(~active_BN, -torch.inf)
         targets_B = target_BN.sum(1)
         nll_B = scores_BN.logsumexp(1) - scores_BN.masked_fill(~target_BN, 0).sum(1) / targets_B.clamp_min(1)
@@ -445,6 +519,56 @@ class TwoTowerModule(L.LightningModule):
             clip_gradients(self.parameters(), float(gradient_clip_val))
 
 
+class RowAdam:
+    """Adam of tables with sparse gradients; a row moves, and its moments decay, in the steps that have read it.
+
+    The rule of ``torch.optim.SparseAdam``, whose sums of sparse tensors take several times as long as the few rows that
+    are read and written here. A part of `RowsAndLayers`, whose step it shares.
+
+    Args:
+        tables: parameters whose gradients are sparse.
+        lr, betas, eps: as of Adam.
+    """
+
+    def __init__(
+        self, tables: list[nn.Parameter], *, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+    ) -> None:
+        self.tables, self.lr, self.betas, self.eps = tables, lr, betas, eps
+        self.states: list[dict[str, Any]] = [{} for _ in tables]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move the rows that have a gradient."""
+        for table, state in zip(self.tables, self.states, strict=True):
+            if table.grad is not None:
+                self._move(table, table.grad.coalesce(), state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments and steps of each table."""
+        return {"states": self.states}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Back from :meth:`state_dict`."""
+        self.states = [
+            {name: value.to(table.device) if isinstance(value, Tensor) else value for name, value in state.items()}
+            for table, state in zip(self.tables, state_dict["states"], strict=True)
+        ]
+
+    def _move(self, table: nn.Parameter, gradient: Tensor, state: dict[str, Any]) -> None:
+        betas = self.betas
+        rows_R, gradient_RD = gradient.indices()[0], gradient.values()
+        if not state:
+            state |= {"step": 0, "exp_avg": torch.zeros_like(table), "exp_avg_sq": torch.zeros_like(table)}
+        state["step"] += 1
+        mean_RD = state["exp_avg"].index_select(0, rows_R).lerp_(gradient_RD, 1 - betas[0])
+        square_RD = state["exp_avg_sq"].index_select(0, rows_R).mul_(betas[1])
+        square_RD.addcmul_(gradient_RD, gradient_RD, value=1 - betas[1])
+        state["exp_avg"].index_copy_(0, rows_R, mean_RD)
+        state["exp_avg_sq"].index_copy_(0, rows_R, square_RD)
+        size = self.lr * (1 - betas[1] ** state["step"]) ** 0.5 / (1 - betas[0] ** state["step"])
+        table.index_add_(0, rows_R, mean_RD.div_(square_RD.sqrt_().add_(self.eps)), alpha=-size)
+
+
 class RowsAndLayers(torch.optim.Optimizer):
     """Adam that moves only the rows of a table that have a gradient, and AdamW of everything else.
 
@@ -458,7 +582,7 @@ class RowsAndLayers(torch.optim.Optimizer):
     def __init__(
         self, tables: list[nn.Parameter], layers: list[nn.Parameter], *, lr: float, weight_decay: float
     ) -> None:
-        self.parts: list[torch.optim.Optimizer] = [torch.optim.SparseAdam(tables, lr=lr)] if tables else []
+        self.parts: list[RowAdam | torch.optim.Optimizer] = [RowAdam(tables, lr=lr)] if tables else []
         self.parts.append(torch.optim.AdamW(layers, lr=lr, weight_decay=weight_decay, fused=True))
         super().__init__([*tables, *layers], {"lr": lr})
 

@@ -143,7 +143,7 @@ def forests(result: Result) -> list[Forest]:
         lines = []
         for arm, row in own.items():
             outcome, digits = verdict.judge(row), metric.difference_digits
-            interval = f"[{number(row.ci_low, digits, signed=True)}, {number(row.ci_high, digits, signed=True)}]"
+            interval = verdict.interval(row, digits, signed=True)
             plot = figures.forest_cell(row, scale)
             words = f"{figures.outcome_mark(outcome)} {outcome.value}"
             value = number(row.value, digits, signed=True)
@@ -171,10 +171,8 @@ def _level(row: Row | None) -> str:
 def _difference(row: Row | None) -> str:
     if row is None:
         return NONE
-    digits, outcome = verdict.metric_of(row.metric).difference_digits, verdict.judge(row)
-    mark = {Outcome.GAIN: " ▲", Outcome.LOSS: " ▼"}.get(outcome, "")
-    low, high = (number(end, digits, signed=True) for end in (row.ci_low, row.ci_high))
-    return f"{number(row.value, digits, signed=True)} [{low}, {high}]{mark}"
+    mark = {Outcome.GAIN: " ▲", Outcome.LOSS: " ▼"}.get(verdict.judge(row), "")
+    return verdict.figure(row) + mark
 
 
 def _line(cells: Sequence[str]) -> str:

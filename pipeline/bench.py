@@ -38,10 +38,9 @@ def bench_of_configuration(overrides: Sequence[str], *, console: Console) -> tup
     Raises:
         UserError: as of `pipeline.run.run_stages`.
     """
-    config = compose(overrides)
-    for stage in _needed(config):
-        run_stages(replace(config, run=replace(config.run, until=stage)), console=console)
-    return config, _measure(config)
+    config, shared = compose(overrides), dict[Any, Any]()
+    run_stages(config, console=console, until=_needed(config), shared=shared)
+    return config, _measure(config, shared)
 
 
 def bench_of_run(run: Path, overrides: Sequence[str]) -> tuple[AdsidConfig, RetrievalBenchmark]:
@@ -62,7 +61,7 @@ def bench_of_run(run: Path, overrides: Sequence[str]) -> tuple[AdsidConfig, Retr
             expected=f"finished artifacts of {', '.join(_artifacts(config))}",
             action="make them with `adsid run`, or take channels that need none: retrieval=counts",
         )
-    return config, _measure(config)
+    return config, _measure(config, {})
 
 
 def config_beside(run: Path, overrides: Sequence[str]) -> AdsidConfig:
@@ -126,10 +125,10 @@ def _artifacts(config: AdsidConfig) -> list[str]:
     return ["data", "semantic_ids", "two_tower", *forecasting]
 
 
-def _measure(config: AdsidConfig) -> RetrievalBenchmark:
+def _measure(config: AdsidConfig, shared: dict[Any, Any]) -> RetrievalBenchmark:
     directory = run_directory(config)
     inputs = {name: directory / name for name in _artifacts(config)}
-    return retrieval_bench(Context(config=config, inputs=inputs, output=directory, work=directory / ".work", shared={}))
+    return retrieval_bench(Context(config, inputs, directory, directory / ".work", shared))
 
 
 def swapped(cfg: RetrievalConfig) -> str:

@@ -17,8 +17,8 @@ from pipeline.figures import Panel, SweepPoint, quota_sweep, round_axis, svg
 from pipeline.grids import NONE, Grid, Plot, Section, console_parts, count
 from pipeline.pages import template
 from pipeline.report import DATASET_NOTES
-from pipeline.verdict import MINUS, is_known, number
-from retrieval.benchmark import ALL, ALONE, BLEND, WITHOUT, RetrievalBenchmark
+from pipeline.verdict import DIFFERENCE, arm_label, figure, is_known, judge, number
+from retrieval.benchmark import ALL, ALONE, BLEND, RIVALS, WITHOUT, RetrievalBenchmark
 from retrieval.evaluate import SECTION, TIERS
 
 Key = tuple[str, str, str, str, int | None]
@@ -84,13 +84,7 @@ class _Rows:
 
     def interval(self, section: str, metric: str, arm: str, segment: str = "all", k: int | None = None) -> str:
         row = self.find(section, metric, arm, segment, k)
-        if row is None or not is_known(row.value):
-            return NONE
-        signed = " - " in arm
-        told = number(row.value, signed=signed)
-        if row.ci_low is None or row.ci_high is None or not (is_known(row.ci_low) and is_known(row.ci_high)):
-            return told
-        return f"{told} [{number(row.ci_low, signed=signed)}, {number(row.ci_high, signed=signed)}]"
+        return NONE if row is None or not is_known(row.value) else figure(row, 3)
 
     def arms(self, section: str) -> list[str]:
         return list(dict.fromkeys(row.arm for row in self.rows if row.section == section))
@@ -113,45 +107,52 @@ def _arms(found: RetrievalBenchmark, rows: _Rows) -> Section:
         f"Every arm gets {found.facts['budget']} candidates. New: the user never bought from the advertiser before. "
         "Coverage and Gini are over the advertisers that ran an ad in a visited market.",
     )
-    return Section("arms", "What the forecast adds", notes, (Grid(("", *map(_name, arms)), tuple(lines)),))
+    return Section("arms", "What the forecast adds", notes, (Grid(("", *map(arm_label, arms)), tuple(lines)),))
 
 
 def _segments(found: RetrievalBenchmark, rows: _Rows) -> Section:
     arms, top = rows.arms(SECTION), found.facts["k"]
     lines = tuple((tier, *(rows.interval(SECTION, "recall", arm, tier, top) for arm in arms)) for tier in TIERS)
     channels = sorted({row.segment for row in found.rows if row.metric == "hits_found_alone"})
-    plain = [arm for arm in arms if " - " not in arm]
+    plain = [arm for arm in arms if DIFFERENCE not in arm]
     alone = tuple((name, *(rows.text(SECTION, "hits_found_alone", arm, name) for arm in plain)) for name in channels)
     notes = (
         "Users by purchases before the evaluated span; below, the share of an arm's hits that one channel alone found.",
     )
     grids = (
-        Grid((f"recall@{top}", *map(_name, arms)), lines),
-        Grid(("found by this channel alone", *map(_name, plain)), alone or ((NONE,) * (len(plain) + 1),)),
+        Grid((f"recall@{top}", *map(arm_label, arms)), lines),
+        Grid(("found by this channel alone", *map(arm_label, plain)), alone or ((NONE,) * (len(plain) + 1),)),
     )
     return Section("segments", "By user activity, and who found the hits", notes, grids)
 
 
 def _alone(found: RetrievalBenchmark, rows: _Rows) -> Section:
-    notes = ("Each channel with the whole budget; popularity fills what it leaves free. The last column is the gap.",)
-    names = [arm for arm in rows.arms(ALONE) if " - " not in arm]
-    return Section(
-        "alone", "Channels alone", notes, (_study(found, rows, ALONE, names, lambda name: f"{ALL} - {name}"),)
-    )
+    notes = ["Each channel with the whole budget; popularity fills what it leaves free. The last column is the gap."]
+    names = [arm for arm in rows.arms(ALONE) if DIFFERENCE not in arm]
+    rival = rows.find(ALONE, "recall", DIFFERENCE.join(RIVALS), k=found.facts["k"])
+    if rival is not None:
+        notes.append(
+            f"One rule for both, {RIVALS[0]} by the head arm's forecast and {RIVALS[1]} by the advertiser tower: "
+            f"{arm_label(rival.arm)} {figure(rival, 3)} in recall@{rival.k}, {judge(rival).value}."
+        )
+    grid = _study(found, rows, ALONE, names, lambda name: f"{ALL}{DIFFERENCE}{name}")
+    return Section("alone", "Channels alone", tuple(notes), (grid,))
 
 
 def _without(found: RetrievalBenchmark, rows: _Rows) -> Section:
     notes = ("All channels but one, tuned again: the last column is what that one adds at the same budget.",)
-    names = [arm for arm in rows.arms(WITHOUT) if " - " not in arm]
-    grid = _study(found, rows, WITHOUT, names, lambda name: f"{ALL} - {name}", prefix="without ")
+    names = [arm for arm in rows.arms(WITHOUT) if DIFFERENCE not in arm]
+    grid = _study(found, rows, WITHOUT, names, lambda name: f"{ALL}{DIFFERENCE}{name}", prefix="without ")
     return Section("without", "Without a channel", notes, (grid,))
 
 
 def _blends(found: RetrievalBenchmark, rows: _Rows) -> Section:
     chosen = found.facts["blend"]
-    names = [arm for arm in rows.arms(BLEND) if " - " not in arm]
+    names = [arm for arm in rows.arms(BLEND) if DIFFERENCE not in arm]
     notes = (f"The same channels merged in other ways, each tuned; the last column is against {chosen}.",)
-    return Section("blends", "Blends", notes, (_study(found, rows, BLEND, names, lambda name: f"{name} - {chosen}"),))
+    return Section(
+        "blends", "Blends", notes, (_study(found, rows, BLEND, names, lambda name: f"{name}{DIFFERENCE}{chosen}"),)
+    )
 
 
 def _study(
@@ -187,7 +188,7 @@ def _plans(found: RetrievalBenchmark) -> Section:
         weights = blend.get("shares") or blend.get("weights") or blend.get("found") or {}
         told = ", ".join(f"{channel} {number(value, 2)}" for channel, value in weights.items())
         quota = NONE if plan["quota"] is None else number(plan["quota"], 2)
-        lines.append((_name(name), blend["kind"], quota, number(plan["prior_weight"], 2), told))
+        lines.append((arm_label(name), blend["kind"], quota, number(plan["prior_weight"], 2), told))
     notes = (
         "Shares of quota, weights of rrf, log-odds that a channel adds to what it found in calibrated. Prior weight: "
         "of the forecast in the score of its ads; 0 is the paper's rule.",
@@ -212,10 +213,6 @@ def _latency(found: RetrievalBenchmark) -> Section:
     return Section("latency", "Latency", notes, (Grid(("", "p50", "p95", "p99"), lines or ((NONE,) * 4,)),))
 
 
-def _name(arm: str) -> str:
-    return " ".join({"lm": "LM", "-": MINUS}.get(word, word) for word in arm.split(" ")).replace("lm,", "LM,")
-
-
 def _plots(found: RetrievalBenchmark) -> dict[str, list[Plot]]:
     k = found.facts["k"]
     points: list[SweepPoint] = found.sweep  # type: ignore[assignment]
@@ -224,7 +221,7 @@ def _plots(found: RetrievalBenchmark) -> dict[str, list[Plot]]:
         drawn = [
             row for row in found.rows if (row.section, row.metric, row.segment, row.k) == (section, "recall", "all", k)
         ]
-        plain = [row for row in drawn if " - " not in row.arm]
+        plain = [row for row in drawn if DIFFERENCE not in row.arm]
         caption = f"Recall@{k} with its interval over users; dashed: all channels."
         plots[section] = [Plot(intervals(plain, reference=ALL), f"Channels {title}", caption)]
     return plots

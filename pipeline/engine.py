@@ -139,11 +139,11 @@ class Run(Generic[Config]):
         self.observer = observer or Observer()
         self.shared: dict[Any, Any] = {}
 
-    def execute(self, *, until: str | None = None) -> list[Outcome]:
+    def execute(self, *, until: str | Sequence[str] | None = None) -> list[Outcome]:
         """Bring all stages up to date, in order.
 
         Args:
-            until: the last stage wanted, with everything it needs; None for all.
+            until: the last stage wanted, or several, with everything they need; None for all.
 
         Returns:
             One outcome a stage.
@@ -151,7 +151,8 @@ class Run(Generic[Config]):
         Raises:
             UserError: the run directory is in use, cannot be written to, or a stage was given something wrong.
         """
-        wanted = list(self.stages) if until is None else self._needed(until)
+        last = [until] if isinstance(until, str) else until
+        wanted = list(self.stages) if last is None else self._needed(*last)
         with locked(self.directory):
             return [self._bring_up_to_date(self.stages[name]) for name in wanted]
 
@@ -231,8 +232,8 @@ class Run(Generic[Config]):
             )
         return self.stages[name]
 
-    def _needed(self, until: str) -> list[str]:
-        needed = {self._stage(until).name}
+    def _needed(self, *until: str) -> list[str]:
+        needed = {self._stage(name).name for name in until}
         for name in reversed(self.stages):
             if name in needed:
                 needed.update(self.stages[name].inputs)

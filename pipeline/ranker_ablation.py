@@ -143,7 +143,7 @@ def _as_text(part: Part) -> TextSection:
     differences = Grid(
         ("", *(verdict.metric_of(metric).label for metric in claimed)),
         tuple(
-            (verdict.arm_label(arm), *(_difference(value[arm, metric]) for metric in claimed))
+            (verdict.arm_label(arm), *(verdict.figure(value[arm, metric]) for metric in claimed))
             for arm in names
             if DIFFERENCE in arm
         ),
@@ -151,11 +151,5 @@ def _as_text(part: Part) -> TextSection:
     return TextSection(part.id, part.title, (part.note,), (levels, differences))
 
 
-def _difference(row: Row) -> str:
-    digits = verdict.metric_of(row.metric).difference_digits
-    low, high = (number(end, digits, signed=True) for end in (row.ci_low, row.ci_high))
-    return f"{number(row.value, digits, signed=True)} [{low}, {high}]"
-
-
 def _told(row: Row) -> str:
-    return f"{verdict.arm_label(row.arm)}: {_difference(row)}, {verdict.judge(row).value}."
+    return f"{verdict.arm_label(row.arm)}: {verdict.figure(row)}, {verdict.judge(row).value}."

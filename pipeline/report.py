@@ -338,13 +338,7 @@ def _cell(row: Row | None) -> Cell | None:
     digits = verdict.metric_of(row.metric).digits
     if row.metric not in METRICS and verdict.is_known(row.value) and float(row.value).is_integer():
         digits = 0
-    return Cell(number(row.value, digits), _interval(row, digits))
-
-
-def _interval(row: Row, digits: int, *, signed: bool = False) -> str:
-    if not (verdict.is_known(row.ci_low) and verdict.is_known(row.ci_high)):
-        return ""
-    return f"[{number(row.ci_low, digits, signed=signed)}, {number(row.ci_high, digits, signed=signed)}]"
+    return Cell(number(row.value, digits), verdict.interval(row, digits))
 
 
 def _forests(rows: Sequence[Row]) -> list[Forest]:
@@ -368,7 +362,7 @@ def _forest_line(row: Row, scale: float, *, opens: bool) -> ForestLine:
         segment=row.segment.replace("_", " "),
         plot=figures.forest_cell(row, scale),
         value=number(row.value, digits, signed=True),
-        interval=_interval(row, digits, signed=True) or "no interval",
+        interval=verdict.interval(row, digits, signed=True) or "no interval",
         outcome=outcome.value,
         mark=figures.outcome_mark(outcome),
         style=outcome.name.lower(),

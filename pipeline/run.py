@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import transformers
 from rich.console import Console
@@ -20,13 +22,22 @@ from ranking.config import SHARDED
 REPORT = Path("report") / "report.html"
 
 
-def run_stages(config: AdsidConfig, *, console: Console, only: str | None = None) -> list[Outcome]:
+def run_stages(
+    config: AdsidConfig,
+    *,
+    console: Console,
+    only: str | None = None,
+    until: Sequence[str] = (),
+    shared: dict[Any, Any] | None = None,
+) -> list[Outcome]:
     """Bring the stages of a run directory up to date.
 
     Args:
         config: of the run; ``run.until`` ends it early.
         console: told what happens.
         only: run this one stage alone, from artifacts that are there.
+        until: the last stages wanted, in the place of ``run.until``.
+        shared: takes what the stages hand on to each other, for whoever reads it after them.
 
     Returns:
         One outcome a stage.
@@ -40,11 +51,13 @@ def run_stages(config: AdsidConfig, *, console: Console, only: str | None = None
     if follows:
         console.quiet = True
     run = Run(directory, stages(), config, observer=ConsoleObserver(console), follows=follows)
+    if shared is not None:
+        run.shared = shared
     console.print(f"run directory [bold]{directory}[/], experiment {config.experiment}", highlight=False)
     if only is not None:
         outcomes = [run.execute_one(only)]
     else:
-        outcomes = run.execute(until=config.run.until)
+        outcomes = run.execute(until=until or config.run.until)
     if not follows:
         configuration.save(config, directory / CONFIG_FILE)
     if all(outcome.status == "skipped" for outcome in outcomes):

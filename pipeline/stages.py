@@ -122,7 +122,7 @@ def stages() -> list[Stage[AdsidConfig]]:
             },
             make_retrieval,
             ("recall", "quotas"),
-            version=2,
+            version=3,
         ),
         Stage(
             "ranker",

@@ -178,6 +178,26 @@ def number(value: float | None, digits: int = 3, *, signed: bool = False) -> str
     return text.replace("-", MINUS)
 
 
+def interval(row: Row, digits: int = 3, *, signed: bool = False) -> str:
+    """The interval of a row as text, ``[low, high]``; empty where it has none."""
+    if not (is_known(row.ci_low) and is_known(row.ci_high)):
+        return ""
+    return f"[{number(row.ci_low, digits, signed=signed)}, {number(row.ci_high, digits, signed=signed)}]"
+
+
+def figure(row: Row, digits: int | None = None) -> str:
+    """A row's value with its interval, as far as it has one; of a difference with its sign, and a decimal more.
+
+    Args:
+        row: the figure.
+        digits: decimals; None for those of its measure.
+    """
+    signed, metric = DIFFERENCE in row.arm, metric_of(row.metric)
+    if digits is None:
+        digits = metric.difference_digits if signed else metric.digits
+    return f"{number(row.value, digits, signed=signed)} {interval(row, digits, signed=signed)}".rstrip()
+
+
 def judge(row: Row | None) -> Outcome:
     """What a difference shows at the level of its interval.
 

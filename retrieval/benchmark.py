@@ -1,7 +1,8 @@
 """What every part of retrieval is worth, at one total budget.
 
     arms      none, anchor, LM: what the forecast adds
-    alone     each channel has the whole budget; popularity fills what it leaves free
+    alone     each channel has the whole budget; popularity fills what it leaves free. With an advertiser tower its
+              channel is the rival of the forecast's: one rule, one budget, no language model
     without   all channels but one, tuned again: what that one adds beside the others
     blends    quota, rrf, calibrated, each tuned: what the way of merging is worth
     sweep     recall and concentration by the forecast channels' quota
@@ -29,12 +30,14 @@ from data.statistics import Row
 from priors.forecast import Forecast
 from retrieval.blend import QuotaBlend, merge
 from retrieval.channels import Ads
-from retrieval.config import BLENDS, POPULARITY, RetrievalConfig
-from retrieval.evaluate import DIFFERENCES, Judge, Requests, Values, sweep
+from retrieval.config import ADVERTISER, BLENDS, FORECAST, POPULARITY, RetrievalConfig
+from retrieval.evaluate import Arms, Values
 from retrieval.retriever import Retriever, with_forecast
-from retrieval.tuning import Plan, choose_plan, choose_shares, tuning_span, tuning_targets
+from retrieval.tuning import Plan, tuning_span
 
 ALONE, WITHOUT, BLEND, ALL = "alone", "without", "blends", "all channels"
+RIVALS = (FORECAST, ADVERTISER)
+"""Channels of one rule: what a language model's forecast finds beyond the towers' own."""
 PERCENTILES = (50, 95, 99)
 LATENCY_REQUESTS = 300
 
@@ -68,7 +71,7 @@ def bench_retrieval(
         forecasts: forecast of each arm, the head arm last; None for the arm without.
         users: whose requests are measured.
     """
-    bench = _Bench(retriever, forecasts, users)
+    bench = _Bench(Arms(retriever, forecasts, users))
     bench.time_requests()  # first, while no look-up is warm
     bench.compare_arms()
     bench.compare_channels()
@@ -77,19 +80,15 @@ def bench_retrieval(
 
 
 class _Bench:
-    def __init__(
-        self, retriever: Retriever, forecasts: Mapping[str, Forecast | None], users: NDArray[np.integer]
-    ) -> None:
-        log, cfg = retriever.log, retriever.cfg
-        self.retriever, self.cfg, self.forecasts = retriever, cfg, forecasts
-        self.head = list(forecasts)[-1]
-        self.targets = log.ad_targets(log.evaluate, users)
-        self.judge = Judge(log, self.targets, cfg)
+    def __init__(self, arms: Arms) -> None:
+        log, cfg, targets = arms.retriever.log, arms.cfg, arms.targets
+        self.arms, self.cfg = arms, cfg
+        self.head = list(arms.forecasts)[-1]
         self.found = RetrievalBenchmark(
             facts={
-                "requests": len(self.targets),
-                "users": len(np.unique(self.targets.user)),
-                "targets": len(self.targets.item),
+                "requests": len(targets),
+                "users": len(np.unique(targets.user)),
+                "targets": len(targets.item),
                 "periods": list(log.split.span(log.evaluate, evaluate=log.evaluate)),
                 "tuned_on": list(tuning_span(log)),
                 "evaluate": log.evaluate,
@@ -101,101 +100,71 @@ class _Bench:
                 "k": max(cfg.ks),
             }
         )
-        self.tuning = Requests(retriever, tuning_targets(log, users, cfg))
-        self.tuning_lists = {arm: self.tuning.by_weight(forecast) for arm, forecast in forecasts.items()}
-        self._evaluated: Requests | None = None
-        self._lists: dict[tuple[str, float], list[dict[str, Ads]]] = {}
-        self._shares: dict[tuple[str, tuple[str, ...]], dict[str, float]] = {}
-
-    @property
-    def evaluated(self) -> Requests:
-        if self._evaluated is None:
-            self._evaluated = Requests(self.retriever, self.targets)
-            active = [len(request.active) for request in self._evaluated.requests]
-            self.found.facts["active_ads"] = float(np.mean(active)) if active else 0.0
-        return self._evaluated
-
-    def lists(self, arm: str, prior_weight: float) -> list[dict[str, Ads]]:
-        if (arm, prior_weight) not in self._lists:
-            self._lists[arm, prior_weight] = self.evaluated.lists(self.forecasts[arm], prior_weight)
-        return self._lists[arm, prior_weight]
-
-    def plan(self, arm: str, cfg: RetrievalConfig) -> Plan:
-        """Of an arm under a variation of the configuration."""
-        limits, targets, shares = self.retriever.limits, self.tuning.targets, self.shares(cfg)
-        has_forecast = self.forecasts[arm] is not None
-        return choose_plan(self.tuning_lists[arm], targets, cfg, limits, base_shares=shares, forecast=has_forecast)
-
-    def shares(self, cfg: RetrievalConfig) -> dict[str, float]:
-        """Of the channels without a forecast."""
-        key = (cfg.blend.kind, tuple(cfg.base_channels))
-        if key not in self._shares:
-            self._shares[key] = choose_shares(self.tuning.base, self.tuning.targets, cfg, self.retriever.limits)
-        return self._shares[key]
-
-    def values(self, arm: str, plan: Plan) -> Values:
-        return self.judge.values(self.evaluated.merged(self.lists(arm, plan.prior_weight), plan.blend))
 
     def compare_arms(self) -> None:
-        values: dict[str, Values] = {}
-        for arm, forecast in self.forecasts.items():
-            plan = self.plan(arm, self.cfg)
-            lists_R = self.lists(arm, plan.prior_weight)
-            blended = self.evaluated.merged(lists_R, plan.blend)
-            values[arm] = self.judge.values(blended)
-            self.found.plans[arm] = plan.to_plain()
-            self.found.rows += self.judge.lists_rows(arm, blended)
-            if forecast is not None:
-                self.found.sweep += sweep(self.evaluated, lists_R, self.judge, self.shares(self.cfg), arm)
-        self.found.rows += self.judge.mean_rows(values, DIFFERENCES)
+        evaluation = self.arms.compare()
+        self.found.rows += evaluation.rows
+        self.found.sweep = evaluation.sweep
+        self.found.plans |= {arm: plan.to_plain() for arm, plan in evaluation.plans.items()}
+        active = [len(request.active) for request in self.arms.evaluated.requests]
+        self.found.facts["active_ads"] = float(np.mean(active)) if active else 0.0
 
     def compare_channels(self) -> None:
-        weight = Plan.of(self.found.plans[self.head]).prior_weight
-        names = [name for name in self._of_head() if name in self.cfg.channels]
-        alone = {name: self.values(self.head, Plan(QuotaBlend({name: 1.0}), None, weight)) for name in names}
-        whole = self.values(self.head, Plan.of(self.found.plans[self.head]))
-        self._add(ALONE, {ALL: whole} | alone, [(ALL, name) for name in names])
+        whole = self.arms.judged(self.head, self.cfg)
+        names = self._of_head()
+        alone = {
+            name: self.arms.judged_by(
+                self.head, Plan(QuotaBlend({name: 1.0}), prior_weight=whole.plan.prior_weight)
+            ).values
+            for name in names
+        }
+        differences = [(ALL, name) for name in names] + [RIVALS] * set(RIVALS).issubset(names)
+        self._add(ALONE, {ALL: whole.values} | alone, differences)
         without: dict[str, Values] = {}
         for name in names:
             shares = {other: share for other, share in self.cfg.blend.shares.items() if other != name}
             left = [other for other in self.cfg.channels if other != name]
             if not any(other in self.cfg.base_channels for other in left):
                 continue
-            plan = self.plan(self.head, replace(self.cfg, channels=left, blend=replace(self.cfg.blend, shares=shares)))
-            self.found.plans[f"{self.head}, without {name}"] = plan.to_plain()
-            without[name] = self.values(self.head, plan)
-        self._add(WITHOUT, {ALL: whole} | without, [(ALL, name) for name in without])
+            cfg = replace(self.cfg, channels=left, blend=replace(self.cfg.blend, shares=shares))
+            without[name] = self._kept(f"{self.head}, without {name}", cfg)
+        self._add(WITHOUT, {ALL: whole.values} | without, [(ALL, name) for name in without])
 
     def compare_blends(self) -> None:
-        values: dict[str, Values] = {}
-        for kind in BLENDS:
-            plan = self.plan(self.head, replace(self.cfg, blend=replace(self.cfg.blend, kind=kind)))
-            self.found.plans[f"{self.head}, {kind}"] = plan.to_plain()
-            values[kind] = self.values(self.head, plan)
         chosen = self.cfg.blend.kind
+        values = {
+            kind: self._kept(f"{self.head}, {kind}", replace(self.cfg, blend=replace(self.cfg.blend, kind=kind)))
+            for kind in BLENDS
+        }
         self._add(BLEND, values, [(kind, chosen) for kind in BLENDS if kind != chosen])
+
+    def _kept(self, name: str, cfg: RetrievalConfig) -> Values:
+        """Values of the head arm under a variation, whose plan is kept under a name."""
+        judged = self.arms.judged(self.head, cfg)
+        self.found.plans[name] = judged.plan.to_plain()
+        return judged.values
 
     def _add(self, section: str, arms: Mapping[str, Values], differences: Sequence[tuple[str, str]]) -> None:
         """Rows of the longest list only."""
         k = max(self.cfg.ks)
         kept = {arm: {key: value for key, value in values.items() if key[2] == k} for arm, values in arms.items()}
-        self.found.rows += [replace(row, section=section) for row in self.judge.mean_rows(kept, differences)]
+        self.found.rows += [replace(row, section=section) for row in self.arms.judge.mean_rows(kept, differences)]
 
     def _of_head(self) -> list[str]:
-        return self.cfg.channels if self.forecasts[self.head] is not None else self.cfg.base_channels
+        return self.cfg.channels if self.arms.forecasts[self.head] is not None else self.cfg.base_channels
 
     def time_requests(self) -> None:
         """Each step of single requests on one thread, as a service would answer them."""
-        plan, forecast = self.plan(self.head, self.cfg), self.forecasts[self.head]
-        retriever, steps = self.retriever, _Steps()
+        plan, forecast = self.arms.plan(self.head, self.cfg), self.arms.forecasts[self.head]
+        retriever, targets, steps = self.arms.retriever, self.arms.targets, _Steps()
         rng = np.random.default_rng(self.cfg.seed)
-        chosen = rng.permutation(len(self.targets))[:LATENCY_REQUESTS]
+        chosen = rng.permutation(len(targets))[:LATENCY_REQUESTS]
         threads = torch.get_num_threads(), faiss.omp_get_max_threads()
         torch.set_num_threads(1)
         faiss.omp_set_num_threads(1)
         try:
             for row in chosen:
-                asked = steps.time("user vector", retriever.requests, self.targets.select(np.array([row])))
+                asked = steps.time("user vector", retriever.requests, targets.select(np.array([row])))
                 if forecast is not None:
                     asked = steps.time("forecast", with_forecast, asked, forecast, plan.prior_weight)
                 lists: dict[str, Ads] = {}

@@ -65,6 +65,10 @@ class Blend(Protocol):
 
     kind: ClassVar[str]
 
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Whose lists it reads."""
+
     def fill(self, places: _Places, lists: Mapping[str, list[int]]) -> None:
         """Put ads into places until they are full or no ad is left."""
 
@@ -122,6 +126,10 @@ class QuotaBlend:
         if min(self.shares.values(), default=0) < 0 or abs(sum(self.shares.values()) - 1) > 1e-6:
             raise ValueError(f"shares {dict(self.shares)} must not be negative and must add up to 1")
 
+    @property
+    def channels(self) -> tuple[str, ...]:
+        return tuple(self.shares)
+
     def fill(self, places: _Places, lists: Mapping[str, list[int]]) -> None:
         given, position = dict.fromkeys(self.shares, 0), dict.fromkeys(self.shares, 0)
         alive = [name for name, share in self.shares.items() if share > 0]
@@ -164,6 +172,10 @@ class FusionBlend:
         if min(self.weights.values(), default=0) < 0 or self.constant <= 0:
             raise ValueError(f"weights {dict(self.weights)} and constant {self.constant} must not be negative")
 
+    @property
+    def channels(self) -> tuple[str, ...]:
+        return tuple(self.weights)
+
     def fill(self, places: _Places, lists: Mapping[str, list[int]]) -> None:
         parts = {
             name: weight / (self.constant + 1 + np.arange(len(lists[name])))
@@ -178,18 +190,20 @@ class FusionBlend:
 
 @dataclass(frozen=True)
 class CalibratedBlend:
-    """Log-odds of a conversion from an ad's places.
+    """Log-odds of a conversion from an ad's places, up to what all ads have in common.
 
     Attributes:
         found: log-odds that a channel adds to an ad that it found.
         per_log_place: and for each unit of the logarithm of its place there.
-        intercept: log-odds of an ad that no channel found.
     """
 
     found: Mapping[str, float]
     per_log_place: Mapping[str, float]
-    intercept: float
     kind: ClassVar[str] = "calibrated"
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        return tuple(self.found)
 
     def fill(self, places: _Places, lists: Mapping[str, list[int]]) -> None:
         parts = {
@@ -199,12 +213,7 @@ class CalibratedBlend:
         _fill_by_score(places, {name: lists[name] for name in parts}, parts)
 
     def to_plain(self) -> dict[str, Any]:
-        return {
-            "kind": self.kind,
-            "found": dict(self.found),
-            "per_log_place": dict(self.per_log_place),
-            "intercept": self.intercept,
-        }
+        return {"kind": self.kind, "found": dict(self.found), "per_log_place": dict(self.per_log_place)}
 
 
 KINDS: dict[str, type[QuotaBlend] | type[FusionBlend] | type[CalibratedBlend]] = {
@@ -217,14 +226,6 @@ KINDS: dict[str, type[QuotaBlend] | type[FusionBlend] | type[CalibratedBlend]] =
 def blend_of(plain: Mapping[str, Any]) -> Blend:
     """A blend from what its ``to_plain`` gave."""
     return KINDS[plain["kind"]](**{key: value for key, value in plain.items() if key != "kind"})
-
-
-def channels_of(blend: Blend) -> tuple[str, ...]:
-    """Channels that a blend reads."""
-    for name in ("shares", "weights", "found"):
-        if hasattr(blend, name):
-            return tuple(getattr(blend, name))
-    raise TypeError(f"{type(blend).__name__} names no channels")
 
 
 def merge(lists: Lists, blend: Blend, limits: Limits) -> Blended:
@@ -242,7 +243,7 @@ def merge(lists: Lists, blend: Blend, limits: Limits) -> Blended:
     Raises:
         ValueError: the blend or the fallback names a channel without a list.
     """
-    wanted = dict.fromkeys([*channels_of(blend), *([limits.fallback] if limits.fallback else [])])
+    wanted = dict.fromkeys([*blend.channels, *([limits.fallback] if limits.fallback else [])])
     missing = [name for name in wanted if name not in lists]
     if missing:
         raise ValueError(f"no list of channel {', '.join(missing)}; there are {', '.join(lists)}")

@@ -4,6 +4,8 @@
     own           ads the user bought before, and ads of advertisers the user bought from
     popularity    most converted ads lately, those of the visited market first; answers every request
     item_knn      ads that the buyers of the user's ads bought too
+    advertiser    ads of the advertiser tower's first advertisers, chosen as `forecast` does: what the same rule finds
+                  without a language model
     forecast      of the ads of the forecast's first advertisers those with the best two-tower score, the
                   paper's rule (arXiv 2605.27856); with a prior weight w > 0 its soft form, in which an ad's
                   share of the forecast counts too:  score + w · log(P(advertiser) / its active ads)
@@ -19,14 +21,14 @@ Shapes: K list length, M active ads, S seeds, D width, L levels.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data.log import Log
-from retrieval.config import FORECAST, ITEM_KNN, OWN, POPULARITY, SEEDED, TWO_TOWER, RetrievalConfig
+from retrieval.config import ADVERTISER, FORECAST, ITEM_KNN, OWN, POPULARITY, SEEDED, TWO_TOWER, RetrievalConfig
 from retrieval.counts import Popularity, Purchases, sum_at
 from retrieval.index import NO_AD, AdIndex
 from retrieval.neighbours import Neighbours
@@ -34,6 +36,8 @@ from retrieval.neighbours import Neighbours
 Ads = NDArray[np.int32]
 CountsOf = Callable[[Ads, int, int], NDArray[np.floating]]
 """From rising ads, a market and a period to how much each was converted with before, on some scale."""
+AdvertisersOf = Callable[[NDArray[np.float32], int, int], NDArray[np.float32]]
+"""From a user's vector, a market and a period to the log-probability of each advertiser."""
 OVERSAMPLED = 4
 UNSEEN = 1e-3
 """Conversions that an ad without any is taken to have, against the others of its advertiser."""
@@ -78,12 +82,14 @@ class Sources:
         scores: of the two-tower.
         codes_AL: semantic IDs of the advertisers.
         cfg: the channels' settings.
+        advertisers: of the advertiser tower; called by the channel that reads it alone.
     """
 
     log: Log
     scores: TowerScores
     codes_AL: NDArray[np.int64]
     cfg: RetrievalConfig
+    advertisers: Callable[[], AdvertisersOf]
 
 
 class TowerScores:
@@ -241,6 +247,25 @@ class ForecastChannel:
         return _best(among, self.scores.of(request, among) + request.prior_weight * share, k)
 
 
+class AdvertiserChannel:
+    """The forecast channel's rule, with the advertiser tower for a forecast.
+
+    Args:
+        scores: log-probability of each advertiser from the user's vector, the market and the period.
+        rule: the forecast channel that is asked.
+        prior_weight: of the tower's probabilities in the score of an ad; 0 is the paper's rule.
+    """
+
+    def __init__(self, scores: AdvertisersOf, rule: ForecastChannel, prior_weight: float) -> None:
+        self.scores, self.rule, self.prior_weight = scores, rule, prior_weight
+
+    def candidates(self, request: Request, k: int) -> Ads:
+        if request.vector_D is None:
+            return request.active[:0]
+        log_prob_A = self.scores(request.vector_D, request.market, request.period)
+        return self.rule.candidates(replace(request, log_prob_A=log_prob_A, prior_weight=self.prior_weight), k)
+
+
 class SeededChannel:
     """Ads nearest to the forecast advertisers, one of each in turn.
 
@@ -321,6 +346,12 @@ def _item_knn(s: Sources, purchases: Purchases, _: Popularity) -> Channel:
     return ItemKnnChannel(neighbours, purchases, decay=cfg.decay, history=cfg.history)
 
 
+def _advertiser(s: Sources, *_: object) -> Channel:
+    cfg = s.cfg.advertiser
+    rule = ForecastChannel(s.scores, s.log.ad_advertiser, cfg.advertisers)
+    return AdvertiserChannel(s.advertisers(), rule, cfg.prior_weight)
+
+
 def _forecast(s: Sources, *_: object) -> Channel:
     return ForecastChannel(s.scores, s.log.ad_advertiser, s.cfg.forecast.advertisers)
 
@@ -341,6 +372,7 @@ BUILDERS: Mapping[str, Callable[[Sources, Purchases, Popularity], Channel]] = {
     OWN: _own,
     POPULARITY: lambda _, __, popularity: PopularityChannel(popularity),
     ITEM_KNN: _item_knn,
+    ADVERTISER: _advertiser,
     FORECAST: _forecast,
     SEEDED: _seeded,
 }

@@ -11,9 +11,9 @@ from models.two_tower import TwoTowerConfig
 from retrieval.index import IndexConfig
 
 TWO_TOWER, OWN, POPULARITY, ITEM_KNN = "two_tower", "own", "popularity", "item_knn"
-FORECAST, SEEDED = "forecast", "seeded"
+ADVERTISER, FORECAST, SEEDED = "advertiser", "forecast", "seeded"
 FORECASTING = (FORECAST, SEEDED)
-CHANNELS = (TWO_TOWER, OWN, POPULARITY, ITEM_KNN, *FORECASTING)
+CHANNELS = (TWO_TOWER, OWN, POPULARITY, ITEM_KNN, ADVERTISER, *FORECASTING)
 BLENDS = ("quota", "rrf", "calibrated")
 
 
@@ -214,6 +214,22 @@ class ForecastChannelConfig:
 
 
 @dataclass
+class AdvertiserChannelConfig:
+    """The channel ``advertiser``.
+
+    Attributes:
+        advertisers: the advertiser tower's first so many among those active in the market.
+        prior_weight: of its probabilities in the score of their ads; 0 goes by two-tower score alone.
+    """
+
+    advertisers: int = 300
+    prior_weight: float = 0.3
+
+    def __post_init__(self) -> None:
+        _check_at_least(self, {"advertisers": 1, "prior_weight": 0}, "retrieval.advertiser")
+
+
+@dataclass
 class RetrievalConfig:
     """Two-tower, index, channels and their evaluation.
 
@@ -224,8 +240,9 @@ class RetrievalConfig:
         trainer: epochs and device.
         index: the ad index.
         channels: those in use, in any order, out of `CHANNELS`; the ones of `FORECASTING` have nothing to say in the
-            arm without a forecast. Popularity fills what they leave free, named or not.
-        popularity, own, item_knn, forecast: settings of the channels.
+            arm without a forecast. Popularity fills what they leave free, named or not. ``advertiser`` needs
+            ``model.advertiser_weight``.
+        popularity, own, item_knn, advertiser, forecast: settings of the channels.
         blend: makes one list of theirs.
         budget: candidates of a request, whatever the channels.
         ks: list lengths reported; none above the budget.
@@ -239,10 +256,11 @@ class RetrievalConfig:
     pairs: PairsConfig = field(default_factory=PairsConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     index: IndexConfig = field(default_factory=IndexConfig)
-    channels: list[str] = field(default_factory=lambda: list(CHANNELS))
+    channels: list[str] = field(default_factory=lambda: [name for name in CHANNELS if name != ADVERTISER])
     popularity: PopularityConfig = field(default_factory=PopularityConfig)
     own: OwnConfig = field(default_factory=OwnConfig)
     item_knn: ItemKnnConfig = field(default_factory=ItemKnnConfig)
+    advertiser: AdvertiserChannelConfig = field(default_factory=AdvertiserChannelConfig)
     forecast: ForecastChannelConfig = field(default_factory=ForecastChannelConfig)
     blend: BlendConfig = field(default_factory=BlendConfig)
     budget: int = 100
@@ -312,6 +330,12 @@ class RetrievalConfig:
                 f"retrieval.channels={list(self.channels)}",
                 expected="at least one channel that follows no forecast, for the arm without",
                 action=f"add one of {', '.join(name for name in CHANNELS if name not in FORECASTING)}.",
+            )
+        if ADVERTISER in self.channels and self.model.advertiser_weight is None:
+            yield UserError(
+                f"retrieval.channels with {ADVERTISER} and retrieval.model.advertiser_weight=null",
+                expected="an advertiser tower, trained with the others",
+                action="take retrieval=advertiser_tower, set the weight, or leave the channel out.",
             )
         strange = [name for name in self.blend.shares if name not in self.base_channels]
         if strange:

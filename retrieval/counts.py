@@ -51,30 +51,33 @@ class Purchases:
 
 
 class Popularity:
-    """Decayed label conversions of ads, everywhere and in one market.
+    """Decayed label conversions of ads, or of advertisers, everywhere and in one market.
 
     Args:
         log: its events.
         decay: weight that a conversion keeps from one period to the next.
         market_weight: how many conversions elsewhere one in the asked-for market is worth, beyond itself.
+        of_advertisers: count advertisers instead of ads.
     """
 
-    def __init__(self, log: Log, *, decay: float, market_weight: float) -> None:
-        rows = np.flatnonzero(log.is_label & (log.events.ad >= 0))
-        events = log.events.select(rows[np.lexsort((log.events.period[rows], log.events.market[rows]))])
-        self._ad, self._period = events.ad, events.period
-        self._market_ptr = np.searchsorted(events.market, np.arange(len(log.market_ids) + 1))
-        self._n_ads, self.decay, self.market_weight = len(log.ad_ids), decay, market_weight
+    def __init__(self, log: Log, *, decay: float, market_weight: float, of_advertisers: bool = False) -> None:
+        item_N = log.events.advertiser if of_advertisers else log.events.ad
+        rows = np.flatnonzero(log.is_label & (item_N >= 0))
+        rows = rows[np.lexsort((log.events.period[rows], log.events.market[rows]))]
+        self._item, self._period = item_N[rows], log.events.period[rows]
+        self._market_ptr = np.searchsorted(log.events.market[rows], np.arange(len(log.market_ids) + 1))
+        self._n_items = len(log.advertiser_ids) if of_advertisers else len(log.ad_ids)
+        self.decay, self.market_weight = decay, market_weight
         self._everywhere: dict[int, F64] = {}
 
     def __call__(self, active_M: I32, market: int, period: int) -> F64:
-        """Score of ads at the start of a period, ``(M,)``; ``active_M`` rises."""
+        """Score of items at the start of a period, ``(M,)``; ``active_M`` rises."""
         score_M = self._all(period)[active_M]
         if self.market_weight and 0 <= market < len(self._market_ptr) - 1:
             here = slice(self._market_ptr[market], self._market_ptr[market + 1])
             stop = here.start + int(np.searchsorted(self._period[here], period))
-            ads, ago = self._ad[here.start : stop], period - self._period[here.start : stop]
-            score_M = score_M + self.market_weight * sum_at(active_M, ads, self.decay ** ago.astype(float))
+            items, ago = self._item[here.start : stop], period - self._period[here.start : stop]
+            score_M = score_M + self.market_weight * sum_at(active_M, items, self.decay ** ago.astype(float))
         return score_M
 
     def _all(self, period: int) -> F64:
@@ -83,7 +86,7 @@ class Popularity:
             ago = (period - self._period[before]).astype(float)
             if len(self._everywhere) == CACHED_PERIODS:
                 self._everywhere.pop(next(iter(self._everywhere)))
-            counts_I = np.bincount(self._ad[before], self.decay**ago, minlength=self._n_ads)
+            counts_I = np.bincount(self._item[before], self.decay**ago, minlength=self._n_items)
             self._everywhere[period] = counts_I.astype(np.float64)
         return self._everywhere[period]
 

@@ -11,7 +11,8 @@ Shapes: R requests, K budget.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,8 @@ NONE = "none"
 DIFFERENCES = (("lm", "anchor"), ("lm", NONE), ("anchor", NONE))
 TIERS = ("sparse users", "middle users", "heavy users")
 Values = dict[tuple[str, str, int], NDArray[np.float64]]
+_Variant = tuple[str, str, tuple[str, ...]]
+"""An arm, a kind of blend and the channels it merges."""
 
 
 @dataclass
@@ -64,29 +67,49 @@ class Requests:
     Args:
         retriever: asks the channels.
         targets: of the requests.
+        forecasts: of each arm, None for an arm without.
     """
 
-    def __init__(self, retriever: Retriever, targets: Targets) -> None:
-        self.retriever, self.targets = retriever, targets
+    def __init__(self, retriever: Retriever, targets: Targets, forecasts: Mapping[str, Forecast | None]) -> None:
+        self.retriever, self.targets, self.forecasts = retriever, targets, forecasts
         self.requests: list[Request] = retriever.requests(targets)
         self.base = retriever.lists(self.requests)
+        self._asked: dict[str, list[Request]] = {}
+        self._lists: dict[tuple[str, float | None], list[dict[str, Ads]]] = {}
 
     def __len__(self) -> int:
         return len(self.targets)
 
-    def lists(self, forecast: Forecast | None, prior_weight: float = 0.0) -> list[dict[str, Ads]]:
+    def lists(self, arm: str, prior_weight: float = 0.0) -> list[dict[str, Ads]]:
         """Lists of all channels of an arm, by name, one dict a request."""
         names = self.retriever.cfg.forecast_channels
-        if forecast is None or not names:
+        if self.forecasts[arm] is None or not names:
             return self.base
-        asked = with_forecast(self.requests, forecast, prior_weight)
-        return [base | own for base, own in zip(self.base, self.retriever.lists(asked, names), strict=True)]
+        weighted = [name for name in names if name == FORECAST]
+        parts = (
+            self.base,
+            self._found(arm, [name for name in names if name != FORECAST], None),
+            self._found(arm, weighted, prior_weight if weighted else None),
+        )
+        return [base | steady | own for base, steady, own in zip(*parts, strict=True)]
 
-    def by_weight(self, forecast: Forecast | None) -> dict[float, list[dict[str, Ads]]]:
+    def by_weight(self, arm: str) -> dict[float, list[dict[str, Ads]]]:
         """`lists` under each prior weight that the configuration chooses from."""
         cfg = self.retriever.cfg
-        chosen = forecast is not None and FORECAST in cfg.channels
-        return {weight: self.lists(forecast, weight) for weight in (cfg.forecast.prior_weights if chosen else [0.0])}
+        chosen = self.forecasts[arm] is not None and FORECAST in cfg.channels
+        return {weight: self.lists(arm, weight) for weight in (cfg.forecast.prior_weights if chosen else [0.0])}
+
+    def _found(self, arm: str, names: Sequence[str], weight: float | None) -> list[dict[str, Ads]]:
+        """What channels find by an arm's forecast; under no weight, those that read none."""
+        if not names:
+            return [{}] * len(self.requests)
+        if (arm, weight) not in self._lists:
+            forecast = self.forecasts[arm]
+            if arm not in self._asked and forecast is not None:
+                self._asked[arm] = with_forecast(self.requests, forecast)
+            asked = [replace(request, prior_weight=weight or 0.0) for request in self._asked[arm]]
+            self._lists[arm, weight] = self.retriever.lists(asked, names)
+        return self._lists[arm, weight]
 
     def merged(self, lists_R: Sequence[Mapping[str, Ads]], blend: Blend) -> list[Blended]:
         """One list a request."""
@@ -178,41 +201,106 @@ class Judge:
         return rows
 
 
+@dataclass(frozen=True)
+class Judged:
+    """An arm's lists under its plan.
+
+    Attributes:
+        plan: what was chosen.
+        blended: its list of every request.
+        values: measures of these lists.
+    """
+
+    plan: Plan
+    blended: list[Blended]
+    values: Values
+
+
+class Arms:
+    """Arms on one panel: plans, lists and figures, each made once whichever study asks for it.
+
+    Args:
+        retriever: channels and configuration.
+        forecasts: forecast of each arm; None for ``none``.
+        users: the panel.
+    """
+
+    def __init__(
+        self, retriever: Retriever, forecasts: Mapping[str, Forecast | None], users: NDArray[np.integer]
+    ) -> None:
+        log, self.cfg = retriever.log, retriever.cfg
+        self.retriever, self.forecasts = retriever, forecasts
+        self.targets = log.ad_targets(log.evaluate, users)
+        self.judge = Judge(log, self.targets, self.cfg)
+        self.tuning = Requests(retriever, tuning_targets(log, users, self.cfg), forecasts)
+        self._plans: dict[_Variant, Plan] = {}
+        self._judged: dict[_Variant, Judged] = {}
+        self._shares: dict[_Variant, dict[str, float]] = {}
+
+    @cached_property
+    def evaluated(self) -> Requests:
+        """The requests that are measured."""
+        return Requests(self.retriever, self.targets, self.forecasts)
+
+    def plan(self, arm: str, cfg: RetrievalConfig) -> Plan:
+        """Of an arm under a kind of blend and some of the channels."""
+        key = _variant(arm, cfg, cfg.channels)
+        if key not in self._plans:
+            self._plans[key] = choose_plan(
+                self.tuning.by_weight(arm),
+                self.tuning.targets,
+                cfg,
+                self.retriever.limits,
+                base_shares=self.shares(cfg),
+                forecast=self.forecasts[arm] is not None,
+            )
+        return self._plans[key]
+
+    def shares(self, cfg: RetrievalConfig) -> dict[str, float]:
+        """Of the channels without a forecast."""
+        key = _variant(NONE, cfg, cfg.base_channels)
+        if key not in self._shares:
+            self._shares[key] = choose_shares(self.tuning.base, self.tuning.targets, cfg, self.retriever.limits)
+        return self._shares[key]
+
+    def judged(self, arm: str, cfg: RetrievalConfig) -> Judged:
+        """Of an arm under its plan for a kind of blend and some of the channels."""
+        key = _variant(arm, cfg, cfg.channels)
+        if key not in self._judged:
+            self._judged[key] = self.judged_by(arm, self.plan(arm, cfg))
+        return self._judged[key]
+
+    def judged_by(self, arm: str, plan: Plan) -> Judged:
+        """Of an arm under any plan."""
+        blended = self.evaluated.merged(self.evaluated.lists(arm, plan.prior_weight), plan.blend)
+        return Judged(plan, blended, self.judge.values(blended))
+
+    def compare(self) -> RetrievalEvaluation:
+        """All arms, and their differences."""
+        evaluation, values = RetrievalEvaluation(), dict[str, Values]()
+        for arm, forecast in self.forecasts.items():
+            judged = self.judged(arm, self.cfg)
+            evaluation.plans[arm], values[arm] = judged.plan, judged.values
+            evaluation.rows += self.judge.lists_rows(arm, judged.blended)
+            if forecast is not None and self.cfg.forecast_channels:
+                lists_R = self.evaluated.lists(arm, judged.plan.prior_weight)
+                evaluation.sweep += sweep(self.evaluated, lists_R, self.judge, self.shares(self.cfg), arm)
+        evaluation.rows += self.judge.mean_rows(values, DIFFERENCES)
+        return evaluation
+
+
 def evaluate_retrieval(
     retriever: Retriever,
     forecasts: Mapping[str, Forecast | None],
     *,
     users: NDArray[np.integer],
 ) -> RetrievalEvaluation:
-    """Compare the arms on the requests with a conversion.
+    """Compare the arms on the requests with a conversion; arguments as of `Arms`."""
+    return Arms(retriever, forecasts, users).compare()
 
-    Args:
-        retriever: channels and configuration.
-        forecasts: forecast of each arm; None for ``none``.
-        users: the panel.
 
-    Returns:
-        Rows, chosen plans and the sweep.
-    """
-    log, cfg = retriever.log, retriever.cfg
-    evaluated = Requests(retriever, log.ad_targets(log.evaluate, users))
-    tuning = Requests(retriever, tuning_targets(log, users, cfg))
-    judge, evaluation = Judge(log, evaluated.targets, cfg), RetrievalEvaluation()
-    limits = retriever.limits
-    shares = choose_shares(tuning.base, tuning.targets, cfg, limits)
-    values: dict[str, Values] = {}
-    for arm, forecast in forecasts.items():
-        plan = choose_plan(
-            tuning.by_weight(forecast), tuning.targets, cfg, limits, base_shares=shares, forecast=forecast is not None
-        )
-        lists_R = evaluated.lists(forecast, plan.prior_weight)
-        blended = evaluated.merged(lists_R, plan.blend)
-        evaluation.plans[arm], values[arm] = plan, judge.values(blended)
-        evaluation.rows += judge.lists_rows(arm, blended)
-        if forecast is not None and cfg.forecast_channels:
-            evaluation.sweep += sweep(evaluated, lists_R, judge, shares, arm)
-    evaluation.rows += judge.mean_rows(values, DIFFERENCES)
-    return evaluation
+def _variant(arm: str, cfg: RetrievalConfig, channels: Sequence[str]) -> _Variant:
+    return arm, cfg.blend.kind, tuple(channels)
 
 
 def sweep(

@@ -22,6 +22,7 @@ Shapes: N rows, D width, B queries, K results.
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -230,17 +231,18 @@ class AdIndex:
             raise ValueError(
                 f"queries of shape {queries_BD.shape} for an index of width {self.dim}; expected (B, {self.dim})"
             )
-        if not np.isfinite(queries_BD).all():
+        # The sum of squares tells in one call; only where it is none does each value have to be looked at.
+        if not math.isfinite(np.vdot(queries_BD, queries_BD)) and not np.isfinite(queries_BD).all():
             raise ValueError("a query vector holds NaN or infinity; no ad is near or far from it")
         if k < 1:
             raise ValueError(f"k={k}; expected at least 1")
-        with self._gate.searching():
+        with self._gate:
             rows_M = None if among is None else self.rows(among)
             found = min(k, len(self) if rows_M is None else len(rows_M))
             if not found or not len(queries_BD):
                 return _nothing(len(queries_BD), k)
             scores_BF, rows_BF = self._search_rows(queries_BD, found, rows_M)
-            ads_BF = self._ads_N[rows_BF]
+            ads_BF = self._ads_N.take(rows_BF)
         if rows_BF.min() < 0:  # the index looked at fewer
             ads_BF, scores_BF = np.where(rows_BF < 0, NO_AD, ads_BF), np.where(rows_BF < 0, -np.inf, scores_BF)
         if found == k:
@@ -255,7 +257,7 @@ class AdIndex:
         Raises:
             ValueError: the index does not hold an ad.
         """
-        with self._gate.searching():
+        with self._gate:
             rows_M = self._rows_of(ads_M)
             if (rows_M < 0).any():
                 raise ValueError(f"ad {np.asarray(ads_M)[rows_M < 0][0]} has no vector in this index")
@@ -273,7 +275,7 @@ class AdIndex:
 
     def save(self, directory: Path) -> None:
         """Write the index, the row-to-ad map and the metric, whole or not at all."""
-        with self._gate.searching(), atomic_directory(directory) as temporary:
+        with self._gate, atomic_directory(directory) as temporary:
             faiss.write_index(self._index, str(temporary / "index.faiss"))
             np.save(temporary / "ads.npy", self._ads_N)
             np.save(temporary / "until.npy", self._until_N)
@@ -393,36 +395,35 @@ class _Rows:
 class _Gate:
     """Any number of searches, or one change: FAISS allows no search while an index grows.
 
-    A change that waits keeps new searches out, else a busy service would never let it in.
+    ``with gate:`` is a search. A change that waits keeps new searches out, else a busy service would never let it in.
     """
 
     def __init__(self) -> None:
-        self._condition, self._searches, self._changes = threading.Condition(), 0, 0
+        self._lock, self._searches, self._changes = threading.Lock(), 0, 0
+        self._moved = threading.Condition(self._lock)
 
-    @contextmanager
-    def searching(self) -> Iterator[None]:
-        with self._condition:
+    def __enter__(self) -> None:
+        with self._lock:
             while self._changes:
-                self._condition.wait()
+                self._moved.wait()
             self._searches += 1
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._searches -= 1
-                if self._changes:
-                    self._condition.notify_all()
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._searches -= 1
+            if self._changes:
+                self._moved.notify_all()
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        with self._condition:
+        with self._lock:
             self._changes += 1
             try:
-                self._condition.wait_for(lambda: self._searches == 0)
+                self._moved.wait_for(lambda: self._searches == 0)
                 yield
             finally:
                 self._changes -= 1
-                self._condition.notify_all()
+                self._moved.notify_all()
 
 
 AGAIN = "build the two-tower artifact again: delete its directory and run the stage."

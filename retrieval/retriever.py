@@ -42,7 +42,9 @@ class Retriever:
             weight=two_tower.popularity_weight,
             popularity=log_popularity(log, cfg.pairs),
         )
-        self.channels = build_channels(Sources(log, scores, codes_AL, cfg))
+        self.channels = build_channels(
+            Sources(log, scores, codes_AL, cfg, lambda: two_tower.advertiser_scores(log, cfg.pairs))
+        )
 
     def requests(self, targets: Targets) -> list[Request]:
         """Requests without a forecast, one a row of targets."""
@@ -88,7 +90,7 @@ class Retriever:
         )
 
 
-def with_forecast(requests: Sequence[Request], forecast: Forecast, prior_weight: float) -> list[Request]:
+def with_forecast(requests: Sequence[Request], forecast: Forecast, prior_weight: float = 0.0) -> list[Request]:
     """The same requests, answered with a forecast."""
     if not requests:
         return []

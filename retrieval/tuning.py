@@ -211,5 +211,4 @@ def fit_calibrated(lists_R: Sequence[Lists], targets: Targets, channels: Sequenc
     return CalibratedBlend(
         found={name: float(weights_F[2 * column]) for column, name in enumerate(channels)},
         per_log_place={name: float(weights_F[2 * column + 1]) for column, name in enumerate(channels)},
-        intercept=float(weights_F[-1]),
     )

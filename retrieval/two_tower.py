@@ -4,7 +4,7 @@
     directory/two_tower.json      sizes and config
     directory/index/              the ad index
 
-Shapes: B users, I ads, D width.
+Shapes: B users, I ads, A advertisers, D width.
 """
 
 from __future__ import annotations
@@ -41,9 +41,11 @@ from retrieval.two_tower_data import (
     AGE_EDGES,
     COUNT_EDGES,
     Histories,
+    LogPopularity,
     TrainingBatches,
     ValidationBatches,
     build_items,
+    log_popularity,
     profiles,
 )
 
@@ -87,6 +89,21 @@ class TrainedTwoTower:
                 action="train the two-tower on this log.",
             )
         return UserEmbedder(self.model, log, cfg)
+
+    def advertiser_scores(self, log: Log, cfg: PairsConfig) -> AdvertiserScores:
+        """What the advertiser tower says of a user.
+
+        Raises:
+            UserError: these towers were trained without it.
+        """
+        if self.model.advertiser_tower is None:
+            raise UserError(
+                "a two-tower without an advertiser tower",
+                expected="one trained with it, which the channel advertiser reads",
+                action="set retrieval.model.advertiser_weight=0.3 and train it again, or leave the channel out.",
+            )
+        popularity = log_popularity(log, cfg, of_advertisers=True)
+        return AdvertiserScores(self.model, popularity, temperature=self.cfg.temperature)
 
     def save(self, directory: Path) -> None:
         """Write weights, sizes and index, whole or not at all."""
@@ -182,6 +199,38 @@ class UserEmbedder:
         return torch.cat([self.model.encoder(part) for part in items.split(ITEMS_AT_ONCE)])
 
 
+class AdvertiserScores:
+    """Log-probability of each advertiser, by the advertiser tower.
+
+    Args:
+        model: towers with an advertiser tower.
+        popularity: of advertisers at a request.
+        temperature: of the towers' softmax.
+    """
+
+    def __init__(self, model: TwoTower, popularity: LogPopularity, *, temperature: float) -> None:
+        assert model.advertiser_tower is not None
+        self.tower, self.popularity, self.temperature = model.advertiser_tower, popularity, temperature
+        self._advertisers = np.arange(len(model.encoder.text_AE), dtype=np.int32)
+        self._vectors_AD = self._embed(model.eval())
+
+    @torch.no_grad()
+    def __call__(self, vector_D: NDArray[np.float32], market: int, period: int) -> NDArray[np.float32]:
+        """Of a user by the user tower's vector, ``(A,)``."""
+        user_D = self.tower.users(torch.from_numpy(vector_D).to(self._vectors_AD.device))
+        score_A = (self._vectors_AD @ user_D).cpu() / self.temperature
+        weight = self.tower.popularity_weight
+        if weight is not None:
+            score_A += float(weight) * torch.from_numpy(self.popularity(self._advertisers, market, period))
+        log_prob_A: NDArray[np.float32] = score_A.log_softmax(0).numpy()
+        return log_prob_A
+
+    @torch.no_grad()
+    def _embed(self, model: TwoTower) -> Tensor:
+        rows_A = torch.from_numpy(self._advertisers).to(model.encoder.codes_NF.device)
+        return torch.cat([model.advertisers(part) for part in rows_A.split(ITEMS_AT_ONCE)])
+
+
 def train_two_tower(
     log: Log,
     codes_AL: NDArray[np.int64],
@@ -222,7 +271,8 @@ def train_two_tower(
         model, shape = build_model(log, codes_AL, text_AE, cfg.model)
     module = TwoTowerModule(model, cfg.model, n_ads=len(log.ad_ids), k=cfg.pairs.recall_at)
     histories = Histories(log, cfg.pairs)
-    train = TrainingBatches(log, targets, histories, cfg.pairs, seed=cfg.seed)
+    with_advertisers = cfg.model.advertiser_weight is not None
+    train = TrainingBatches(log, targets, histories, cfg.pairs, seed=cfg.seed, advertisers=with_advertisers)
     per_epoch = min(cfg.pairs.requests_per_epoch or len(train), len(train))
     train_loader: DataLoader = DataLoader(
         range(len(train)),  # type: ignore[arg-type]

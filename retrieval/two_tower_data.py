@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from data.log import Log, Targets
-from models.two_tower import NO_ITEM, Batch, ValidationBatch
+from models.two_tower import NO_ITEM, Batch, Candidates, ValidationBatch
 from retrieval.config import PairsConfig
 from retrieval.counts import Popularity
 
@@ -194,40 +194,81 @@ class RequestBatches:
         return np.repeat(np.arange(len(ads)), [len(part) for part in ads]), np.concatenate(ads)
 
     def popularities(
-        self, rows_B: NDArray[np.int64], ads_M: NDArray[np.int32], wanted_BM: NDArray[np.bool_]
+        self,
+        popularity: LogPopularity,
+        rows_B: NDArray[np.int64],
+        items_M: NDArray[np.int32],
+        wanted_BM: NDArray[np.bool_],
     ) -> NDArray[np.float32]:
-        """Log-popularity of rising ads at each request, 0 where it is not wanted."""
+        """Log-popularity of rising items at each request, 0 where it is not wanted."""
         popularity_BM = np.zeros(wanted_BM.shape, dtype=np.float32)
         for place, row in enumerate(rows_B.tolist()):
             market, period = int(self.targets.market[row]), int(self.targets.period[row])
             chosen = np.flatnonzero(wanted_BM[place])
-            popularity_BM[place, chosen] = self.popularity(ads_M[chosen], market, period)
+            popularity_BM[place, chosen] = popularity(items_M[chosen], market, period)
         return popularity_BM
 
 
 class LogPopularity:
-    """Logarithm of one plus an ad's decayed conversions before a request."""
+    """Logarithm of one plus the decayed conversions of an ad, or an advertiser, before a request."""
 
     def __init__(self, popularity: Popularity) -> None:
         self.popularity = popularity
 
-    def __call__(self, ads_M: NDArray[np.int32], market: int, period: int) -> NDArray[np.float32]:
-        """Of rising ads, ``(M,)``."""
-        return np.log1p(self.popularity(ads_M, market, period)).astype(np.float32)
+    def __call__(self, items_M: NDArray[np.int32], market: int, period: int) -> NDArray[np.float32]:
+        """Of rising items, ``(M,)``."""
+        return np.log1p(self.popularity(items_M, market, period)).astype(np.float32)
 
 
-def log_popularity(log: Log, cfg: PairsConfig) -> LogPopularity:
-    """What the two-tower's bias reads."""
+def log_popularity(log: Log, cfg: PairsConfig, *, of_advertisers: bool = False) -> LogPopularity:
+    """What the bias of the two-tower reads, or that of the advertiser tower."""
     how = cfg.popularity
-    return LogPopularity(Popularity(log, decay=how.decay, market_weight=how.market_weight))
+    return LogPopularity(
+        Popularity(log, decay=how.decay, market_weight=how.market_weight, of_advertisers=of_advertisers)
+    )
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """What candidates are drawn from: the ads, or the advertisers.
+
+    Attributes:
+        log_q: logarithm of how often each is expected among the candidates of a full batch.
+        popularity: of each at a request.
+    """
+
+    log_q: NDArray[np.float64]
+    popularity: LogPopularity
+
+
+Pairs = tuple[NDArray[np.int64], NDArray[np.int32]]
+"""Position of a request in its batch, and an ad or an advertiser; ``(P,)`` each."""
 
 
 class TrainingBatches(RequestBatches):
-    """Batches with targets and sampled candidates; arguments as of :class:`RequestBatches`."""
+    """Batches with targets and sampled candidates.
 
-    def __init__(self, log: Log, targets: Targets, histories: Histories, cfg: PairsConfig, *, seed: int) -> None:
+    Args:
+        log, targets, histories, cfg, seed: as of :class:`RequestBatches`.
+        advertisers: whether an advertiser tower learns from them too.
+    """
+
+    def __init__(
+        self,
+        log: Log,
+        targets: Targets,
+        histories: Histories,
+        cfg: PairsConfig,
+        *,
+        seed: int,
+        advertisers: bool = False,
+    ) -> None:
         super().__init__(log, targets, histories, cfg, seed=seed)
-        self.log_q_I = np.log(self.expected_counts())
+        self.ads = Catalogue(np.log(self.expected_counts()), self.popularity)
+        self.advertisers = None
+        if advertisers:
+            popularity = log_popularity(log, cfg, of_advertisers=True)
+            self.advertisers = Catalogue(np.log(self.expected_advertisers()), popularity)
 
     def expected_counts(self) -> NDArray[np.float64]:
         """How often each ad is expected among the candidates of a full batch, shape ``(I,)``.
@@ -235,54 +276,102 @@ class TrainingBatches(RequestBatches):
         Its expected count among the targets plus that among the ads drawn from placements. An ad that can
         be neither has a tiny positive value, for the logarithm.
         """
-        targets, n_ads = self.targets, len(self.log.ad_ids)
-        sizes_R = np.diff(targets.ptr)
-        chance_R = np.minimum(1.0, self.cfg.targets_per_request / np.maximum(sizes_R, 1))
-        as_target_I = np.bincount(targets.item, chance_R[targets.row], n_ads) / len(targets)
+        as_target_I = np.bincount(self.targets.item, self._target_chances(), len(self.log.ad_ids)) / len(self.targets)
+        return self.cfg.batch_size * as_target_I + self.cfg.sampled_negatives * self._drawn_shares() + 1e-9
+
+    def expected_advertisers(self) -> NDArray[np.float64]:
+        """The same of every advertiser, shape ``(A,)``; one with several targets of a request stands there once."""
+        owner_T, n = self.log.ad_advertiser[self.targets.item], len(self.log.advertiser_ids)
+        known_T = owner_T >= 0
+        cells, cell_N = np.unique(self.targets.row[known_T] * n + owner_T[known_T], return_inverse=True)
+        # At most 1: exact where an advertiser has one target or all are drawn, else a little high.
+        chance_C = np.minimum(1.0, np.bincount(cell_N, self._target_chances()[known_T], len(cells)))
+        as_target_A = np.bincount(cells % n, chance_C, n) / len(self.targets)
+        owned = self.log.ad_advertiser >= 0
+        drawn_A = np.bincount(self.log.ad_advertiser[owned], self._drawn_shares()[owned], n)
+        return self.cfg.batch_size * as_target_A + self.cfg.sampled_negatives * drawn_A + 1e-9
+
+    def _target_chances(self) -> NDArray[np.float64]:
+        """How likely each target is to be among those drawn of its request."""
+        chance_R = np.minimum(1.0, self.cfg.targets_per_request / np.maximum(np.diff(self.targets.ptr), 1))
+        return chance_R[self.targets.row]
+
+    def _drawn_shares(self) -> NDArray[np.float64]:
+        """How likely one ad drawn from placements is to be each ad."""
+        targets, drawn_I = self.targets, np.zeros(len(self.log.ad_ids))
         cells, visits = np.unique(np.stack([targets.market, targets.period]), axis=1, return_counts=True)
-        drawn_I = np.zeros(n_ads)
         for (market, period), n in zip(cells.T.tolist(), visits.tolist(), strict=True):
             ads = self.log.active_ads(market, period).ad
             drawn_I[ads] += n / len(targets) / max(len(ads), 1)
-        return self.cfg.batch_size * as_target_I + self.cfg.sampled_negatives * drawn_I + 1e-9
+        return drawn_I
 
     def __call__(self, rows: Sequence[int]) -> Batch:
         """The batch of some requests."""
         rows_B = np.asarray(rows, dtype=np.int64)
         rng = np.random.default_rng([self.seed, len(rows_B), *rows_B[:4].tolist()])
-        pair_row_P, target_P, all_row, all_target = self._pairs(rows_B, rng)
-        active_row_M, active_ad_M = self.active(rows_B)
-        drawn = self._draw_negatives(active_row_M, active_ad_M, len(rows_B), rng)
-        candidates_C = np.concatenate([target_P, drawn])
-        ads_U, column_C = np.unique(candidates_C, return_inverse=True)
-        column_of = np.full(len(self.log.ad_ids), -1, dtype=np.int64)
-        column_of[ads_U] = np.arange(len(ads_U))
-        legal_BU = np.zeros((len(rows_B), len(ads_U)), dtype=bool)
-        column_M = column_of[active_ad_M]
-        legal_BU[active_row_M[column_M >= 0], column_M[column_M >= 0]] = True
-        column = column_of[all_target]
-        scored_BU = legal_BU.copy()
-        scored_BU[all_row[column >= 0], column[column >= 0]] = True
-        legal_BU[all_row[column >= 0], column[column >= 0]] = False
-        popularity_BU = self.popularities(rows_B, ads_U, scored_BU)
+        pairs, every = self._pairs(rows_B, rng)
+        active = self.active(rows_B)
+        drawn = self._draw_negatives(*active, len(rows_B), rng)
+        advertisers = None
+        if self.advertisers is not None:
+            own_D = self.log.ad_advertiser[drawn]
+            own = self._owners(*pairs)
+            if len(own[0]):
+                advertisers = self._candidates(
+                    self.advertisers, rows_B, own, self._owners(*every), self._owners(*active), own_D[own_D >= 0]
+                )
         return Batch(
             **self.inputs(rows_B),  # type: ignore[typeddict-item]
-            candidates_C=torch.from_numpy(candidates_C.astype(np.int64)),
-            pair_row_P=torch.from_numpy(pair_row_P),
-            log_q_C=torch.from_numpy(self.log_q_I[candidates_C].astype(np.float32)),
-            legal_BC=torch.from_numpy(legal_BU[:, column_C]),
-            popularity_BC=torch.from_numpy(popularity_BU[:, column_C]),
+            ads=self._candidates(self.ads, rows_B, pairs, every, active, drawn),
+            advertisers=advertisers,
         )
 
-    def _pairs(
-        self, rows_B: NDArray[np.int64], rng: np.random.Generator
-    ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64], NDArray[np.int32]]:
+    def _candidates(
+        self,
+        catalogue: Catalogue,
+        rows_B: NDArray[np.int64],
+        pairs: Pairs,
+        every: Pairs,
+        active: Pairs,
+        drawn_D: NDArray[np.int32],
+    ) -> Candidates:
+        """Drawn pairs and negatives, with what each request may score: what is active, and no other target of it."""
+        items_C, column_N, count_C = np.unique(
+            np.concatenate([pairs[1], drawn_D]), return_inverse=True, return_counts=True
+        )
+        column_of = np.full(len(catalogue.log_q), -1, dtype=np.int64)
+        column_of[items_C] = np.arange(len(items_C))
+        legal_BC = np.zeros((len(rows_B), len(items_C)), dtype=bool)
+        column_M = column_of[active[1]]
+        legal_BC[active[0][column_M >= 0], column_M[column_M >= 0]] = True
+        column = column_of[every[1]]
+        scored_BC = legal_BC.copy()
+        scored_BC[every[0][column >= 0], column[column >= 0]] = True
+        legal_BC[every[0][column >= 0], column[column >= 0]] = False
+        popularity_BC = self.popularities(catalogue.popularity, rows_B, items_C, scored_BC)
+        return Candidates(
+            item_C=torch.from_numpy(items_C.astype(np.int64)),
+            pair_row_P=torch.from_numpy(pairs[0]),
+            pair_column_P=torch.from_numpy(column_N[: len(pairs[0])]),
+            log_q_C=torch.from_numpy(catalogue.log_q[items_C].astype(np.float32)),
+            log_count_C=torch.from_numpy(np.log(count_C).astype(np.float32)),
+            legal_BC=torch.from_numpy(legal_BC),
+            popularity_BC=torch.from_numpy(popularity_BC),
+        )
+
+    def _owners(self, row_P: NDArray[np.int64], ad_P: NDArray[np.int32]) -> Pairs:
+        """Distinct (request, advertiser) of (request, ad), those of no advertiser left out."""
+        own_P, n = self.log.ad_advertiser[ad_P], len(self.log.advertiser_ids)
+        cells = np.unique(row_P[own_P >= 0] * n + own_P[own_P >= 0])
+        return cells // n, (cells % n).astype(np.int32)
+
+    def _pairs(self, rows_B: NDArray[np.int64], rng: np.random.Generator) -> tuple[Pairs, Pairs]:
         """Drawn (position, target) pairs, and all of them."""
         targets = self.targets.select(rows_B)
         shuffled = np.lexsort((rng.random(len(targets.item)), targets.row))
         rank = np.arange(len(shuffled)) - np.repeat(targets.ptr[:-1], np.diff(targets.ptr))
         drawn = shuffled[rank < self.cfg.targets_per_request]
-        return targets.row[drawn], targets.item[drawn], targets.row, targets.item
+        return (targets.row[drawn], targets.item[drawn]), (targets.row, targets.item)
 
     def _draw_negatives(
         self,
@@ -315,6 +404,6 @@ class ValidationBatches(RequestBatches):
             active_BN=torch.from_numpy(active_BI),
             target_BN=torch.from_numpy(target_BI),
             popularity_BN=torch.from_numpy(
-                self.popularities(rows_B, np.arange(len(self.log.ad_ids), dtype=np.int32), active_BI)
+                self.popularities(self.popularity, rows_B, np.arange(len(self.log.ad_ids), dtype=np.int32), active_BI)
             ),
         )

@@ -14,7 +14,7 @@ import torch
 from data.errors import LineageError, UserError
 from data.log import Log
 from models.training import TrainerConfig
-from models.two_tower import RowsAndLayers, TwoTowerConfig, clip_gradients
+from models.two_tower import Candidates, RowAdam, RowsAndLayers, TwoTowerConfig, clip_gradients, sampled_softmax
 from retrieval.config import ForecastChannelConfig, PairsConfig, RetrievalConfig
 from retrieval.index import IndexConfig
 from retrieval.two_tower import TrainedTwoTower
@@ -114,13 +114,118 @@ def test_popularity_is_counted_for_every_request(log: Log) -> None:
     cfg = tiny_retrieval().pairs
     targets = log.ad_targets("prior_fit")
     batches = TrainingBatches(log, targets, Histories(log, cfg), cfg, seed=0)
-    batch = batches(range(10, 30))
+    batch = batches(range(10, 30))["ads"]
     counted, scored = log_popularity(log, cfg), batch["popularity_BC"].numpy() != 0
     assert scored.any()
     for row, column in np.argwhere(scored)[::37]:
         market, period = int(targets.market[10 + row]), int(targets.period[10 + row])
-        expected = counted(batch["candidates_C"][column : column + 1].numpy(), market, period)
+        expected = counted(batch["item_C"][column : column + 1].numpy(), market, period)
         assert batch["popularity_BC"][row, column] == pytest.approx(expected[0])
+
+
+WITH_ADVERTISERS = TwoTowerConfig(dim=16, hidden=32, advertiser_weight=0.5)
+
+
+def advertiser_batches(log: Log, cfg: PairsConfig) -> TrainingBatches:
+    targets = log.ad_targets("prior_fit")
+    return TrainingBatches(log, targets, Histories(log, cfg), cfg, seed=0, advertisers=True)
+
+
+def test_candidates_of_the_advertiser_tower_are_the_owners_of_the_ads(log: Log) -> None:
+    batches = advertiser_batches(log, tiny_retrieval().pairs)
+    rows = np.arange(10, 40)
+    batch = batches(rows.tolist())
+    ads, advertisers = batch["ads"], batch["advertisers"]
+    assert advertisers is not None
+
+    def pairs_of(of: Candidates) -> list[tuple[int, int]]:
+        targets_P = of["item_C"][of["pair_column_P"]]
+        return list(zip(of["pair_row_P"].tolist(), targets_P.tolist(), strict=True))
+
+    pairs = pairs_of(advertisers)
+    owners = [(row, int(log.ad_advertiser[ad])) for row, ad in pairs_of(ads)]
+    assert len(pairs) == len(set(pairs))
+    assert set(pairs) == {pair for pair in owners if pair[1] >= 0}
+    counted, targets = log_popularity(log, batches.cfg, of_advertisers=True), batches.targets
+    for place, row in enumerate(rows.tolist()):
+        market, period = int(targets.market[row]), int(targets.period[row])
+        active = set(log.active_advertisers(market, period).tolist())
+        bought = set(log.ad_advertiser[targets.of(row)].tolist())
+        expected = [advertiser in active - bought for advertiser in advertisers["item_C"].tolist()]
+        assert advertisers["legal_BC"][place].tolist() == expected
+        column = next(i for i, advertiser in enumerate(advertisers["item_C"].tolist()) if advertiser in active)
+        popularity = counted(advertisers["item_C"][column : column + 1].numpy(), market, period)
+        assert advertisers["popularity_BC"][place, column] == pytest.approx(popularity[0])
+
+
+def test_expected_counts_are_those_of_the_batches(log: Log) -> None:
+    cfg = replace(tiny_retrieval().pairs, targets_per_request=50)  # all targets: no approximation
+    batches = advertiser_batches(log, cfg)
+    rng, seen = np.random.default_rng(0), np.zeros((2, max(len(log.ad_ids), len(log.advertiser_ids))))
+    times = 60
+    for _ in range(times):
+        batch = batches(rng.integers(0, len(batches), cfg.batch_size).tolist())
+        assert batch["advertisers"] is not None
+        for counts, of in zip(seen, (batch["ads"], batch["advertisers"]), strict=True):
+            counts[of["item_C"].numpy()] += np.exp(of["log_count_C"].numpy()) / times
+    for counts, expected in zip(seen, (batches.expected_counts(), batches.expected_advertisers()), strict=True):
+        deviation = np.sqrt(expected / times) + 1e-6
+        assert (np.abs(counts[: len(expected)] - expected) < 5 * deviation).all()
+
+
+def test_the_advertiser_tower_learns_and_is_saved(log: Log, tmp_path: Path) -> None:
+    trainer = TrainerConfig(max_epochs=6, patience=None, progress_bar=False)
+    cfg = tiny_retrieval(model=WITH_ADVERTISERS, trainer=trainer)
+    towers, _ = train_tiny(log, cfg, tmp_path / "work")
+    towers.save(tmp_path / "towers")
+    loaded = TrainedTwoTower.load(tmp_path / "towers", IndexConfig())
+    ours, theirs = (one.advertiser_scores(log, cfg.pairs) for one in (towers, loaded))
+    targets = log.ad_targets("prior_select")
+    vectors, found, chance = towers.embedder(log, cfg.pairs)(targets.user, targets.period), [], []
+    for row in np.flatnonzero(~np.isnan(vectors).any(1))[:200].tolist():
+        market, period = int(targets.market[row]), int(targets.period[row])
+        log_prob = ours(vectors[row], market, period)
+        np.testing.assert_array_equal(log_prob, theirs(vectors[row], market, period))
+        assert np.exp(log_prob).sum() == pytest.approx(1.0, abs=1e-4)
+        active = log.active_advertisers(market, period)
+        first, bought = active[np.argsort(-log_prob[active])[:3]], log.ad_advertiser[targets.of(row)]
+        found.append(np.isin(bought, first).mean())
+        chance.append(3 / len(active))
+    assert np.mean(found) > 1.3 * np.mean(chance)
+
+
+def test_towers_without_the_advertisers_say_so(log: Log, tmp_path: Path) -> None:
+    towers, _ = train_tiny(log, tiny_retrieval(), tmp_path)
+    with pytest.raises(UserError, match="an advertiser tower"):
+        towers.advertiser_scores(log, tiny_retrieval().pairs)
+    with pytest.raises(ValueError, match="advertiser_weight"):
+        towers.model.advertisers(torch.arange(2))
+
+
+def test_a_candidate_drawn_twice_counts_twice() -> None:
+    """One column with its count is as good as a column a draw, as the softmax over all draws has it."""
+    torch.manual_seed(0)
+    items_N, rows_P = torch.tensor([4, 7, 7, 2, 4]), torch.tensor([0, 1])  # the pairs' targets first
+    scores_BI, log_q_I = torch.randn(2, 9), torch.randn(9)
+    legal_BN = torch.tensor([[False, True, True, True, False], [True, False, False, True, True]])
+    logits_BN = scores_BI[:, items_N] - log_q_I[items_N]
+    expected = []
+    for row in range(2):
+        drawn = torch.cat([logits_BN[row, row : row + 1], logits_BN[row][legal_BN[row]]])
+        expected.append(-drawn.log_softmax(0)[0])
+    items_C, column_N, count_C = items_N.unique(return_inverse=True, return_counts=True)
+    legal_BC = torch.zeros(2, 3, dtype=torch.bool)
+    legal_BC[:, column_N] = legal_BN
+    among = Candidates(
+        item_C=items_C,
+        pair_row_P=rows_P,
+        pair_column_P=column_N[:2],
+        log_q_C=log_q_I[items_C],
+        log_count_C=count_C.log(),
+        legal_BC=legal_BC,
+        popularity_BC=torch.zeros(2, 3),
+    )
+    torch.testing.assert_close(sampled_softmax(scores_BI[:, items_C], among), torch.stack(expected).mean())
 
 
 def test_gradients_are_clipped_by_their_norm_in_all() -> None:
@@ -134,6 +239,24 @@ def test_gradients_are_clipped_by_their_norm_in_all() -> None:
     torch.nn.utils.clip_grad_norm_([dense.weight, *other.parameters()], 0.5)
     torch.testing.assert_close(bag.weight.grad.to_dense(), dense.weight.grad)  # type: ignore[union-attr]
     torch.testing.assert_close(layer.weight.grad, other.weight.grad)
+
+
+def test_row_adam_is_sparse_adam() -> None:
+    """After a change of hands in the middle too: what is saved is all there is."""
+    bags = [torch.nn.EmbeddingBag(10, 4, mode="sum", sparse=True)]
+    bags += [copy.deepcopy(bags[0])]
+    ours, theirs = RowAdam([*bags[0].parameters()], lr=0.1), torch.optim.SparseAdam([*bags[1].parameters()], lr=0.1)
+    for step in range(6):
+        read = torch.randint(10, (6,), generator=torch.Generator().manual_seed(step))
+        for bag in bags:
+            bag.zero_grad()
+            (bag(read, torch.arange(6)) - step).pow(2).sum().backward()
+        if step == 3:
+            saved, ours = ours.state_dict(), RowAdam([*bags[0].parameters()], lr=0.1)
+            ours.load_state_dict(saved)
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(bags[0].weight, bags[1].weight)
 
 
 def test_only_rows_that_were_read_move() -> None:
@@ -167,6 +290,7 @@ BAD_SIZES: list[tuple[dict[str, Any], str]] = [
     ({"dim": 0}, "dim=0"),
     ({"id_dropout": 1.0}, "id_dropout=1.0"),
     ({"layers": -1}, "layers=-1"),
+    ({"advertiser_weight": 0.0}, "advertiser_weight=0.0"),
     ({"layers": 1, "dim": 30, "heads": 4}, "heads that divide dim"),
 ]
 

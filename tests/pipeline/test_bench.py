@@ -81,6 +81,7 @@ REFUSED = [
     (["--run", "RUN", "retrieval.model.dim=8"], "retrieval.model.dim=8"),
     (["--run", "RUN", "retrieval.channels=[forecast,own]"], "without prior, forecasts"),
     (["--run", "RUN", "retrieval.channels=[tower]"], "two_tower"),
+    (["--run", "RUN", "retrieval=advertiser_tower"], "advertiser_weight=null"),
     (["--run", "RUN", "retrieval=papers"], "paper"),
 ]
 

@@ -115,6 +115,12 @@ def test_until_runs_what_is_needed_only(tmp_path: Path) -> None:
     assert calls == ["first", "second"]
 
 
+def test_several_last_stages_run_what_each_needs_once(tmp_path: Path) -> None:
+    calls: list[str] = []
+    make(tmp_path, calls).execute(until=["second", "first"])
+    assert calls == ["first", "second"]
+
+
 def test_an_unknown_stage_lists_the_stages(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="one of first, second, third"):
         make(tmp_path, []).execute(until="fourth")

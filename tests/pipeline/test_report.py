@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,18 @@ import pytest
 from data.statistics import Row
 from pipeline.figures import forest_scale
 from pipeline.report import SHOWN, Curves, RunInfo, UserExample, render_html, render_json, write_report
-from pipeline.verdict import NOT_SHOWN, Outcome, arm_label, control_findings, control_summary, findings, judge, number
+from pipeline.verdict import (
+    NOT_SHOWN,
+    Outcome,
+    arm_label,
+    control_findings,
+    control_summary,
+    figure,
+    findings,
+    interval,
+    judge,
+    number,
+)
 from pipeline.verdict import summary as summary_of
 
 RUN: RunInfo = {
@@ -193,6 +205,16 @@ def test_arms_and_numbers_as_a_reader_sees_them() -> None:
     assert number(None) == number(math.nan) == number(math.inf) == "–"
     assert number(-0.00001, 3, signed=True) == "0.000"
     assert number(-1234.5, 1) == "−1,234.5"
+
+
+def test_a_figure_stands_with_its_interval() -> None:
+    level = Row("ranking", "auc", "lm", "all", None, 0.71234, 0.7, 0.72, 9)
+    assert figure(level) == "0.7123 [0.7000, 0.7200]"
+    assert figure(replace(level, arm="lm - none", value=0.01, ci_low=-0.002, ci_high=0.02), 3) == (
+        "+0.010 [−0.002, +0.020]"
+    )
+    assert figure(replace(level, ci_low=None, ci_high=math.nan), 2) == "0.71"
+    assert interval(replace(level, ci_low=None)) == ""
 
 
 # What the page holds

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
 from data.log import Log
+from models.two_tower import TwoTowerConfig
+from retrieval import evaluate
 from retrieval.benchmark import ALL, ALONE, BLEND, WITHOUT, RetrievalBenchmark, bench_retrieval
-from retrieval.config import CHANNELS, POPULARITY
+from retrieval.channels import Request
+from retrieval.config import CHANNELS, POPULARITY, AdvertiserChannelConfig
+from retrieval.retriever import Retriever
 from retrieval.two_tower import TrainedTwoTower
 from tests.logs import tiny_log
 from tests.ranking.common import tastes
@@ -19,15 +25,22 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Log:
     return tiny_log(tmp_path_factory.mktemp("log"))
 
 
+EVERYTHING = tiny_retrieval(
+    model=TwoTowerConfig(dim=16, hidden=32, advertiser_weight=0.5),
+    advertiser=AdvertiserChannelConfig(advertisers=8),
+    channels=list(CHANNELS),
+)
+
+
 @pytest.fixture(scope="module")
 def towers(log: Log, tmp_path_factory: pytest.TempPathFactory) -> TrainedTwoTower:
-    return train_tiny(log, tiny_retrieval(), tmp_path_factory.mktemp("towers"))[0]
+    return train_tiny(log, EVERYTHING, tmp_path_factory.mktemp("towers"))[0]
 
 
 @pytest.fixture(scope="module")
 def found(log: Log, towers: TrainedTwoTower) -> RetrievalBenchmark:
     arms = {"none": None, "lm": tastes(log)}
-    return bench_retrieval(retriever_of(log, towers, tiny_retrieval()), arms, users=np.arange(30))
+    return bench_retrieval(retriever_of(log, towers, EVERYTHING), arms, users=np.arange(30))
 
 
 def recall(found: RetrievalBenchmark, section: str, k: int = 20) -> dict[str, float]:
@@ -37,6 +50,7 @@ def recall(found: RetrievalBenchmark, section: str, k: int = 20) -> dict[str, fl
 
 def test_every_channel_stands_alone_and_is_left_out(found: RetrievalBenchmark) -> None:
     alone, without = recall(found, ALONE), recall(found, WITHOUT)
+    assert alone.pop("forecast - advertiser") == pytest.approx(alone["forecast"] - alone["advertiser"])
     for study in (alone, without):
         assert set(study) == {ALL, *CHANNELS, *(f"{ALL} - {name}" for name in CHANNELS)}
         for name in CHANNELS:
@@ -62,6 +76,31 @@ def test_plans_and_the_sweep_are_there(found: RetrievalBenchmark) -> None:
     assert [point["quota"] for point in found.sweep] == tiny_retrieval().quotas
     assert found.facts["requests"] > 0
     assert found.facts["tuned_on"] == [7, 9]
+
+
+def test_an_arm_is_planned_and_judged_once(log: Log, towers: TrainedTwoTower, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arms, blends and channels look at the head arm; steady channels answer once, whatever the prior weight."""
+    planned, asked = [], []
+    choose, find = evaluate.choose_plan, Retriever.lists
+
+    def chooses(*arguments: object, **named: object) -> object:
+        planned.append(arguments)
+        return choose(*arguments, **named)  # type: ignore[arg-type]
+
+    def finds(self: Retriever, requests: Sequence[Request], names: Sequence[str] | None = None) -> object:
+        asked.append((len(requests), names))
+        return find(self, requests, names)
+
+    monkeypatch.setattr(evaluate, "choose_plan", chooses)
+    monkeypatch.setattr(Retriever, "lists", finds)
+    cfg = tiny_retrieval(channels=["own", "forecast", "seeded"])
+    arms = evaluate.Arms(retriever_of(log, towers, cfg), {"none": None, "lm": tastes(log)}, np.arange(30))
+    for _ in range(3):
+        arms.compare()
+    assert len(planned) == 2
+    tuned = len(arms.tuning)
+    assert asked.count((tuned, ["seeded"])) == 1
+    assert asked.count((tuned, ["forecast"])) == len(cfg.forecast.prior_weights)
 
 
 def test_without_a_forecast_there_is_one_arm(log: Log, towers: TrainedTwoTower) -> None:

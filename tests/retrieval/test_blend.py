@@ -20,7 +20,7 @@ LONG = {"a": ads(*range(0, 20)), "b": ads(*range(100, 120)), "c": ads(*range(10,
 BLENDS: list[Blend] = [
     QuotaBlend({"a": 0.6, "b": 0.3, "c": 0.1}),
     FusionBlend({"a": 1.0, "b": 0.5, "c": 1.0}, 10.0),
-    CalibratedBlend({"a": 2.0, "b": 1.0, "c": 0.5}, {"a": -1.0, "b": -0.2, "c": -0.3}, -4.0),
+    CalibratedBlend({"a": 2.0, "b": 1.0, "c": 0.5}, {"a": -1.0, "b": -0.2, "c": -0.3}),
 ]
 
 

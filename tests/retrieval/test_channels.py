@@ -14,6 +14,7 @@ from data.log import Log
 from retrieval.blend import QuotaBlend
 from retrieval.channels import (
     BUILDERS,
+    AdvertiserChannel,
     Channel,
     ForecastChannel,
     ItemKnnChannel,
@@ -96,6 +97,23 @@ def test_the_soft_form_adds_an_ads_share_of_the_forecast() -> None:
     found = channel.candidates(request(log_prob, weight=0.5), 11)
     assert found.tolist() == np.argsort(-expected, kind="stable").tolist()
     assert found.tolist() != channel.candidates(request(log_prob), 11).tolist()
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_the_advertiser_tower_is_followed_by_the_forecasts_rule(weight: float) -> None:
+    log_prob = [-3.0, -2.0, -0.1, -4.0]
+    asked_for = []
+
+    def tower(vector: np.ndarray, market: int, period: int) -> np.ndarray:
+        asked_for.append((vector.tolist(), market, period))
+        return np.array(log_prob, dtype=np.float32)
+
+    rule = ForecastChannel(SCORES, OWNER, 2)
+    channel = AdvertiserChannel(tower, rule, weight)
+    misled = request([-0.1, -9.0, -9.0, -9.0], weight=9.0)  # the arm's own forecast is not read
+    assert channel.candidates(misled, 9).tolist() == rule.candidates(request(log_prob, weight=weight), 9).tolist()
+    assert asked_for == [([1.0, 0.0], 0, 3)]
+    assert channel.candidates(request(None, vector=False), 9).tolist() == []
 
 
 def test_seeds_give_their_neighbours_in_turn_without_duplicates() -> None:
@@ -274,6 +292,7 @@ BAD_CHANNELS = [
     ({"channels": ["two_towers"]}, "correct two_towers"),
     ({"channels": ["own", "own"]}, "named twice"),
     ({"channels": ["forecast"]}, "follows no forecast"),
+    ({"channels": ["advertiser"]}, "advertiser_weight=null"),
 ]
 
 
