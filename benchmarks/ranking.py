@@ -6,7 +6,7 @@
 Made-up rows of the shapes of The Complete Journey's ranker: 60 numbers, nine sparse features, tables of up to 50,000
 rows. Prints one JSON object a row. Rows with ``ratio`` compare two sides that take turns, a slice of batches each:
 
-    end to end / bare step      batches from Parquet, shuffled and made ahead, against batches in memory
+    end to end / bare step      batches from Parquet, shuffled and read ahead, against batches in memory
     DLRM / plain DLRM           TorchRec's modules against ``nn.EmbeddingBag`` and linear layers of the same shapes
 
 The peak memory is that of one pass over 1M and 10M stored rows, each in a process of its own.
@@ -144,9 +144,7 @@ def _module(ranker: nn.Module) -> PointwiseModule:
 
 
 def _step(module: PointwiseModule) -> Callable[[RankerBatch], None]:
-    tables = [parameter for parameter in module.ranker.parameters() if parameter.ndim > 1 and len(parameter) > 256]
-    dense = [parameter for parameter in module.ranker.parameters() if not any(parameter is table for table in tables)]
-    optimizer = torch.optim.AdamW([{"params": tables, "lr": 2e-4}, {"params": dense, "lr": 2e-3}])
+    optimizer = module.optimizer()
 
     def step(batch: RankerBatch) -> None:
         loss, weight = module._weighted_loss(batch)
