@@ -100,7 +100,7 @@ class PlainDLRM(nn.Module):
             parts.append(self.bags[table](bag.values(), bag.offsets()[:-1]))
         field_BFD = torch.stack(parts, 1)
         dots_BFF = field_BFD @ field_BFD.transpose(1, 2)
-        found: Tensor = self.over(torch.cat([dense_BD, dots_BFF[:, self.first, self.second]], 1)).squeeze(-1)
+        found: Tensor = self.over(torch.cat([dense_BD, dots_BFF[:, self.first, self.second]], 1))
         return found
 
 
@@ -121,7 +121,7 @@ def _designs(rows: int) -> Iterator[Design]:
             length = BAG.get(feature, 1)
             values = (size * rng.random(n * length) ** 3).astype(np.int64)  # a few ids are frequent
             bags[feature] = Bags(values, np.arange(n + 1) * length, np.arange(n))
-        label = (rng.random(n) < 0.05).astype(np.float32)
+        label = (rng.random((n, 1)) < 0.05).astype(np.float32)
         yield Design(rng.standard_normal((n, N_DENSE), np.float32), bags, label, np.ones(n, np.float32))
 
 
@@ -164,7 +164,7 @@ def _take_turns(*sides: tuple[Callable[[RankerBatch], None], Iterator[RankerBatc
             rows = 0
             for batch in islice(source, SLICE):
                 step(batch)
-                rows += len(batch.label_B)
+                rows += len(batch.label_BT)
             if turn:
                 seconds[place] += time.perf_counter() - began
                 done[place] += rows
@@ -194,7 +194,7 @@ def _pass(argument: str) -> dict[str, Any]:
         write_rows(_designs(int(argument)), path)
         memory, began, rows = PeakMemory(), time.perf_counter(), 0
         for batch in _batches(path):
-            rows += len(batch.label_B)
+            rows += len(batch.label_BT)
         if rows != int(argument):
             raise RuntimeError(f"{rows} rows read of {argument}")
         return {"gib": memory.peak_mb() / 1024, "reading": time.perf_counter() - began}

@@ -87,7 +87,7 @@ def _table(design: Design, rows: NDArray[np.int64]) -> pa.Table:
         value, length_B = bags.of_rows(rows)
         ptr = np.concatenate([[0], np.cumsum(length_B)]).astype(np.int32)
         columns[f"{_SPARSE}{name}"] = pa.ListArray.from_arrays(pa.array(ptr), pa.array(value))
-    return pa.table({**columns, _LABEL: design.label_N[rows], _WEIGHT: design.weight_N[rows]})
+    return pa.table({**columns, _LABEL: _packed(design.label_NT[rows]), _WEIGHT: design.weight_N[rows]})
 
 
 def _packed(number_NF: NDArray[np.float32]) -> pa.FixedSizeBinaryArray:
@@ -137,7 +137,8 @@ class StoredRows(Dataset[Design]):
             if name.startswith(_SPARSE):
                 ptr = lists.offsets.to_numpy().astype(np.int64)
                 bags[name.removeprefix(_SPARSE)] = Bags(lists.values.to_numpy(), ptr, np.arange(len(lists)))
-        return Design(_unpacked(columns[_DENSE]), bags, *(columns[name].to_numpy() for name in (_LABEL, _WEIGHT)))
+        dense_WF, label_WT = _unpacked(columns[_DENSE]), _unpacked(columns[_LABEL])
+        return Design(dense_WF, bags, label_WT, columns[_WEIGHT].to_numpy())
 
 
 @dataclass
@@ -235,6 +236,6 @@ def batch_of(design: Design, row_B: NDArray[np.int64]) -> RankerBatch:
             values=torch.from_numpy(np.concatenate(values)),
             lengths=torch.from_numpy(np.concatenate(lengths)),
         ),
-        label_B=torch.from_numpy(design.label_N[row_B]),
+        label_BT=torch.from_numpy(design.label_NT[row_B]),
         weight_B=torch.from_numpy(design.weight_N[row_B]),
     )

@@ -23,7 +23,7 @@ def design_of(rows: int, seed: int = 0) -> Design:
     return Design(
         dense_NF=rng.normal(size=(rows, 3)).astype(np.float32),
         bags={"ad": Bags.single(np.where(np.arange(rows) % 7, np.arange(rows), -1)), "history": shared},
-        label_N=(np.arange(rows) % 5 == 0).astype(np.float32),
+        label_NT=(np.arange(rows) % 5 == 0).astype(np.float32)[:, None],
         weight_N=np.arange(1, rows + 1).astype(np.float32),
     )
 
@@ -43,7 +43,7 @@ def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
         row_B = batch.weight_B.numpy().astype(np.int64) - 1  # the weight is the row's number plus one
         expected = batch_of(design, row_B)
         np.testing.assert_array_equal(batch.dense_BN, expected.dense_BN)
-        np.testing.assert_array_equal(batch.label_B, expected.label_B)
+        np.testing.assert_array_equal(batch.label_BT, expected.label_BT)
         for key in ("ad", "history"):
             assert batch.sparse[key].values().tolist() == expected.sparse[key].values().tolist()
             assert batch.sparse[key].lengths().tolist() == expected.sparse[key].lengths().tolist()
