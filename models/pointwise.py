@@ -1,9 +1,9 @@
 """What every pointwise ranker shares: its batch, its embedding tables and its LightningModule.
 
-A ranker is an ``nn.Module`` with ``forward(dense_BN, sparse) -> logits_BT``; one file a ranker, this file for what would
-otherwise be copied from file to file. A ranker of one task ends in a head of its own; for several it is given `Heads` over
-its representation, a file each too (`models.shared_bottom`, `models.mmoe`). The TorchRec names used by the rankers are
-imported here once, with the one log line silenced that TorchRec's own first forward causes.
+A ranker is an ``nn.Module`` with ``forward(dense_BN, sparse) -> logits_BT``; one file a ranker, this file for what
+would otherwise be copied from file to file. A ranker of one task ends in a head of its own; for several it is given
+`Heads` over its representation, a file each too (`models.shared_bottom`, `models.mmoe`). The TorchRec names used by the
+rankers are imported here once, with the one log line silenced that TorchRec's own first forward causes.
 
     RankerBatch ──► ranker(dense_BN, sparse) ──► logits_BT ──► weighted BCE, a sum over tasks
 
