@@ -82,8 +82,8 @@ class DeepFM(nn.Module):
         self.first_order = LogisticRegression(tables, n_dense=n_dense, base_rate=base_rate)
         self.pairs = torchrec_deepfm.FactorizationMachine()
         width = (self.sparse_arch.F + 1) * cfg.embedding_dim
-        self.heads = None if heads is None else heads(width + 2)
-        self.deep = torchrec_deepfm.DeepFM(OverArch(width, [*cfg.deep_layers, 1])) if heads is None else None
+        self.several = heads is not None
+        self.deep = heads(width + 2) if heads else torchrec_deepfm.DeepFM(OverArch(width, [*cfg.deep_layers, 1]))
 
     def forward(self, dense_BN: Tensor, sparse: KeyedJaggedTensor) -> Tensor:
         """Logits of a batch.
@@ -98,8 +98,9 @@ class DeepFM(nn.Module):
         dense_B1D = self.dense_arch(dense_BN).unsqueeze(1)
         field_BFD = torch.cat([dense_B1D, self.sparse_arch(sparse)], dim=1)
         first_B1, pairs_B1 = self.first_order(dense_BN, sparse), self._pairs(field_BFD)
-        if self.heads is not None:
-            return self.heads(torch.cat([field_BFD.flatten(1), first_B1, pairs_B1], dim=1))
+        if self.several:
+            logits_BT: Tensor = self.deep(torch.cat([field_BFD.flatten(1), first_B1, pairs_B1], dim=1))
+            return logits_BT
         return first_B1 + pairs_B1 + self.deep([field_BFD])
 
     def _pairs(self, field_BFD: Tensor) -> Tensor:

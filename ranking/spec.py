@@ -127,7 +127,7 @@ class FeatureSpec:
         return replace(feature.bags, value_V=row_U[feature.bags.value_V])
 
     @cached_property
-    def _row_of(self) -> dict[str, dict[int | str, int]]:
+    def _row_of(self) -> dict[str, dict[Any, int]]:
         """The row of each id that has one, by table."""
         return {table: {given: row for row, given in enumerate(ids, 1)} for table, ids in self.tables.items()}
 

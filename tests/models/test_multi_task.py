@@ -80,7 +80,7 @@ def test_mmoe_mixes_its_experts_by_the_gate_of_each_task() -> None:
     head = MMoE(5, cfg=MMoEConfig(experts=3, expert_layers=[4], tower_layers=[2]), base_rates=RATES)
     x_BR = torch.randn(7, 5)
     for task, (gate, tower) in enumerate(zip(head.gates, head.towers, strict=True)):
-        share_BE = torch.softmax(x_BR @ gate.weight.T, 1)
+        share_BE = gate(x_BR).softmax(1)
         mixed_BH = sum(share_BE[:, [n]] * expert(x_BR) for n, expert in enumerate(head.experts))
         torch.testing.assert_close(head(x_BR)[:, task], tower(mixed_BH)[:, 0])
 
@@ -88,8 +88,15 @@ def test_mmoe_mixes_its_experts_by_the_gate_of_each_task() -> None:
 def test_tasks_of_a_shared_bottom_meet_in_the_bottom_alone() -> None:
     head = SharedBottom(5, cfg=SharedBottomConfig([4], [3]), base_rates=RATES)
     head(torch.randn(6, 5))[:, 0].sum().backward()
-    assert all((parameter.grad != 0).any() for part in (head.bottom, head.towers[0]) for parameter in part.parameters())
-    assert all((parameter.grad == 0).all() for parameter in head.towers[1].parameters())
+    own = [
+        float(p.grad.abs().sum())
+        for part in (head.bottom, head.towers[0])
+        for p in part.parameters()
+        if p.grad is not None
+    ]
+    other = [float(p.grad.abs().sum()) for p in head.towers[1].parameters() if p.grad is not None]
+    assert min(own) > 0
+    assert set(other) <= {0.0}
 
 
 def batch_with(label_BT: torch.Tensor) -> RankerBatch:

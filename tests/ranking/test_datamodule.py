@@ -49,7 +49,7 @@ def test_a_batch_holds_the_rows_asked_for(design: Design) -> None:
 def test_every_row_comes_once_an_epoch_in_an_order_of_seed_and_epoch(design: Design, tmp_path: Path) -> None:
     def order(seed: int, epoch: int) -> list[int]:
         loader = RankerData(design, design, batch_size=8, seed=seed, path=tmp_path / "rows").train_dataloader()
-        loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        loader.sampler.set_epoch(epoch)
         assert len(list(loader)) == len(loader) == 7
         return torch.cat([batch.sparse["ad"].values() for batch in loader]).tolist()
 

@@ -128,7 +128,8 @@ def test_one_task_is_the_ranker_of_one_task(clicked: tuple[Log, Truth], tmp_path
     """Whatever the head of several would be; and another name of the same outcome is the same ranker."""
     log = tiny_log(tmp_path)  # its labels are view conversions
     predictions = []
-    for number, changes in enumerate(({}, {"multi_task": "mmoe"}, {"tasks": ["view_conversion"]})):
+    variants: list[dict[str, object]] = [{}, {"multi_task": "mmoe"}, {"tasks": ["view_conversion"]}]
+    for number, changes in enumerate(variants):
         cfg = ranker_of(**changes)
         spans = RankerSpans.of(FeatureBuilder(log, tiny_ids(log), cfg.features), None, tasks=cfg.tasks)
         rows = ArmRows.of(spans, tastes(log), cfg)
