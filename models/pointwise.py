@@ -283,7 +283,7 @@ class PointwiseModule(L.LightningModule):
         Args:
             fused: one kernel a step where torch has one; elsewhere it is several in any case.
         """
-        # Moments of ids that are seldom met fade to denormal numbers, on which a CPU's step takes ten times as long.
+        # Moments of ids that are seldom met fade to denormal numbers, on which a CPU's step is many times slower.
         torch.set_flush_denormal(True)
         on = {parameter.device.type for parameter in self.parameters()}
         return torch.optim.AdamW(self.parameter_groups(), fused=fused and on <= {"cpu", "cuda"})
