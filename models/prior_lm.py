@@ -116,7 +116,7 @@ class LoraSettings:
         alpha: scale of the adapters.
         layers: adapt the last so many layers only, so that the gradient ends there; None adapts all.
         targets: names of the linear layers that are adapted.
-        learning_rate: of the adapters.
+        learning_rate: of the decoder's trained weights: adapters, an appended layer, or all of them.
     """
 
     rank: int = 16

@@ -29,6 +29,7 @@ from transformers import (
 
 from data.artifacts import atomic_directory, hash_file
 from data.errors import UserError
+from models.block import append_layer, last_layer
 from priors.config import BaseModelConfig
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -66,13 +67,14 @@ def load_base_model(
         cfg: its name, dtype, and whether its weights are drawn at random.
         trained: whether its weights will be; else they are frozen.
         seed: of random weights.
-        weights: a directory with other weights of the same architecture, as an artifact keeps them.
+        weights: a directory with other weights of the same architecture, as an artifact keeps them; an appended layer
+            is among them.
 
     Returns:
         Decoder and tokenizer; the decoder is in evaluation mode.
 
     Raises:
-        UserError: the package is not installed, or there is no such model.
+        UserError: the package is not installed, there is no such model, or no layer can be appended to it.
     """
     config, tokenizer, source = _tiny() if cfg.name == "packaged:tiny" else _found(cfg.name)
     if weights is not None:
@@ -85,7 +87,24 @@ def load_base_model(
         decoder = AutoModel.from_pretrained(source)
     decoder = decoder.to(dtype=resolve_dtype(cfg.dtype, trained=trained)).eval()
     decoder.requires_grad_(trained)
+    if cfg.appended_layer:
+        _append(decoder, cfg, seed=seed, there=weights is not None)
     return BaseModel(decoder, tokenizer, cfg.name, None if cfg.random_weights else source)
+
+
+def _append(decoder: PreTrainedModel, cfg: BaseModelConfig, *, seed: int, there: bool) -> None:
+    """The layer that is trained, in float32 whatever the others are."""
+    if there:
+        last_layer(decoder).float().requires_grad_(True)
+        return
+    try:
+        append_layer(decoder, seed=seed).eval()
+    except ValueError as error:
+        raise UserError(
+            f"prior.base.appended_layer=true with prior.base.name={cfg.name}: {error}",
+            expected="a decoder of Llama's kind",
+            action="set prior.base.appended_layer=false, and train adapters: prior.lora.rank=16",
+        ) from error
 
 
 def vocabulary_head(base: BaseModel) -> Tensor:

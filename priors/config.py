@@ -26,14 +26,19 @@ class BaseModelConfig:
             frozen ones are bfloat16 on a GPU and on a CPU with AVX512-BF16 or AMX, else float32, where bfloat16
             would be emulated.
         random_weights: the same architecture with weights drawn by ``prior.seed``, to tell what pretraining adds.
+        id_rows: where the ID tokens' input rows start: ``words``, the mean word embedding of what the advertisers under
+            a code sell, or ``words+codebook``, and the code's vector in random directions beside it.
         train_input_rows: let the ID tokens' input rows learn; the gradient then goes through all layers.
+        appended_layer: append a layer that looks at the whole prompt evenly and is trained, see `models.block`.
         gradient_checkpointing: compute the layers' activations again in the backward pass instead of keeping them.
     """
 
     name: str = "packaged:smollm2"
     dtype: str = "auto"
     random_weights: bool = False
+    id_rows: str = "words"
     train_input_rows: bool = False
+    appended_layer: bool = False
     gradient_checkpointing: bool = False
 
 
@@ -273,6 +278,14 @@ class PriorConfig:
                     f"prior.base.dtype={self.base.dtype}",
                     expected="auto, float32 or bfloat16",
                     action="set prior.base.dtype to one of them",
+                )
+            )
+        if self.base.id_rows not in ("words", "words+codebook"):
+            errors.append(
+                UserError(
+                    f"prior.base.id_rows={self.base.id_rows}",
+                    expected="words or words+codebook",
+                    action="set prior.base.id_rows to one of them",
                 )
             )
         if self.train not in ("lora", "full"):

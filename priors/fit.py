@@ -12,7 +12,7 @@ The artifact is a directory:
     README.md            model card, written by the stage
     adapter/             LoRA weights as peft loads them, with prior.train=lora
     decoder/             all weights, where they are not the base model's: prior.train=full, random weights
-    head.safetensors     head, ID input rows, constants of the standardisation
+    head.safetensors     head, ID input rows, constants of the standardisation, the appended layer if there is one
     tokenizer/           the base tokenizer with the ID tokens
 """
 
@@ -40,6 +40,7 @@ from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 from data.artifacts import to_plain
 from data.errors import LineageError, UserError
 from data.log import Log, Targets
+from models.block import balance, last_layer
 from models.prior_lm import LoraSettings, PriorLM, PriorLMModule, TreeBatch, base_log_prob, row_nll
 from models.training import EpochSampler, FitResult, TokenBatchSampler, TrainerConfig, fit
 from priors.anchor import Anchor, Counts, TunedAnchor, choose_constants
@@ -55,6 +56,7 @@ from semantic_ids.trie import Trie
 
 IDS = "ids"
 START = "start.safetensors"
+_APPENDED = "appended."
 _STANDARDISE = 32
 """Prompts that the head's constants are taken from where there is no probe."""
 
@@ -104,6 +106,7 @@ class PriorModel:
         (directory / IDS).mkdir(exist_ok=True)
         self.fitted_ids.save(directory / IDS)
         state = {f"head.{name}": value.contiguous() for name, value in self.model.head.state_dict().items()}
+        state |= _appended(self.model.decoder, self.cfg.base)
         state |= {"id_rows": self.model.id_rows.weight.detach(), "constant_LH": self.constant_LH.contiguous()}
         save_file(state, directory / "head.safetensors")
         decoder: Any = self.model.decoder
@@ -215,6 +218,9 @@ def load_model(directory: Path, plain: dict[str, Any], ids: AdvertiserIds) -> tu
     base_model = load_base_model(BaseModelConfig(**plain["base_model"]), weights=weights if weights.exists() else None)
     state = load_file(directory / "head.safetensors")
     decoder: Any = base_model.decoder
+    added = {name: state.pop(name) for name in [*state] if name.startswith(_APPENDED)}
+    if added:
+        last_layer(decoder).load_state_dict({name.removeprefix(_APPENDED): value for name, value in added.items()})
     if (directory / "adapter").exists():
         decoder = PeftModel.from_pretrained(decoder, str(directory / "adapter"))
     id_rows, constant_LH = state.pop("id_rows"), state.pop("constant_LH")
@@ -344,13 +350,15 @@ def build_model(
         adapter = LoraConfig(
             r=cfg.lora.rank,
             lora_alpha=cfg.lora.alpha,  # type: ignore[arg-type]
-            target_modules=adapted_modules(decoder, cfg.lora),
+            target_modules=adapted_modules(decoder, cfg.lora, appended=cfg.base.appended_layer),
         )
         decoder = get_peft_model(decoder, adapter)
+        if cfg.base.appended_layer:
+            last_layer(_without_adapters(decoder)).requires_grad_(True)  # peft freezes all that is not its own
     return PriorLM(
         decoder,
         codebooks=[torch.from_numpy(codebook) for codebook in ids.codebooks],
-        id_rows=word_rows(base_model, ids, log),
+        id_rows=input_rows(base_model, ids, log, cfg.base.id_rows),
         first_id_token=compiler.first_id_token,
         head=cfg.head.kind,
         dropout=cfg.head.dropout,
@@ -358,16 +366,22 @@ def build_model(
     )
 
 
-def adapted_modules(decoder: torch.nn.Module, cfg: LoraSettings) -> list[str]:
+def adapted_modules(decoder: torch.nn.Module, cfg: LoraSettings, *, appended: bool = False) -> list[str]:
     """Full names of the linear layers that get an adapter: the configured ones of the last layers.
+
+    Args:
+        decoder: the decoder.
+        cfg: which layers.
+        appended: the last layer was appended, and needs none.
 
     Raises:
         UserError: the decoder has no such layer.
     """
     linear = [name for name, module in decoder.named_modules() if isinstance(module, torch.nn.Linear)]
     layer_of = {name: next((int(part) for part in name.split(".") if part.isdigit()), 0) for name in linear}
-    first = 0 if cfg.layers is None else max(layer_of.values(), default=0) + 1 - cfg.layers
-    names = [name for name in linear if name.split(".")[-1] in cfg.targets and layer_of[name] >= first]
+    stop = max(layer_of.values(), default=0) + (0 if appended else 1)
+    first = 0 if cfg.layers is None else stop - cfg.layers
+    names = [name for name in linear if name.split(".")[-1] in cfg.targets and first <= layer_of[name] < stop]
     if not names:
         raise UserError(
             f"prior.lora.targets={list(cfg.targets)}, prior.lora.layers={cfg.layers}",
@@ -375,6 +389,32 @@ def adapted_modules(decoder: torch.nn.Module, cfg: LoraSettings) -> list[str]:
             action="name the linear layers of this base model, or set prior.lora.rank=0 to train the head alone",
         )
     return names
+
+
+def input_rows(base_model: BaseModel, ids: AdvertiserIds, log: Log, kind: str) -> Tensor:
+    """Input rows of the ID tokens.
+
+    Args:
+        base_model: whose words the rows stand beside.
+        ids: the codes.
+        log: what the advertisers sell.
+        kind: as of `priors.config.BaseModelConfig.id_rows`.
+
+    Returns:
+        ``(sum V_l, H)``, levels after one another.
+    """
+    rows_VH = word_rows(base_model, ids, log)
+    if "codebook" not in kind:
+        return rows_VH
+    codes_VD = torch.cat([torch.from_numpy(codebook) for codebook in ids.codebooks]).float()
+    width, hidden = codes_VD.shape[1], rows_VH.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    directions_DH = torch.nn.init.orthogonal_(torch.empty(width, hidden), generator=generator)
+    words_VH = base_model.decoder.get_input_embeddings().weight.detach().float()  # type: ignore[union-attr, operator]
+    # The longest level gets the length of a word, so that the residuals keep their sizes against each other.
+    length = torch.from_numpy(ids.codebooks[0]).float().norm(dim=-1).mean().clamp_min(1e-8)
+    codes_VD = codes_VD * (words_VH - words_VH.mean(0)).norm(dim=-1).mean() / length
+    return rows_VH + codes_VD @ directions_DH
 
 
 def word_rows(base_model: BaseModel, ids: AdvertiserIds, log: Log) -> Tensor:
@@ -498,6 +538,14 @@ def fit_lm(
     return result, sampler, start
 
 
+def _appended(decoder: Any, cfg: BaseModelConfig) -> dict[str, Tensor]:
+    """Weights of the appended layer, for the artifact."""
+    if not cfg.appended_layer:
+        return {}
+    layer = last_layer(_without_adapters(decoder))
+    return {f"{_APPENDED}{name}": value.detach().contiguous() for name, value in layer.state_dict().items()}
+
+
 def _without_adapters(decoder: Any) -> PreTrainedModel:
     """The decoder itself, below peft where it has adapters."""
     plain: Any = decoder.get_base_model() if isinstance(decoder, PeftModel) else decoder
@@ -539,6 +587,8 @@ def _start(
             rows = list(EpochSampler(source, seed=cfg.seed + 1, per_epoch=n_read))
             return read_states(model, source, collator, rows=rows, batch_size=size)
 
+        if cfg.base.appended_layer:
+            balance(model.decoder, lambda: states(train, min(len(train), _STANDARDISE)))
         if probe is not None and len(probe) > 0:
             of_select = read_states(model, select, collator, rows=list(range(len(select))), batch_size=size)
             report = fit_probe(model, states(probe, len(probe)), of_select, cfg.probe, cfg.head, seed=cfg.seed)
