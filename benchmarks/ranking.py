@@ -6,7 +6,7 @@
 Made-up rows of the shapes of The Complete Journey's ranker: 60 numbers, nine sparse features, tables of up to 50,000
 rows. Prints one JSON object a row. Rows with ``ratio`` compare two sides that take turns, a slice of batches each:
 
-    end to end / bare step      batches from Parquet, shuffled and made ahead, against batches in memory
+    end to end / bare step      batches from Parquet, shuffled and read ahead, against batches in memory
     DLRM / plain DLRM           TorchRec's modules against ``nn.EmbeddingBag`` and linear layers of the same shapes
 
 The peak memory is that of one pass over 1M and 10M stored rows, each in a process of its own.
@@ -100,7 +100,7 @@ class PlainDLRM(nn.Module):
             parts.append(self.bags[table](bag.values(), bag.offsets()[:-1]))
         field_BFD = torch.stack(parts, 1)
         dots_BFF = field_BFD @ field_BFD.transpose(1, 2)
-        found: Tensor = self.over(torch.cat([dense_BD, dots_BFF[:, self.first, self.second]], 1)).squeeze(-1)
+        found: Tensor = self.over(torch.cat([dense_BD, dots_BFF[:, self.first, self.second]], 1))
         return found
 
 
@@ -121,7 +121,7 @@ def _designs(rows: int) -> Iterator[Design]:
             length = BAG.get(feature, 1)
             values = (size * rng.random(n * length) ** 3).astype(np.int64)  # a few ids are frequent
             bags[feature] = Bags(values, np.arange(n + 1) * length, np.arange(n))
-        label = (rng.random(n) < 0.05).astype(np.float32)
+        label = (rng.random((n, 1)) < 0.05).astype(np.float32)
         yield Design(rng.standard_normal((n, N_DENSE), np.float32), bags, label, np.ones(n, np.float32))
 
 
@@ -144,9 +144,7 @@ def _module(ranker: nn.Module) -> PointwiseModule:
 
 
 def _step(module: PointwiseModule) -> Callable[[RankerBatch], None]:
-    tables = [parameter for parameter in module.ranker.parameters() if parameter.ndim > 1 and len(parameter) > 256]
-    dense = [parameter for parameter in module.ranker.parameters() if not any(parameter is table for table in tables)]
-    optimizer = torch.optim.AdamW([{"params": tables, "lr": 2e-4}, {"params": dense, "lr": 2e-3}])
+    optimizer = module.optimizer()
 
     def step(batch: RankerBatch) -> None:
         loss, weight = module._weighted_loss(batch)
@@ -166,7 +164,7 @@ def _take_turns(*sides: tuple[Callable[[RankerBatch], None], Iterator[RankerBatc
             rows = 0
             for batch in islice(source, SLICE):
                 step(batch)
-                rows += len(batch.label_B)
+                rows += len(batch.label_BT)
             if turn:
                 seconds[place] += time.perf_counter() - began
                 done[place] += rows
@@ -196,7 +194,7 @@ def _pass(argument: str) -> dict[str, Any]:
         write_rows(_designs(int(argument)), path)
         memory, began, rows = PeakMemory(), time.perf_counter(), 0
         for batch in _batches(path):
-            rows += len(batch.label_B)
+            rows += len(batch.label_BT)
         if rows != int(argument):
             raise RuntimeError(f"{rows} rows read of {argument}")
         return {"gib": memory.peak_mb() / 1024, "reading": time.perf_counter() - began}

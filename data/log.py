@@ -307,16 +307,38 @@ class Log:
             Events whose kind tells the label (``Log.label_kinds``) and whose ``weight`` undoes the sampling. An
             impression whose ad was converted with in the same visit is left out: the conversion stands for it.
         """
-        kinds = (*self.label_kinds, KINDS.index("impression"))
-        wanted = np.isin(self.events.kind, kinds) & (self.events.ad >= 0)
+        return self.outcomes(span, users)[0]
+
+    def outcomes(
+        self, span: str | Span, users: NDArray[Any] | None = None, *, kinds: Sequence[int] = ()
+    ) -> tuple[Events, I32]:
+        """As `impressions`, with what became of each row.
+
+        Args:
+            span: as in `impressions`.
+            users: as in `impressions`.
+            kinds: codes of further kinds, such as clicks, of which each event stands for its impression as well.
+
+        Returns:
+            The events, and for each the kinds of all events of the same visit and ad as bits, ``1 << kind``; of the
+            label kinds, impressions and ``kinds`` alone.
+        """
+        shown = KINDS.index("impression")
+        wanted = np.isin(self.events.kind, (*self.label_kinds, *kinds, shown)) & (self.events.ad >= 0)
         events = self._span_events(span, users, wanted)
-        label = np.isin(events.kind, self.label_kinds)
-        order = np.lexsort((~label, events.ad, events.request, events.period, events.user))
+        label, impression = np.isin(events.kind, self.label_kinds), events.kind == shown
+        last_of = 2 * impression + ~(label | impression)  # labels first, then what else happened, then impressions
+        order = np.lexsort((last_of, events.ad, events.request, events.period, events.user))
         key = np.stack([events.user, events.period, events.request, events.ad])[:, order]
         first = np.ones(len(events), bool)
         first[1:] = (key[:, 1:] != key[:, :-1]).any(0)
-        converted = label[order][np.maximum.accumulate(np.where(first, np.arange(len(events)), 0))]
-        return events.select(np.sort(order[first | ~converted]))
+        group, start = np.cumsum(first) - 1, np.flatnonzero(first)
+        bits = (
+            np.bitwise_or.reduceat(np.int32(1) << events.kind[order].astype(np.int32), start) if len(start) else start
+        )
+        kept = first | impression[order[start]][group]
+        rows = np.argsort(order[kept], kind="stable")
+        return events.select(order[kept][rows]), bits[group][kept][rows].astype(np.int32)
 
     def is_new(self, user_N: NDArray[Any], period_N: NDArray[Any], advertiser_N: NDArray[Any]) -> Bool:
         """True where the user has no purchase of any kind with the advertiser before the period."""

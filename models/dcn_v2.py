@@ -20,11 +20,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
-from torchrec.models.dlrm import DenseArch, InteractionDCNArch, OverArch, SparseArch
+from torchrec.models.dlrm import DenseArch, InteractionDCNArch, SparseArch
 from torchrec.modules.crossnet import LowRankCrossNet
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from models.pointwise import SparseTable, check_sizes, embedding_bags, start_at_
+from models.pointwise import Heads, SparseTable, check_sizes, embedding_bags, single_head
 
 
 @dataclass
@@ -54,6 +54,7 @@ class DCNv2(nn.Module):
         n_dense: number N of dense features, at least one.
         cfg: sizes.
         base_rate: share of rows that convert; the untrained model's logit is about its log-odds.
+        heads: of several tasks, in place of the one above.
 
     Raises:
         ValueError: a size is not positive, or the base rate is no probability strictly inside (0, 1).
@@ -63,11 +64,17 @@ class DCNv2(nn.Module):
         >>> ranker = DCNv2([SparseTable("ad", 100, ("ad",))], n_dense=3, cfg=DCNv2Config(embedding_dim=8))
         >>> sparse = KeyedJaggedTensor(keys=["ad"], values=torch.tensor([7, 42]), lengths=torch.tensor([1, 1]))
         >>> ranker(torch.zeros(2, 3), sparse).shape
-        torch.Size([2])
+        torch.Size([2, 1])
     """
 
     def __init__(
-        self, tables: Sequence[SparseTable], *, n_dense: int, cfg: DCNv2Config, base_rate: float = 0.5
+        self,
+        tables: Sequence[SparseTable],
+        *,
+        n_dense: int,
+        cfg: DCNv2Config,
+        base_rate: float = 0.5,
+        heads: Heads | None = None,
     ) -> None:
         super().__init__()
         sizes = [cfg.embedding_dim, *cfg.dense_layers, cfg.cross_layers, cfg.cross_rank, *(cfg.over_layers or [0])]
@@ -78,8 +85,7 @@ class DCNv2(nn.Module):
         width = (n_sparse + 1) * cfg.embedding_dim
         crosses = LowRankCrossNet(width, num_layers=cfg.cross_layers, low_rank=cfg.cross_rank)
         self.inter_arch = InteractionDCNArch(n_sparse, crosses)
-        self.over_arch = OverArch(width, [*cfg.over_layers, 1])
-        start_at_(self.over_arch.model[-1].bias, base_rate)
+        self.over_arch = (heads or single_head(cfg.over_layers, base_rate))(width)
 
     def forward(self, dense_BN: Tensor, sparse: KeyedJaggedTensor) -> Tensor:
         """Logits of a batch.
@@ -89,8 +95,9 @@ class DCNv2(nn.Module):
             sparse: one bag of row numbers a row and key; the keys are those of ``tables``, in any order.
 
         Returns:
-            Log-odds of a conversion, shape ``(B,)``.
+            Log-odds of a conversion, or of each task's outcome, shape ``(B, T)``.
         """
         dense_BD = self.dense_arch(dense_BN)
         sparse_BFD = self.sparse_arch(sparse)
-        return self.over_arch(self.inter_arch(dense_BD, sparse_BFD)).squeeze(-1)
+        found: Tensor = self.over_arch(self.inter_arch(dense_BD, sparse_BFD))
+        return found

@@ -21,10 +21,10 @@ from dataclasses import dataclass, field
 from math import comb
 
 from torch import Tensor, nn
-from torchrec.models.dlrm import DenseArch, InteractionArch, OverArch, SparseArch
+from torchrec.models.dlrm import DenseArch, InteractionArch, SparseArch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from models.pointwise import SparseTable, check_sizes, embedding_bags, start_at_
+from models.pointwise import Heads, SparseTable, check_sizes, embedding_bags, single_head
 
 
 @dataclass
@@ -68,10 +68,18 @@ class DLRM(nn.Module):
         ...     lengths=torch.tensor([1, 1, 1, 1, 2, 0]),
         ... )
         >>> ranker(torch.zeros(2, 3), sparse).shape
-        torch.Size([2])
+        torch.Size([2, 1])
     """
 
-    def __init__(self, tables: Sequence[SparseTable], *, n_dense: int, cfg: DLRMConfig, base_rate: float = 0.5) -> None:
+    def __init__(
+        self,
+        tables: Sequence[SparseTable],
+        *,
+        n_dense: int,
+        cfg: DLRMConfig,
+        base_rate: float = 0.5,
+        heads: Heads | None = None,
+    ) -> None:
         super().__init__()
         check_sizes(cfg, [cfg.embedding_dim, *cfg.dense_layers, *(cfg.over_layers or [0])], n_dense=n_dense)
         self.sparse_arch = SparseArch(embedding_bags(tables, cfg.embedding_dim))
@@ -79,8 +87,7 @@ class DLRM(nn.Module):
         self.dense_arch = DenseArch(n_dense, [*cfg.dense_layers, cfg.embedding_dim])
         self.inter_arch = InteractionArch(n_sparse)
         interactions = cfg.embedding_dim + n_sparse + comb(n_sparse, 2)
-        self.over_arch = OverArch(interactions, [*cfg.over_layers, 1])
-        start_at_(self.over_arch.model[-1].bias, base_rate)
+        self.over_arch = (heads or single_head(cfg.over_layers, base_rate))(interactions)
 
     def forward(self, dense_BN: Tensor, sparse: KeyedJaggedTensor) -> Tensor:
         """Logits of a batch.
@@ -90,8 +97,9 @@ class DLRM(nn.Module):
             sparse: one bag of row numbers a row and key; the keys are those of ``tables``, in any order.
 
         Returns:
-            Log-odds of a conversion, shape ``(B,)``.
+            Log-odds of a conversion, or of each task's outcome, shape ``(B, T)``.
         """
         dense_BD = self.dense_arch(dense_BN)
         sparse_BFD = self.sparse_arch(sparse)
-        return self.over_arch(self.inter_arch(dense_BD, sparse_BFD)).squeeze(-1)
+        found: Tensor = self.over_arch(self.inter_arch(dense_BD, sparse_BFD))
+        return found

@@ -1,6 +1,6 @@
 """Logistic regression: a weight an id and a weight a number, the floor under every ranker.
 
-What a ranker gains over it, it gains by interactions.
+What a ranker gains over it, it gains by interactions. It has one task: there is nothing in it that tasks could share.
 
     sparse ─► EmbeddingBagCollection of weights ─► sum ─┐
                                                         ├─► logit
@@ -38,7 +38,7 @@ class LogisticRegression(nn.Module):
         >>> floor = LogisticRegression([SparseTable("ad", 100, ("ad",))], n_dense=3, base_rate=0.5)
         >>> sparse = KeyedJaggedTensor(keys=["ad"], values=torch.tensor([7, 42]), lengths=torch.tensor([1, 1]))
         >>> floor(torch.zeros(2, 3), sparse).tolist()
-        [0.0, 0.0]
+        [[0.0], [0.0]]
     """
 
     def __init__(self, tables: Sequence[SparseTable], *, n_dense: int, base_rate: float = 0.5) -> None:
@@ -59,7 +59,7 @@ class LogisticRegression(nn.Module):
             sparse: one bag of row numbers a row and key; the keys are those of ``tables``, in any order.
 
         Returns:
-            Log-odds of a conversion, shape ``(B,)``.
+            Log-odds of a conversion, shape ``(B, 1)``.
         """
         weight_BFW = self.weights(sparse).values()
-        return self.dense(dense_BN).squeeze(-1) + weight_BFW.sum(-1)
+        return self.dense(dense_BN) + weight_BFW.sum(-1, keepdim=True)

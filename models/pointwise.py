@@ -1,18 +1,19 @@
 """What every pointwise ranker shares: its batch, its embedding tables and its LightningModule.
 
-A ranker is an ``nn.Module`` with ``forward(dense_BN, sparse) -> logits_B``; one file a ranker, this
-file for what would otherwise be copied from file to file. The TorchRec names used by the rankers
-are imported here once, with the one log line silenced that TorchRec's own first forward causes.
+A ranker is an ``nn.Module`` with ``forward(dense_BN, sparse) -> logits_BT``; one file a ranker, this file for what
+would otherwise be copied from file to file. A ranker of one task ends in a head of its own; for several it is given
+`Heads` over its representation, a file each too (`models.shared_bottom`, `models.mmoe`). The TorchRec names used by the
+rankers are imported here once, with the one log line silenced that TorchRec's own first forward causes.
 
-    RankerBatch ──► ranker(dense_BN, sparse) ──► logits_B ──► weighted BCE
+    RankerBatch ──► ranker(dense_BN, sparse) ──► logits_BT ──► weighted BCE, a sum over tasks
 
-Shapes: B rows, N dense features, F sparse features, D width of an embedding.
+Shapes: B rows, T tasks, N dense features, F sparse features, D width of an embedding.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +24,18 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from scipy.optimize import brentq
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
+from torchrec.models.dlrm import OverArch
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+Heads = Callable[[int], nn.Module]
+"""Makes what turns a representation of some width, ``(B, width)``, into a logit a task, ``(B, T)``."""
 _LARGEST_LOGIT = 30.0
 """Log-odds beyond this are as good as certain; the level is not set by how far beyond they are."""
+_TINY = 1e-12
+"""Keeps a task without a row of known label in a batch from dividing by nothing."""
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -64,13 +70,13 @@ class RankerBatch:
     Attributes:
         dense_BN: standardised dense features, float32.
         sparse: the sparse features of the same rows, one bag a row and key.
-        label_B: 1.0 where the row converted, else 0.0.
+        label_BT: of each task 1.0 where the row has its outcome, 0.0 where not, NaN where that is not known.
         weight_B: rows of the log that each row stands for.
     """
 
     dense_BN: Tensor
     sparse: KeyedJaggedTensor
-    label_B: Tensor
+    label_BT: Tensor
     weight_B: Tensor
 
     def to(self, device: torch.device, non_blocking: bool = False) -> RankerBatch:
@@ -78,7 +84,7 @@ class RankerBatch:
         return RankerBatch(
             dense_BN=self.dense_BN.to(device, non_blocking=non_blocking),
             sparse=self.sparse.to(device, non_blocking=non_blocking),
-            label_B=self.label_B.to(device, non_blocking=non_blocking),
+            label_BT=self.label_BT.to(device, non_blocking=non_blocking),
             weight_B=self.weight_B.to(device, non_blocking=non_blocking),
         )
 
@@ -117,14 +123,36 @@ def embedding_bags(tables: Sequence[SparseTable], dim: int) -> EmbeddingBagColle
     )
 
 
-def check_sizes(cfg: object, sizes: Sequence[int], *, n_dense: int) -> None:
+def check_sizes(cfg: object, sizes: Sequence[int], *, n_dense: int | None = None) -> None:
     """Refuses a ranker with a layer of no width or without dense features.
+
+    Args:
+        cfg: named in the error.
+        sizes: of its layers.
+        n_dense: dense features, for a module that reads them.
 
     Raises:
         ValueError: a size is not positive.
     """
-    if min([n_dense, *sizes]) < 1:
-        raise ValueError(f"{cfg} with {n_dense} dense features: expected positive sizes")
+    if min(sizes, default=1) < 1 or (n_dense is not None and n_dense < 1):
+        read = "" if n_dense is None else f" with {n_dense} dense features"
+        raise ValueError(f"{cfg}{read}: expected positive sizes")
+
+
+def single_head(layers: Sequence[int], base_rate: float) -> Heads:
+    """The head of one task: TorchRec's ``OverArch``, an MLP that ends in a logit.
+
+    Args:
+        layers: hidden widths, at least one.
+        base_rate: share of rows with the outcome; the untrained logit is about its log-odds.
+    """
+
+    def head(width: int) -> nn.Module:
+        over = OverArch(width, [*layers, 1])
+        start_at_(over.model[-1].bias, base_rate)
+        return over
+
+    return head
 
 
 def start_at_(bias_1: nn.Parameter, base_rate: float) -> None:
@@ -158,16 +186,17 @@ def level_shift(logit_N: Tensor, label_N: Tensor, weight_N: Tensor) -> float:
 
     Args:
         logit_N: log-odds, float64.
-        label_N: zeros and ones.
+        label_N: zeros and ones, NaN where unknown.
         weight_N: rows of the log that each row stands for.
 
     Returns:
-        The shift in log-odds; 0 where the rows are of one class.
+        The shift in log-odds; 0 where the rows are of one class. Rows of an unknown label do not count.
     """
-    label, weight = label_N.double(), weight_N.double()
-    if label.min() == label.max():
+    known_N = ~label_N.isnan()
+    label, weight = label_N[known_N].double(), weight_N[known_N].double()
+    if not len(label) or label.min() == label.max():
         return 0.0
-    logit = logit_N.clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT)
+    logit = logit_N[known_N].detach().clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT)
 
     def excess(shift: float) -> float:
         return float(weight @ (torch.sigmoid(logit + shift) - label))
@@ -187,39 +216,50 @@ class PointwiseModule(L.LightningModule):
     epochs. Both rates fall linearly to zero: a few rows of large weight otherwise move the level of
     all probabilities from epoch to epoch.
 
+    With several tasks the loss is the sum of theirs by ``task_weights``, each a mean over the rows whose label of the
+    task is known; a row without one moves nothing of that task.
+
     Args:
-        ranker: maps ``(dense_BN, sparse)`` to ``logits_B``.
+        ranker: maps ``(dense_BN, sparse)`` to ``logits_BT``.
         learning_rate: of AdamW at the first step.
         embedding_learning_rate: the same for the embedding tables.
         weight_decay: of AdamW, on everything but biases.
+        task_weights: of each task's loss, one a task.
     """
 
     def __init__(
-        self, ranker: nn.Module, *, learning_rate: float, embedding_learning_rate: float, weight_decay: float
+        self,
+        ranker: nn.Module,
+        *,
+        learning_rate: float,
+        embedding_learning_rate: float,
+        weight_decay: float,
+        task_weights: Sequence[float] = (1.0,),
     ) -> None:
         super().__init__()
         self.ranker = ranker
         self.intercept: Tensor
-        self.register_buffer("intercept", torch.zeros(()))
+        self.register_buffer("intercept", torch.zeros(len(task_weights)))
+        self.task_weights = list(task_weights)
         self.learning_rate, self.embedding_learning_rate = learning_rate, embedding_learning_rate
         self.weight_decay = weight_decay
         self._validated: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, batch: RankerBatch) -> Tensor:
-        """Logits of a batch, shape ``(B,)``; ``intercept``, zero while training, is added to all of them."""
+        """Logits of a batch, shape ``(B, T)``; ``intercept``, zero while training, is added to all of them."""
         return self.ranker(batch.dense_BN, batch.sparse) + self.intercept
 
     def training_step(self, batch: RankerBatch, batch_idx: int) -> Tensor:
-        loss, weight = self._weighted_loss(batch)
-        loss = loss / _mean_over_processes(weight)
-        self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(batch.label_B))
+        loss_T, weight_T = self._weighted_loss(batch)
+        loss = self._over_tasks(loss_T / _mean_over_processes(weight_T).clamp(min=_TINY))
+        self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(batch.label_BT))
         return loss
 
     def on_validation_epoch_start(self) -> None:
         self._validated = []
 
     def validation_step(self, batch: RankerBatch, batch_idx: int) -> None:
-        self._validated.append((self(batch).double().cpu(), batch.label_B.cpu()))
+        self._validated.append((self(batch).double().cpu(), batch.label_BT.cpu()))
 
     def on_validation_epoch_end(self) -> None:
         """Logs ``val_loss``, the loss of the held-out rows, each counted once, with its level set on them.
@@ -227,16 +267,26 @@ class PointwiseModule(L.LightningModule):
         Up to that level it is the likelihood of the outcomes given which rows were sampled. Weighted, it would
         be the loss of the few sampled negatives that look like conversions, and say little of the rest.
         """
-        logit_N, label_N = (_of_all_processes(torch.cat(parts)) for parts in zip(*self._validated, strict=True))
-        logit_N = logit_N + level_shift(logit_N, label_N, torch.ones_like(label_N))
-        loss = binary_cross_entropy_with_logits(logit_N, label_N.double())
-        self.log("val_loss", loss, prog_bar=True, sync_dist=True)
+        logit_NT, label_NT = (_of_all_processes(torch.cat(parts)) for parts in zip(*self._validated, strict=True))
+        loss_T = torch.stack([_held_out_loss(*task) for task in zip(logit_NT.T, label_NT.T, strict=True)])
+        self.log("val_loss", self._over_tasks(loss_T), prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = torch.optim.AdamW(self.parameter_groups())
+        optimizer = self.optimizer(fused=self.trainer.precision != "16-mixed")  # its loss scaler clips by itself
         steps = int(self.trainer.estimated_stepping_batches)
         decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
+
+    def optimizer(self, *, fused: bool = True) -> torch.optim.AdamW:
+        """AdamW over the `parameter_groups`.
+
+        Args:
+            fused: one kernel a step where torch has one; elsewhere it is several in any case.
+        """
+        # Moments of ids that are seldom met fade to denormal numbers, on which a CPU's step is many times slower.
+        torch.set_flush_denormal(True)
+        on = {parameter.device.type for parameter in self.parameters()}
+        return torch.optim.AdamW(self.parameter_groups(), fused=fused and on <= {"cpu", "cuda"})
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Embedding tables, other matrices, biases; each with its learning rate and weight decay.
@@ -260,8 +310,23 @@ class PointwiseModule(L.LightningModule):
         ]
 
     def _weighted_loss(self, batch: RankerBatch) -> tuple[Tensor, Tensor]:
-        loss = binary_cross_entropy_with_logits(self(batch), batch.label_B, batch.weight_B, reduction="sum")
-        return loss, batch.weight_B.sum()
+        """Of each task the loss and the weight of the rows whose label is known, summed, ``(T,)`` both."""
+        weight_BT = torch.where(batch.label_BT.isnan(), 0.0, batch.weight_B.unsqueeze(1))
+        label_BT = batch.label_BT.nan_to_num()
+        loss_BT = binary_cross_entropy_with_logits(self(batch), label_BT, weight_BT, reduction="none")
+        return loss_BT.sum(0), weight_BT.sum(0)
+
+    def _over_tasks(self, loss_T: Tensor) -> Tensor:
+        return (loss_T * loss_T.new_tensor(self.task_weights)).sum()
+
+
+def _held_out_loss(logit_N: Tensor, label_N: Tensor) -> Tensor:
+    """Mean loss of one task's rows of known label, at their own level; 0 where there are none."""
+    known_N = ~label_N.isnan()
+    logit, label = logit_N[known_N], label_N[known_N].double()
+    if not len(label):
+        return logit_N.new_zeros(())
+    return binary_cross_entropy_with_logits(logit + level_shift(logit, label, torch.ones_like(label)), label)
 
 
 def _mean_over_processes(value: Tensor) -> Tensor:

@@ -244,7 +244,7 @@ def make_ranker(context: Work) -> dict[str, Any]:
     """Rankers of all arms and seeds, and what sets the arms apart."""
     cfg, log = context.config.ranker, _log(context)
     builder = FeatureBuilder(log, _ids(context), cfg.features)
-    spans = RankerSpans.of(builder, _panel(context), evaluation=context.config.evaluate)
+    spans = RankerSpans.of(builder, _panel(context), evaluation=context.config.evaluate, tasks=cfg.tasks)
     rankers = context.work / RANKERS
     rankers.mkdir(exist_ok=True)
     rows = run_ablation(spans, _forecasts(context), cfg, rankers)
@@ -263,7 +263,7 @@ def make_ranker_ablation(context: Work) -> dict[str, Any]:
     """
     cfg, log, ids, forecasts = context.config.ranker, _log(context), _ids(context), dict(_forecasts(context))
     builder = FeatureBuilder(log, ids, cfg.features)
-    spans = RankerSpans.of(builder, _panel(context), evaluation=context.config.evaluate)
+    spans = RankerSpans.of(builder, _panel(context), evaluation=context.config.evaluate, tasks=cfg.tasks)
     truth = None
     if (context.inputs["data"] / TRUTH).exists():
         truth = Truth.load(context.inputs["data"] / TRUTH)
@@ -279,7 +279,7 @@ def make_ranker_ablation(context: Work) -> dict[str, Any]:
             predictions[variant.name] = predictions_of(variant, spans, cfg.seeds, rankers)
             advance(len(cfg.seeds))
     if truth is not None:
-        predictions[TRUE_CHANCE] = [true_chance(truth, log, spans.evaluation.rows)] * len(cfg.seeds)
+        predictions[TRUE_CHANCE] = [true_chance(truth, log, spans.evaluation.rows, tasks=cfg.tasks)] * len(cfg.seeds)
     rows = compare(spans, predictions, cfg, pairs=pairs)
     _write_rows(context.output, rows)
     write_ablation(rows, context.config, context.output)

@@ -13,7 +13,7 @@ The figure of a variant is the mean over its seeds of the figure of one ranker. 
 where there are several, seeds, the same ones for all variants; the difference of two is taken draw by draw. So
 an interval tells how far other users and other training runs would have moved the figure.
 
-Shapes: N rows, D bootstrap draws (draw 0 is the data as it is), S seeds, U users.
+Shapes: N rows, T tasks, D bootstrap draws (draw 0 is the data as it is), S seeds, U users.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from numpy.typing import NDArray
 from data.artifacts import fingerprint
 from data.statistics import Row
 from priors.forecast import Forecast
-from ranking.config import RankerConfig
+from ranking.config import TASKS_SHARE, RankerConfig
 from ranking.metrics import METRICS, Sample, evaluate, interval
 from ranking.prior import GROUPS
-from ranking.ranker import RankerSpans, train_ranker
+from ranking.ranker import ArmRows, RankerSpans, predict, train_ranker
 
 SHUFFLED, ORACLE, TRUE_CHANCE = "shuffled prior", "oracle", "true chance"
 DIFFERENCES = (
@@ -46,6 +46,8 @@ DIFFERENCES = (
     (TRUE_CHANCE, "lm"),
 )
 """Pairs of arms that are compared where both were trained."""
+SEASONS = ("winter", "spring", "summer", "autumn")
+"""Of the northern half; December begins the first."""
 SPARSE_SHARE = 1 / 3
 """Users in the lowest third by purchases are the segment of sparse users, as for the forecast."""
 
@@ -210,7 +212,8 @@ def grid(
         lm = next(variant for variant in of_arms if variant.name == "lm")
         of_groups, more = group_variants(lm)
         variants, pairs = [*variants, *of_groups], [*pairs, *more]
-    others = {model: replace(cfg, model=model) for model in cfg.ablation.models if model != cfg.model}
+    models = [model for model in cfg.ablation.models if len(cfg.tasks) == 1 or model in TASKS_SHARE]
+    others = {model: replace(cfg, model=model) for model in models if model != cfg.model}
     of_models, more = model_variants(of_arms, others)
     return [*variants, *of_models], [*pairs, *more]
 
@@ -285,7 +288,7 @@ def run_ablation(
 def predictions_of(
     variant: Variant, spans: RankerSpans, seeds: Sequence[int], work_dir: Path
 ) -> list[NDArray[np.float64]]:
-    """Probabilities of the evaluated rows by a variant's rankers, one array a seed.
+    """Probabilities of the evaluated rows by a variant's rankers, one array ``(N, T)`` a seed.
 
     Each ranker is an artifact of its own in ``work_dir``: what was finished before a crash is not trained again.
 
@@ -298,13 +301,11 @@ def predictions_of(
     Raises:
         UserError: training rows of one class, or features that cannot be used.
     """
-    evaluation = spans.evaluation.with_prior(variant.forecast, variant.cfg.features.prior)
-    return [
-        train_ranker(
-            spans, variant.forecast, seed=seed, cfg=variant.cfg, directory=work_dir / f"{variant.slug}-{seed}"
-        ).probabilities(evaluation)
-        for seed in seeds
-    ]
+    rows = ArmRows.of(spans, variant.forecast, variant.cfg)
+    rankers = (
+        train_ranker(rows, seed=seed, cfg=variant.cfg, directory=work_dir / f"{variant.slug}-{seed}") for seed in seeds
+    )
+    return [predict(ranker.module, rows.evaluation) for ranker in rankers]
 
 
 def compare(
@@ -318,22 +319,26 @@ def compare(
 
     Args:
         spans: features of the log; the predictions are of ``spans.evaluation``.
-        predictions: of each variant one array of probabilities a seed.
-        cfg: number of draws.
+        predictions: of each variant one array of probabilities ``(N, T)`` a seed.
+        cfg: tasks and number of draws.
         pairs: variants whose difference is taken, where both are given.
 
     Returns:
-        Rows of section ``ranking``.
+        Rows of section ``ranking``: of the first task by segment, of each other one its own segment, all rows.
     """
     rows = spans.evaluation.rows
-    whole = Sample.of(rows.label, rows.weight, rows.user, draws=cfg.draws, seed=0)
+    parts = [(segment, mask_N, 0) for segment, mask_N in segments(spans).items()]
+    parts += [(task, np.ones(len(rows), np.bool_), number) for number, task in enumerate(cfg.tasks) if number]
     found: list[Row] = []
-    for segment, mask_N in segments(spans).items():
+    for segment, mask_N, task in parts:
+        label_N = rows.label_NT[:, task]
+        mask_N = mask_N & ~np.isnan(label_N)
         if not mask_N.any():
             continue
+        whole = Sample.of(np.nan_to_num(label_N), rows.weight, rows.user, draws=cfg.draws, seed=0)
         sample, n, seeds = whole.part(mask_N), int(mask_N.sum()), len(cfg.seeds)
         figures = {
-            arm: _mean_over_seeds([evaluate(sample, probability_N[mask_N]) for probability_N in of_seeds])
+            arm: _mean_over_seeds([evaluate(sample, probability_NT[mask_N, task]) for probability_NT in of_seeds])
             for arm, of_seeds in predictions.items()
         }
         compared = {f"{a} - {b}": (a, b) for a, b in pairs if a in figures and b in figures}
@@ -352,17 +357,25 @@ def segments(spans: RankerSpans) -> dict[str, NDArray[np.bool_]]:
 
     Returns:
         ``all``; ``new``: the user never bought from the advertiser before; ``sparse users``: the third of the users
-        with the fewest purchases before the span.
+        with the fewest purchases before the span; ``cold advertisers``: nobody bought from them in the weeks that the
+        forecaster learned from; and by season of the visit, e.g. ``winter``, where the span has several.
     """
     rows, builder = spans.evaluation.rows, spans.builder
     users, user_N = np.unique(rows.user, return_inverse=True)
     first = np.full(len(users), rows.period.min())
     purchases_U = builder.history("user").count(users, first)
     sparse_U = purchases_U <= np.quantile(purchases_U, SPARSE_SHARE)
+    learned = np.full(len(rows), spans.log.split.prior_fit[1] + 1)
+    periods, period_N = np.unique(rows.period, return_inverse=True)
+    season_N = np.array([spans.log.calendar.start(int(period)).month % 12 // 3 for period in periods])[period_N]
+    seasons = {name: season_N == number for number, name in enumerate(SEASONS)}
     return {
         "all": np.ones(len(rows), np.bool_),
         "new": (rows.advertiser >= 0) & spans.log.is_new(rows.user, rows.period, rows.advertiser),
         "sparse users": sparse_U[user_N.reshape(-1)],
+        "cold advertisers": (rows.advertiser >= 0)
+        & (builder.history("advertiser").count(builder.key("advertiser", rows), learned) == 0),
+        **(seasons if len(np.unique(season_N)) > 1 else {}),
     }
 
 

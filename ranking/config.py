@@ -8,10 +8,16 @@ from data.errors import UserError
 from models.dcn_v2 import DCNv2Config
 from models.deepfm import DeepFMConfig
 from models.dlrm import DLRMConfig
+from models.mmoe import MMoEConfig
+from models.shared_bottom import SharedBottomConfig
 from models.training import TrainerConfig
 from ranking.prior import GROUPS
+from ranking.tasks import LABEL, TASKS
 
 MODELS = ("dlrm", "dcn_v2", "deepfm", "logistic")
+TASKS_SHARE = ("dlrm", "dcn_v2", "deepfm")
+"""Models with a representation that several tasks can share."""
+MULTI_TASK = ("shared_bottom", "mmoe")
 SHARDED = "torchrec"
 STRATEGIES = ("auto", SHARDED)
 
@@ -88,6 +94,11 @@ class RankerConfig:
     Attributes:
         model: one of `MODELS`; all learn by the same LightningModule from the same batches.
         dlrm, dcn_v2, deepfm: sizes of each; those of the chosen one count. A logistic regression has none.
+        tasks: of `ranking.tasks.TASKS`; the first is what ads are ranked by and arms are compared by. One task has the
+            model's own head.
+        task_weights: of each task's loss in the sum; None weighs them all the same.
+        multi_task: one of `MULTI_TASK`, the head of several tasks.
+        shared_bottom, mmoe: sizes of each; those of the chosen one count.
         features: what it reads.
         trainer: epochs and early stopping, on the log loss of the span ``ranker_stop``.
         batch_size: rows of a step.
@@ -107,6 +118,11 @@ class RankerConfig:
     dlrm: DLRMConfig = field(default_factory=DLRMConfig)
     dcn_v2: DCNv2Config = field(default_factory=DCNv2Config)
     deepfm: DeepFMConfig = field(default_factory=DeepFMConfig)
+    tasks: list[str] = field(default_factory=lambda: [LABEL])
+    task_weights: list[float] | None = None
+    multi_task: str = MULTI_TASK[0]
+    shared_bottom: SharedBottomConfig = field(default_factory=SharedBottomConfig)
+    mmoe: MMoEConfig = field(default_factory=MMoEConfig)
     features: FeatureConfig = field(default_factory=FeatureConfig)
     trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(max_epochs=5, patience=2))
     batch_size: int = 512
@@ -131,7 +147,7 @@ class RankerConfig:
             "trainer.max_epochs": self.trainer.max_epochs,
             **{
                 f"{model}.{name}": size
-                for model in ("dlrm", "dcn_v2", "deepfm")
+                for model in ("dlrm", "dcn_v2", "deepfm", *MULTI_TASK)
                 for name, size in _sizes(getattr(self, model)).items()
             },
         }
@@ -142,6 +158,10 @@ class RankerConfig:
             ("dlrm.over_layers", self.dlrm.over_layers),
             ("dcn_v2.over_layers", self.dcn_v2.over_layers),
             ("deepfm.deep_layers", self.deepfm.deep_layers),
+            ("shared_bottom.bottom_layers", self.shared_bottom.bottom_layers),
+            ("shared_bottom.tower_layers", self.shared_bottom.tower_layers),
+            ("mmoe.expert_layers", self.mmoe.expert_layers),
+            ("mmoe.tower_layers", self.mmoe.tower_layers),
         ):
             if not layers:
                 errors.append(_out_of_range(name, [], "at least one width, e.g. [64, 32]"))
@@ -149,6 +169,7 @@ class RankerConfig:
             errors.append(_out_of_range("strategy", self.strategy, f"one of {', '.join(STRATEGIES)}"))
         if self.model not in MODELS:
             errors.append(_out_of_range("model", self.model, f"one of {', '.join(MODELS)}"))
+        errors += self._wrong_tasks()
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             errors.append(_out_of_range("seeds", self.seeds, "at least one seed, each named once"))
         for name, rate in (
@@ -164,8 +185,23 @@ class RankerConfig:
         if errors:
             raise UserError.collect(errors)
 
+    def _wrong_tasks(self) -> list[UserError]:
+        errors = []
+        if not self.tasks or len(set(self.tasks)) != len(self.tasks) or set(self.tasks) - set(TASKS):
+            errors.append(_out_of_range("tasks", self.tasks, f"some of {', '.join(TASKS)}, each named once"))
+        weights = self.task_weights
+        if weights is not None and (len(weights) != len(self.tasks) or min(weights) <= 0):
+            expected = f"a positive number for each of {len(self.tasks)} tasks, or null"
+            errors.append(_out_of_range("task_weights", weights, expected))
+        if self.multi_task not in MULTI_TASK:
+            errors.append(_out_of_range("multi_task", self.multi_task, f"one of {', '.join(MULTI_TASK)}"))
+        if len(self.tasks) > 1 and self.model in MODELS and self.model not in TASKS_SHARE:
+            expected = f"one of {', '.join(TASKS_SHARE)} with several tasks, which share its representation"
+            errors.append(_out_of_range("model", self.model, expected))
+        return errors
 
-def _sizes(sizes: DLRMConfig | DCNv2Config | DeepFMConfig) -> dict[str, int]:
+
+def _sizes(sizes: DLRMConfig | DCNv2Config | DeepFMConfig | SharedBottomConfig | MMoEConfig) -> dict[str, int]:
     """Every number of a model's sizes by its key."""
     found: dict[str, int] = {}
     for name, value in asdict(sizes).items():

@@ -9,6 +9,8 @@ Shapes: B user-periods, A advertisers, N rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,6 +19,7 @@ from data.tables import KINDS
 from data.truth import Truth
 from priors.forecast import Forecast, distribution_features
 from ranking.rows import Rows
+from ranking.tasks import LABEL, kinds_of
 from semantic_ids.advertiser_ids import AdvertiserIds
 from semantic_ids.trie import Trie
 
@@ -92,25 +95,28 @@ class OracleForecast:
         return self.anchor.interest_match(user_N, period_N, ad_N)
 
 
-def true_chance(truth: Truth, log: Log, rows: Rows) -> NDArray[np.float64]:
-    """The chance of a label conversion that each row of a simulated log was drawn with.
+def true_chance(truth: Truth, log: Log, rows: Rows, *, tasks: Sequence[str] = (LABEL,)) -> NDArray[np.float64]:
+    """The chance of each task's outcome that each row of a simulated log was drawn with.
 
     Args:
         truth: of the log.
         log: the simulated log, or a part of its users.
         rows: impressions of it.
+        tasks: of `ranking.tasks.TASKS`.
 
     Returns:
-        Probabilities, shape ``(N,)``.
+        Probabilities, shape ``(N, T)``.
     """
     position_D = np.array([int(name.rpartition(" ")[2] or 1) for name in log.display_names], np.int64)
-    return np.asarray(
+    user, advertiser = log.user_ids.astype(np.int64)[rows.user], log.advertiser_ids.astype(np.int64)[rows.advertiser]
+    chances = [
         truth.conversion_probability(
-            log.user_ids.astype(np.int64)[rows.user],
-            log.advertiser_ids.astype(np.int64)[rows.advertiser],
+            user,
+            advertiser,
             position_D[rows.display],
             rows.period,
-            kinds=tuple(KINDS[kind] for kind in log.label_kinds),
-        ),
-        np.float64,
-    )
+            kinds=tuple(KINDS[kind] for kind in kinds_of(task, log)),
+        )
+        for task in tasks
+    ]
+    return np.stack(chances, axis=1).astype(np.float64)

@@ -81,7 +81,7 @@ def influences(ranker: Ranker, ranking: Ranking, *, candidates: int, features: i
             which[number] = 1  # the empty bag
             bags[name] = Bags(value, np.array([0, length[0], length[0]]), which)
         nothing = np.zeros(copies, np.float32)
-        chance_C = predict(ranker.module, Design(dense_CF, bags, nothing, nothing))
+        chance_C = predict(ranker.module, Design(dense_CF, bags, nothing[:, None], nothing))[:, 0]
         log_odds_C = np.log(chance_C) - np.log1p(-chance_C)
         effect = log_odds_C[-1] - log_odds_C[:-1]
         top = [n for n in np.argsort(-np.abs(effect), kind="stable")[:features].tolist() if effect[n] != 0]

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,10 @@ from models.dcn_v2 import DCNv2, DCNv2Config
 from models.deepfm import DeepFM, DeepFMConfig
 from models.dlrm import DLRM, DLRMConfig
 from models.logistic import LogisticRegression
-from models.pointwise import PointwiseModule, level_shift
+from models.mmoe import MMoE, MMoEConfig
+from models.pointwise import Heads, PointwiseModule, level_shift
 from models.sharded import TorchRecStrategy, as_leader_says, is_leader, join_processes, read_checkpoint, wait_for_all
+from models.shared_bottom import SharedBottom, SharedBottomConfig
 from models.training import fit
 from priors.forecast import Forecast
 from ranking.config import SHARDED, RankerConfig
@@ -41,6 +44,7 @@ from ranking.datamodule import RankerData, batches
 from ranking.features import FeatureBuilder
 from ranking.rows import Design, Features, Rows
 from ranking.spec import FeatureSpec
+from ranking.tasks import LABEL, check_tasks
 
 KIND = "ranker"
 TRAINING_ROWS = "rows.parquet"
@@ -63,7 +67,12 @@ class RankerSpans:
 
     @classmethod
     def of(
-        cls, builder: FeatureBuilder, users: NDArray[np.integer] | None, *, evaluation: str | Span = "validation"
+        cls,
+        builder: FeatureBuilder,
+        users: NDArray[np.integer] | None,
+        *,
+        evaluation: str | Span = "validation",
+        tasks: Sequence[str] = (LABEL,),
     ) -> RankerSpans:
         """The spans of a log.
 
@@ -71,18 +80,60 @@ class RankerSpans:
             builder: of the log.
             users: the panel; None takes all users.
             evaluation: span that figures are of.
+            tasks: what the labels are of.
 
         Raises:
-            UserError: a span has no impressions of the panel, or is closed.
+            UserError: a span has no impressions of the panel, or is closed, or the log lacks a task.
         """
         log = builder.log
+        check_tasks(tasks, log)
         spans = (log.split.ranker_fit, log.split.ranker_stop, evaluation)
-        return cls(builder, *(builder.build(Rows.of_span(log, span, users)) for span in spans))
+        return cls(builder, *(builder.build(Rows.of_span(log, span, users, tasks=tasks)) for span in spans))
 
     @property
     def log(self) -> Log:
         """The log that the features are of."""
         return self.builder.log
+
+
+@dataclass(frozen=True)
+class ArmRows:
+    """Rows of the three spans as the rankers of one arm read them; the same for all seeds.
+
+    Attributes:
+        spec: fitted on the training rows.
+        fit, stop, evaluation: as in `RankerSpans`.
+    """
+
+    spec: FeatureSpec
+    fit: Design
+    stop: Design
+    evaluation: Design
+
+    @classmethod
+    def of(cls, spans: RankerSpans, forecast: Forecast | None, cfg: RankerConfig) -> ArmRows:
+        """The rows of an arm.
+
+        Args:
+            spans: features of the log.
+            forecast: of the arm; None for the arm without.
+            cfg: which features.
+
+        Raises:
+            UserError: the features cannot be used.
+        """
+        given = [part.with_prior(forecast, cfg.features.prior) for part in (spans.fit, spans.stop, spans.evaluation)]
+        spec = FeatureSpec.fit(given[0], cfg.features, semantic_ids=spans.builder.ids.version)
+        return cls(spec, *(spec.apply(features) for features in given))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the spec, the training rows and those that stop it."""
+        rows = [
+            (design.dense_NF, design.label_NT, design.weight_N, [asdict(bags) for bags in design.bags.values()])
+            for design in (self.fit, self.stop)
+        ]
+        return fingerprint((asdict(self.spec), rows))
 
 
 @dataclass(frozen=True)
@@ -93,14 +144,16 @@ class Ranker:
         module: the model, in evaluation mode.
         spec: how its features are built and scaled.
         model: its name, one of `ranking.config.MODELS`.
+        tasks: what it predicts; it ranks by the first.
     """
 
     module: PointwiseModule
     spec: FeatureSpec
     model: str
+    tasks: tuple[str, ...] = (LABEL,)
 
     def probabilities(self, features: Features) -> NDArray[np.float64]:
-        """Chance of a conversion of each row.
+        """Chance of each row by the first task.
 
         Args:
             features: built with ``spec.config``, with the prior features of the ranker's arm.
@@ -111,7 +164,7 @@ class Ranker:
         Raises:
             UserError: the features are not those of the spec.
         """
-        return predict(self.module, self.spec.apply(features))
+        return predict(self.module, self.spec.apply(features))[:, 0]
 
     def write(self, directory: Path) -> None:
         """Weights and spec into an existing directory."""
@@ -142,7 +195,7 @@ class Ranker:
                 action="remove the folder and train the ranker again",
             ) from error
         cfg = _architecture(manifest.config)
-        module = build_module(spec, cfg, base_rate=0.5, seed=0)
+        module = build_module(spec, cfg, base_rates=[0.5] * len(cfg.tasks), seed=0)
         try:
             module.load_state_dict(weights)
         except RuntimeError as error:
@@ -151,31 +204,45 @@ class Ranker:
                 expected="weights that were trained with this very feature spec",
                 action="keep the files of one ranker together, or train the ranker again",
             ) from error
-        return cls(module.eval(), spec, cfg.model)
+        return cls(module.eval(), spec, cfg.model, tuple(cfg.tasks))
 
 
-def build_module(spec: FeatureSpec, cfg: RankerConfig, *, base_rate: float, seed: int) -> PointwiseModule:
-    """An untrained ranker whose weights depend on the seed, the base rate and the shapes alone."""
+def build_module(spec: FeatureSpec, cfg: RankerConfig, *, base_rates: Sequence[float], seed: int) -> PointwiseModule:
+    """An untrained ranker whose weights depend on the seed, the tasks' base rates and the shapes alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        ranker = _network(spec, cfg, base_rate)
+        ranker = _network(spec, cfg, base_rates)
     return PointwiseModule(
         ranker,
         learning_rate=cfg.learning_rate,
         embedding_learning_rate=cfg.embedding_learning_rate,
         weight_decay=cfg.weight_decay,
+        task_weights=_task_weights(cfg),
     )
 
 
-def _network(spec: FeatureSpec, cfg: RankerConfig, base_rate: float) -> nn.Module:
-    tables, n_dense = spec.sparse_tables(), len(spec.dense)
+def _task_weights(cfg: RankerConfig) -> list[float]:
+    return [1.0] * len(cfg.tasks) if cfg.task_weights is None else cfg.task_weights
+
+
+def _heads(cfg: RankerConfig, base_rates: Sequence[float]) -> Heads | None:
+    """The heads of several tasks; one task has the model's own."""
+    if len(cfg.tasks) == 1:
+        return None
+    if cfg.multi_task == "mmoe":
+        return partial(MMoE, cfg=cfg.mmoe, base_rates=base_rates)
+    return partial(SharedBottom, cfg=cfg.shared_bottom, base_rates=base_rates)
+
+
+def _network(spec: FeatureSpec, cfg: RankerConfig, base_rates: Sequence[float]) -> nn.Module:
+    tables, n_dense, base_rate, heads = spec.sparse_tables(), len(spec.dense), base_rates[0], _heads(cfg, base_rates)
     match cfg.model:
         case "dlrm":
-            return DLRM(tables, n_dense=n_dense, cfg=cfg.dlrm, base_rate=base_rate)
+            return DLRM(tables, n_dense=n_dense, cfg=cfg.dlrm, base_rate=base_rate, heads=heads)
         case "dcn_v2":
-            return DCNv2(tables, n_dense=n_dense, cfg=cfg.dcn_v2, base_rate=base_rate)
+            return DCNv2(tables, n_dense=n_dense, cfg=cfg.dcn_v2, base_rate=base_rate, heads=heads)
         case "deepfm":
-            return DeepFM(tables, n_dense=n_dense, cfg=cfg.deepfm, base_rate=base_rate)
+            return DeepFM(tables, n_dense=n_dense, cfg=cfg.deepfm, base_rate=base_rate, heads=heads)
     return LogisticRegression(tables, n_dense=n_dense, base_rate=base_rate)
 
 
@@ -186,11 +253,15 @@ def _architecture(plain: Mapping[str, Any]) -> RankerConfig:
         dlrm=DLRMConfig(**plain["dlrm"]),
         dcn_v2=DCNv2Config(**plain["dcn_v2"]),
         deepfm=DeepFMConfig(**plain["deepfm"]),
+        tasks=plain["tasks"],
+        multi_task=plain["multi_task"],
+        shared_bottom=SharedBottomConfig(**plain["shared_bottom"]),
+        mmoe=MMoEConfig(**plain["mmoe"]),
     )
 
 
 def predict(module: PointwiseModule, design: Design) -> NDArray[np.float64]:
-    """Chance of a conversion of each row of a design, shape ``(N,)``."""
+    """Chance of each row of a design by each task, shape ``(N, T)``."""
     return torch.sigmoid(_logits(module, design)).numpy()
 
 
@@ -200,14 +271,11 @@ def _logits(module: PointwiseModule, design: Design) -> torch.Tensor:
         return torch.cat([module(batch.to(module.device)).double().cpu() for batch in batches(design)])
 
 
-def train_ranker(
-    spans: RankerSpans, forecast: Forecast | None, *, seed: int, cfg: RankerConfig, directory: Path
-) -> Ranker:
+def train_ranker(rows: ArmRows, *, seed: int, cfg: RankerConfig, directory: Path) -> Ranker:
     """Trains the ranker of one arm and seed, or loads it where it is finished.
 
     Args:
-        spans: features of the log.
-        forecast: of the arm; None for the arm without.
+        rows: of the arm.
         seed: of the initial weights and the order of the rows.
         cfg: model and training.
         directory: the artifact; made whole or not at all. Checkpoints lie beside it meanwhile.
@@ -216,16 +284,13 @@ def train_ranker(
         The ranker at its best epoch by the loss on ``ranker_stop``, its level set to that span's.
 
     Raises:
-        UserError: the training rows are of one class, or the features cannot be used.
+        UserError: the training rows of a task are of one class.
     """
     started = time.monotonic()
-    fit_features, stop_features = (part.with_prior(forecast, cfg.features.prior) for part in (spans.fit, spans.stop))
-    spec = FeatureSpec.fit(fit_features, cfg.features, semantic_ids=spans.builder.ids.version)
-    rows, stop = spec.apply(fit_features), spec.apply(stop_features)
     sharded = cfg.strategy == SHARDED
     if sharded:
         join_processes()
-    key = _key((rows, stop), spec, seed, cfg)
+    key = _key(rows, seed, cfg)
     if as_leader_says(directory.exists() and Manifest.read(directory).key == key):
         return Ranker.load(directory)
     work = directory.parent / f".{directory.name}.fit-{key[:16]}"
@@ -233,9 +298,11 @@ def train_ranker(
         for stale in directory.parent.glob(f".{directory.name}.fit-*"):
             if stale != work:
                 shutil.rmtree(stale)
-    data = RankerData(rows, stop, batch_size=cfg.batch_size, seed=seed, path=work / TRAINING_ROWS)
-    rate = float(np.average(rows.label_N, weights=rows.weight_N))
-    module = build_module(spec, cfg, base_rate=rate, seed=seed)
+    data = RankerData(
+        rows.fit, rows.stop, batch_size=cfg.batch_size, seed=seed, path=work / TRAINING_ROWS, tasks=cfg.tasks
+    )
+    rates = [_base_rate(label_N, rows.fit.weight_N) for label_N in rows.fit.label_NT.T]
+    module = build_module(rows.spec, cfg, base_rates=rates, seed=seed)
     result = fit(
         module,
         data.train_dataloader(),
@@ -247,12 +314,14 @@ def train_ranker(
         strategy=TorchRecStrategy(table_learning_rate=cfg.sharded_learning_rate) if sharded else None,
     )
     if sharded:
-        module = build_module(spec, cfg, base_rate=rate, seed=seed)
+        module = build_module(rows.spec, cfg, base_rates=rates, seed=seed)
         read_checkpoint(module, result.checkpoint)
     module.cpu()
-    shift = level_shift(_logits(module, stop), torch.from_numpy(stop.label_N), torch.from_numpy(stop.weight_N))
-    module.intercept.fill_(shift)
-    ranker = Ranker(module.eval(), spec, cfg.model)
+    logit_NT, label_NT = _logits(module, rows.stop), torch.from_numpy(rows.stop.label_NT)
+    weight_N = torch.from_numpy(rows.stop.weight_N)
+    shifts = [level_shift(*task, weight_N) for task in zip(logit_NT.T, label_NT.T, strict=True)]
+    module.intercept.copy_(torch.tensor(shifts))
+    ranker = Ranker(module.eval(), rows.spec, cfg.model, tuple(cfg.tasks))
     wait_for_all()  # the others have read the checkpoint
     if is_leader():
         with atomic_directory(directory) as unfinished:
@@ -271,14 +340,17 @@ def train_ranker(
     return ranker
 
 
-def _key(designs: tuple[Design, Design], spec: FeatureSpec, seed: int, cfg: RankerConfig) -> str:
+def _base_rate(label_N: NDArray[np.float32], weight_N: NDArray[np.float32]) -> float:
+    known_N = ~np.isnan(label_N)
+    return float(np.average(label_N[known_N], weights=weight_N[known_N]))
+
+
+def _key(rows: ArmRows, seed: int, cfg: RankerConfig) -> str:
     """Fingerprint of all that the weights depend on: the very rows, the model and its training."""
     trainer = {name: value for name, value in asdict(cfg.trainer).items() if name != "progress_bar"}
-    rows = [
-        (design.dense_NF, design.label_N, design.weight_N, [asdict(bags) for bags in design.bags.values()])
-        for design in designs
-    ]
     table_rate = (SHARDED, cfg.sharded_learning_rate) if cfg.strategy == SHARDED else cfg.embedding_learning_rate
     training = (cfg.batch_size, cfg.learning_rate, table_rate, cfg.weight_decay, trainer)
     sizes = asdict(getattr(cfg, cfg.model)) if hasattr(cfg, cfg.model) else {}
-    return fingerprint((asdict(spec), cfg.model, sizes, training, seed, rows))
+    several = len(cfg.tasks) > 1
+    heads = (cfg.multi_task, asdict(getattr(cfg, cfg.multi_task)), _task_weights(cfg)) if several else ()
+    return fingerprint((rows.fingerprint, cfg.model, sizes, cfg.tasks, heads, training, seed))

@@ -1,6 +1,6 @@
 """Rows that are ranked, and their features on the way to a model, as arrays.
 
-Shapes: N rows, R bags, V ids in all bags, F dense features.
+Shapes: N rows, T tasks, R bags, V ids in all bags, F dense features.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from data.log import Log
 from data.split import Span
 from priors.forecast import INTEREST_MATCH, Forecast
 from ranking.prior import MISSING, columns_of_groups
+from ranking.tasks import LABEL, kinds_of, labels_of
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -23,13 +24,13 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Rows:
-    """(visit, ad) pairs to be ranked, all arrays of shape ``(N,)``.
+    """(visit, ad) pairs to be ranked, arrays of shape ``(N,)`` but for the labels.
 
     Attributes:
         user, ad, advertiser, market: indexes of the log; advertiser -1 for none.
         period: of the visit.
         display, mailer: placement codes of the log.
-        label: 1.0 where the user converted, else 0.0; NaN where it is not known yet.
+        label_NT: of each task 1.0 where the user did it, else 0.0; NaN where it is not known.
         weight: impressions of the log that the row stands for.
     """
 
@@ -40,25 +41,38 @@ class Rows:
     period: NDArray[np.int32]
     display: NDArray[np.int16]
     mailer: NDArray[np.int16]
-    label: Floats
+    label_NT: Floats
     weight: Floats
 
     def __len__(self) -> int:
         return len(self.user)
 
+    @property
+    def label(self) -> Floats:
+        """Labels of the first task, by which ads are ranked, ``(N,)``."""
+        return self.label_NT[:, 0]
+
     @classmethod
-    def of_span(cls, log: Log, span: str | Span, users: NDArray[np.integer] | None = None) -> Rows:
-        """The sampled impressions and the conversions of a span.
+    def of_span(
+        cls,
+        log: Log,
+        span: str | Span,
+        users: NDArray[np.integer] | None = None,
+        *,
+        tasks: Sequence[str] = (LABEL,),
+    ) -> Rows:
+        """The sampled impressions of a span and what became of them.
 
         Args:
             log: the log.
             span: name of a span, or its first and last period.
             users: users to keep; None keeps all.
+            tasks: of `ranking.tasks.TASKS`; the first is what ads are ranked by.
 
         Raises:
             UserError: the span has no impressions of these users, or it is closed.
         """
-        events = log.impressions(span, users)
+        events, happened = log.outcomes(span, users, kinds=[kind for task in tasks for kind in kinds_of(task, log)])
         if not len(events):
             raise UserError(
                 f"span {span} without an impression of the chosen users",
@@ -73,7 +87,7 @@ class Rows:
             period=events.period,
             display=events.display,
             mailer=events.mailer,
-            label=np.isin(events.kind, log.label_kinds).astype(np.float32),
+            label_NT=labels_of(tasks, log, happened, events.period),
             weight=events.weight,
         )
 
@@ -99,7 +113,7 @@ class Rows:
             period=np.full(len(ad), period, np.int32),
             display=np.where(runs, np.append(active.display, 0)[slot], 0).astype(np.int16),
             mailer=np.where(runs, np.append(active.mailer, 0)[slot], 0).astype(np.int16),
-            label=np.full(len(ad), np.nan, np.float32),
+            label_NT=np.full((len(ad), 1), np.nan, np.float32),
             weight=np.ones(len(ad), np.float32),
         )
 
@@ -189,16 +203,16 @@ class Design:
     Attributes:
         dense_NF: scaled dense features.
         bags: rows of the embedding tables, by sparse feature.
-        label_N, weight_N: of `Rows`.
+        label_NT, weight_N: of `Rows`.
     """
 
     dense_NF: Floats
     bags: Mapping[str, Bags]
-    label_N: Floats
+    label_NT: Floats
     weight_N: Floats
 
     def __len__(self) -> int:
-        return len(self.label_N)
+        return len(self.label_NT)
 
 
 def prior_columns(rows: Rows, forecast: Forecast | None, names: Sequence[str]) -> dict[str, Floats]:

@@ -1,13 +1,13 @@
 """A ranker as one file for inference: ``torch.export`` of the trained model, with the level and the sigmoid in it.
 
     dense_BN (B, N) ──────────────┐
-    values (V,), lengths (F B,) ──┴─► ranker.pt2 ─► probability_B
+    values (V,), lengths (F B,) ──┴─► ranker.pt2 ─► probability_BT
 
 ``lengths`` holds the bag sizes of the first sparse feature for all rows, then of the second and so on, ``values`` the
 ids of these bags in the same order: the two tensors of a ``KeyedJaggedTensor``. ``serving.json`` says which
 features these are; scaling and looking up ids is `ranking.spec.FeatureSpec.apply`, whose file lies beside.
 
-Shapes: B rows, N dense features, F sparse features, V ids of all bags.
+Shapes: B rows, T tasks, N dense features, F sparse features, V ids of all bags.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class ServedRanker:
         """Chance of a conversion of each row, shape ``(N,)``; as `ranking.ranker.Ranker.probabilities`."""
         design = self.spec.apply(features)
         with torch.no_grad():
-            return _run(self.program, batch_of(design, np.arange(len(design)))).double().numpy()
+            return _run(self.program, batch_of(design, np.arange(len(design))))[:, 0].double().numpy()
 
 
 def export(ranker: Ranker, directory: Path) -> float:
@@ -129,7 +129,7 @@ def export(ranker: Ranker, directory: Path) -> float:
                 "values_V": {"dtype": "int64", "rows_of_tables": {t.name: t.rows for t in ranker.spec.sparse_tables()}},
                 "lengths_FB": {"dtype": "int64", "features": keys},
             },
-            "output": "probability of a conversion, float32, one a row",
+            "output": {"dtype": "float32", "probability_of_tasks": list(ranker.tasks)},
             "model": ranker.model,
             "largest_difference": difference,
         }
@@ -153,7 +153,7 @@ def _rows(spec: FeatureSpec, n_rows: int, *, seed: int) -> RankerBatch:
         bags[name] = Bags(value, np.concatenate([[0], np.cumsum(length_N)]), np.arange(n_rows))
     dense_NF = rng.normal(size=(n_rows, len(spec.dense))).astype(np.float32)
     nothing = np.zeros(n_rows, np.float32)
-    return batch_of(Design(dense_NF, bags, nothing, nothing), np.arange(n_rows))
+    return batch_of(Design(dense_NF, bags, nothing[:, None], nothing), np.arange(n_rows))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -109,7 +110,9 @@ class FeatureSpec:
         dense_NF = (dense_NF - np.array(self.mean, np.float32)) * np.array(self.scale, np.float32)
         dense_NF = np.clip(np.nan_to_num(dense_NF, nan=0.0), -self.config.clip, self.config.clip)
         bags = {name: self._look_up(features.sparse[name]) for name in self.features}
-        return Design(dense_NF.astype(np.float32), bags, features.rows.label.astype(np.float32), features.rows.weight)
+        return Design(
+            dense_NF.astype(np.float32), bags, features.rows.label_NT.astype(np.float32), features.rows.weight
+        )
 
     def _look_up(self, feature: SparseFeature) -> Bags:
         known = self.tables[feature.table]
@@ -119,9 +122,14 @@ class FeatureSpec:
                 expected=f"ids of type {type(known[0]).__name__}, like {known[0]!r}, as the ranker was trained on",
                 action="prepare the data as for the training, or train a ranker on these",
             )
-        row_of = {given: row for row, given in enumerate(known, 1)}
+        row_of = self._row_of[feature.table]
         row_U = np.array([row_of.get(given, 0) for given in feature.ids], np.int64)
         return replace(feature.bags, value_V=row_U[feature.bags.value_V])
+
+    @cached_property
+    def _row_of(self) -> dict[str, dict[Any, int]]:
+        """The row of each id that has one, by table."""
+        return {table: {given: row for row, given in enumerate(ids, 1)} for table, ids in self.tables.items()}
 
     def sparse_tables(self) -> list[SparseTable]:
         """The embedding tables that a model of this spec needs."""

@@ -1,25 +1,25 @@
 """Training rows on disk: a Parquet file that is read in blocks, shuffled, and cut into batches in bounded memory.
 
-    Design ─► rows.parquet (row groups = blocks)        a column a dense feature, a list a sparse one
+    Design ─► rows.parquet (row groups = blocks)        all dense features in one column, a list a sparse one
                    │
     BlockShuffle ──┤ blocks in random order, some at a time (a window); the rows of a window in random order
                    ▼
-    StoredRows[window, rows] ─► RankerBatch             all by Arrow and NumPy, no Python a row
+    StoredRows[window] ─► Design ─► RankerBatch         all by Arrow and NumPy, no Python a row
 
-Two windows at the most are in memory, however many rows there are: the one that is trained on, and the next. What
-fits into one window is shuffled as a whole. Batches are functions of ``(seed, epoch)``; where several processes train
-together, each takes every so many-th row of the same batches.
+Two windows at the most are in memory, however many rows there are: the one that is trained on, and the next, which a
+thread reads meanwhile. Batches are cut where they are asked for: a thread that did it would take the interpreter from
+the model. What fits into one window is shuffled as a whole. Batches are functions of ``(seed, epoch)``; where several
+processes train together, each takes every so many-th row of the same batches.
 
-Shapes: N rows, W rows of a window, B rows of a batch, F dense features.
+Shapes: N rows, W rows of a window, B rows of a batch, F numbers of a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Queue
-from threading import Event, Thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,21 +36,19 @@ from models.training import rank_of_world
 from ranking.rows import Bags, Design
 
 BLOCK_ROWS, WINDOW_BLOCKS = 4096, 16
-_AHEAD = 4
-"""Batches that are made before they are asked for."""
-_DENSE, _SPARSE, _LABEL, _WEIGHT = "dense.", "sparse.", "label", "weight"
+_DENSE, _SPARSE, _LABEL, _WEIGHT = "dense", "sparse.", "label", "weight"
 
 
-class Rows(NamedTuple):
-    """Rows of one window, as `BlockShuffle` asks for them and `StoredRows` answers.
+class Window(NamedTuple):
+    """Blocks that are in memory together, as `BlockShuffle` asks for them, and the batches that are cut out of them.
 
     Attributes:
-        blocks: of the window, in the order in which they are put together.
-        row_B: rows of the window.
+        blocks: in the order in which they are put together.
+        batches: rows of the window, ``(B,)`` a batch.
     """
 
     blocks: tuple[int, ...]
-    row_B: NDArray[np.int64]
+    batches: list[NDArray[np.int64]]
 
 
 def write_rows(designs: Iterable[Design], path: Path) -> None:
@@ -84,15 +82,28 @@ def write_rows(designs: Iterable[Design], path: Path) -> None:
 
 
 def _table(design: Design, rows: NDArray[np.int64]) -> pa.Table:
-    columns: dict[str, Any] = {f"{_DENSE}{n}": column for n, column in enumerate(design.dense_NF[rows].T)}
+    columns: dict[str, Any] = {_DENSE: _packed(design.dense_NF[rows])}
     for name, bags in design.bags.items():
         value, length_B = bags.of_rows(rows)
         ptr = np.concatenate([[0], np.cumsum(length_B)]).astype(np.int32)
         columns[f"{_SPARSE}{name}"] = pa.ListArray.from_arrays(pa.array(ptr), pa.array(value))
-    return pa.table({**columns, _LABEL: design.label_N[rows], _WEIGHT: design.weight_N[rows]})
+    return pa.table({**columns, _LABEL: _packed(design.label_NT[rows]), _WEIGHT: design.weight_N[rows]})
 
 
-class StoredRows(Dataset[RankerBatch]):
+def _packed(number_NF: NDArray[np.float32]) -> pa.FixedSizeBinaryArray:
+    """The numbers of a row as one value: a column a number takes three times as long to read."""
+    n_rows, width = number_NF.shape
+    buffers = [None, pa.py_buffer(np.ascontiguousarray(number_NF, np.float32))]
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(4 * width), n_rows, buffers)
+
+
+def _unpacked(column: pa.FixedSizeBinaryArray) -> NDArray[np.float32]:
+    """What `_packed` was given, ``(N, F)``."""
+    width = column.type.byte_width // 4
+    return np.frombuffer(column.buffers()[1], np.float32).reshape(-1, width)[column.offset :][: len(column)]
+
+
+class StoredRows(Dataset[Design]):
     """The rows of a file, asked for by window.
 
     Args:
@@ -111,37 +122,28 @@ class StoredRows(Dataset[RankerBatch]):
                 expected="training rows as the ranker stage stored them",
                 action="remove the file and train the ranker again",
             ) from error
-        self._window: tuple[tuple[int, ...], Design] | None = None
         metadata = self._file.metadata
         self.block_sizes = [metadata.row_group(block).num_rows for block in range(metadata.num_row_groups)]
 
     def __len__(self) -> int:
         return int(self._file.metadata.num_rows)
 
-    def __getitem__(self, rows: Rows) -> RankerBatch:
-        """The batch of some rows of a window; the window stays in memory until another one is asked for."""
-        if self._window is None or self._window[0] != rows.blocks:
-            self._window = None
-            self._window = (rows.blocks, self._read(rows.blocks))
-        return batch_of(self._window[1], rows.row_B)
-
-    def _read(self, blocks: tuple[int, ...]) -> Design:
-        table = self._file.read_row_groups(list(blocks), use_threads=False).combine_chunks()
-        dense = [table[name].chunk(0).to_numpy() for name in table.column_names if name.startswith(_DENSE)]
+    def __getitem__(self, window: Window) -> Design:
+        """The rows of a window, block after block."""
+        table = self._file.read_row_groups(list(window.blocks), use_threads=False).combine_chunks()
+        columns = {name: table[name].chunk(0) for name in table.column_names}
         bags = {}
-        for name in table.column_names:
+        for name, lists in columns.items():
             if name.startswith(_SPARSE):
-                lists = table[name].chunk(0)
                 ptr = lists.offsets.to_numpy().astype(np.int64)
-                values = lists.values.to_numpy()
-                bags[name.removeprefix(_SPARSE)] = Bags(values, ptr, np.arange(len(lists)))
-        label, weight = (table[name].chunk(0).to_numpy() for name in (_LABEL, _WEIGHT))
-        return Design(np.stack(dense, axis=1), bags, label, weight)
+                bags[name.removeprefix(_SPARSE)] = Bags(lists.values.to_numpy(), ptr, np.arange(len(lists)))
+        dense_WF, label_WT = _unpacked(columns[_DENSE]), _unpacked(columns[_LABEL])
+        return Design(dense_WF, bags, label_WT, columns[_WEIGHT].to_numpy())
 
 
 @dataclass
-class BlockShuffle(Sampler[Rows]):
-    """Batches in an order that is a function of ``(seed, epoch)``.
+class BlockShuffle(Sampler[Window]):
+    """Windows and their batches in an order that is a function of ``(seed, epoch)``.
 
     Attributes:
         block_sizes: rows of each block.
@@ -164,15 +166,16 @@ class BlockShuffle(Sampler[Rows]):
         """Lightning calls it at the start of every epoch."""
         self.epoch = epoch
 
-    def __len__(self) -> int:
+    @property
+    def n_batches(self) -> int:
+        """Batches of an epoch."""
         return sum(-(-rows // self.batch_size) for _, rows in self._windows(np.random.default_rng(0)))
 
-    def __iter__(self) -> Iterator[Rows]:
+    def __iter__(self) -> Iterator[Window]:
         rng = np.random.default_rng((self.seed, self.epoch))
         for blocks, n_rows in self._windows(rng):
-            row_W = rng.permutation(n_rows)
-            for start in range(0, n_rows, self.batch_size):
-                yield Rows(blocks, share(row_W[start : start + self.batch_size]))
+            cuts = np.arange(self.batch_size, n_rows, self.batch_size)
+            yield Window(blocks, [share(row_B) for row_B in np.split(rng.permutation(n_rows), cuts)])
 
     def _windows(self, rng: np.random.Generator) -> list[tuple[tuple[int, ...], int]]:
         """Blocks and number of rows of each window; the last block, which may be short, is always in the last one."""
@@ -193,43 +196,34 @@ def share(row_B: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 class AheadLoader(DataLoader[RankerBatch]):
-    """Batches of `StoredRows`, a few of them made by a thread while the model is busy.
+    """Batches of `StoredRows`; the next window is read by a thread while the model is busy with this one.
 
     Args:
         rows: what to read.
         order: which, and when.
     """
 
+    sampler: BlockShuffle
+
     def __init__(self, rows: StoredRows, order: BlockShuffle) -> None:
-        super().__init__(rows, sampler=order, batch_size=None)
+        super().__init__(rows, sampler=order, batch_size=None)  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return self.sampler.n_batches
 
     def __iter__(self) -> Iterator[RankerBatch]:  # type: ignore[override]
-        batches: Queue[Any] = Queue(_AHEAD)
-        stopped = Event()
-
-        def work() -> None:
-            try:
-                for batch in super(AheadLoader, self).__iter__():
-                    batches.put(batch)
-                    if stopped.is_set():
-                        return
-                batches.put(None)
-            except BaseException as error:  # told where the batch is asked for
-                batches.put(error)
-
-        thread = Thread(target=work, daemon=True)
-        thread.start()
-        try:
-            while (batch := batches.get()) is not None:
-                if isinstance(batch, BaseException):
-                    raise batch
-                yield batch
-        finally:
-            stopped.set()
-            while thread.is_alive():  # it may wait for a free place
-                while not batches.empty():
-                    batches.get()
-                thread.join(0.01)
+        windows = iter(self.sampler)
+        window: Window | None = next(windows)
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            reading = thread.submit(self.dataset.__getitem__, window)
+            while window is not None:
+                design: Any = reading.result()
+                following = next(windows, None)
+                if following is not None:
+                    reading = thread.submit(self.dataset.__getitem__, following)
+                for row_B in window.batches:
+                    yield batch_of(design, row_B)
+                window, design = following, None  # its memory is the next one's
 
 
 def batch_of(design: Design, row_B: NDArray[np.int64]) -> RankerBatch:
@@ -242,6 +236,6 @@ def batch_of(design: Design, row_B: NDArray[np.int64]) -> RankerBatch:
             values=torch.from_numpy(np.concatenate(values)),
             lengths=torch.from_numpy(np.concatenate(lengths)),
         ),
-        label_B=torch.from_numpy(design.label_N[row_B]),
+        label_BT=torch.from_numpy(design.label_NT[row_B]),
         weight_B=torch.from_numpy(design.weight_N[row_B]),
     )

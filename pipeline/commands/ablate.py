@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from data.errors import UserError
 from pipeline.commands import ablate_ranker
 from pipeline.commands.terminal import Debug, guarded, terminal_overrides
 
@@ -32,7 +31,8 @@ StudyOverrides = Annotated[
     list[str] | None, typer.Argument(help="group=choice or key=value of all arms; an arm's own go before them.")
 ]
 Seeds = Annotated[
-    str | None, typer.Option(help="Seeds of training, e.g. 0,1,2; those of the study where none are given.")
+    int | None,
+    typer.Option(min=1, help="Train each arm with seeds 0 .. N-1; else those of the study.", metavar="N"),
 ]
 Out = Annotated[
     Path | None, typer.Option(help="Folder to write; runs/ablation/<STUDY> where none is given.", show_default=False)
@@ -47,7 +47,7 @@ Reuse = Annotated[
     "prior",
     epilog="Examples:\n\n"
     "  adsid ablate prior prior_head\n\n"
-    "  adsid ablate prior prior_anchor --seeds 0,1,2 --reuse runs/full experiment=full\n\n"
+    "  adsid ablate prior prior_anchor --seeds 3 --reuse runs/full experiment=full\n\n"
     "  adsid ablate prior my_study.yaml prior.prompts=2000 --out runs/mine\n\n"
     "The same command goes on where it was interrupted; a finished arm is not trained again.",
 )
@@ -71,7 +71,7 @@ def ablate_prior(
 
 
 def ablate(
-    kind: Kind, name: str, overrides: list[str], *, seeds: str | None, out: Path | None, reuse: list[Path]
+    kind: Kind, name: str, overrides: list[str], *, seeds: int | None, out: Path | None, reuse: list[Path]
 ) -> None:
     """Run a study, print its tables, and write them with its page.
 
@@ -79,12 +79,12 @@ def ablate(
         kind: what is run and measured.
         name: of the study.
         overrides: of all arms.
-        seeds: as given on the command line.
+        seeds: how many, from 0 on; None takes those of the study.
         out: folder to write.
         reuse: finished runs.
 
     Raises:
-        UserError: seeds that are no whole numbers, and everything `pipeline.ablation.run_study` raises.
+        UserError: everything `pipeline.ablation.run_study` raises.
     """
     from rich.console import Console
 
@@ -93,12 +93,7 @@ def ablate(
 
     study = load_study(name)
     if seeds is not None:
-        given = [seed.strip() for seed in seeds.split(",")]
-        if not all(seed.isdecimal() for seed in given):
-            raise UserError(
-                f"--seeds {seeds}", expected="whole numbers with commas between", action="e.g. --seeds 0,1,2"
-            )
-        study = replace(study, seeds=tuple(dict.fromkeys(map(int, given))))
+        study = replace(study, seeds=tuple(range(seeds)))
     folder = (out or Path("runs/ablation") / study.name).expanduser().absolute()
     console = Console(soft_wrap=True)
     result = run_study(

@@ -48,7 +48,7 @@ def test_equals_torchrecs_dlrm_with_the_same_weights() -> None:
     )
     theirs.load_state_dict(ours.state_dict())
     dense_BN, sparse = torch.randn(12, 5, generator=generator), random_sparse(12, generator)
-    torch.testing.assert_close(ours(dense_BN, sparse), theirs(dense_BN, sparse).squeeze(-1))
+    torch.testing.assert_close(ours(dense_BN, sparse), theirs(dense_BN, sparse))
 
 
 def test_an_empty_bag_is_a_zero_vector_and_other_rows_do_not_matter() -> None:
@@ -106,7 +106,7 @@ def test_weights_undo_the_sampling_of_negatives() -> None:
             torch.zeros(2 * rows, dtype=torch.int64),
             lengths=torch.cat([torch.ones(2 * rows), torch.zeros(rows)]).long(),
         ),
-        label_B=label_B,
+        label_BT=label_B[:, None],
         weight_B=torch.where(label_B > 0, 1.0, 10.0),
     )
     optimizer = torch.optim.AdamW(module.parameter_groups())
@@ -182,7 +182,7 @@ def test_the_stopping_loss_counts_each_row_once_and_is_blind_to_the_level() -> N
         module.log = lambda name, value, **_: logged.__setitem__(name, value)  # type: ignore[method-assign]
         module.intercept.fill_(level)
         module.on_validation_epoch_start()
-        module.validation_step(RankerBatch(dense_BN, sparse, label_B, weight_B), 0)
+        module.validation_step(RankerBatch(dense_BN, sparse, label_B[:, None], weight_B), 0)
         module.on_validation_epoch_end()
         return float(logged["val_loss"])
 

@@ -49,9 +49,9 @@ def test_docstring_examples_run(name: str) -> None:
 @every_ranker
 def test_untrained_it_predicts_about_the_base_rate(build: Build) -> None:
     torch.manual_seed(0)
-    logits_B = build(TABLES, n_dense=5, base_rate=0.01)(*inputs(256, 5))
-    assert logits_B.shape == (256,)
-    assert logits_B.mean().item() == pytest.approx(torch.logit(torch.tensor(0.01)).item(), abs=0.7)
+    logits_BT = build(TABLES, n_dense=5, base_rate=0.01)(*inputs(256, 5))
+    assert logits_BT.shape == (256, 1)
+    assert logits_BT.mean().item() == pytest.approx(torch.logit(torch.tensor(0.01)).item(), abs=0.7)
 
 
 @every_ranker
@@ -74,7 +74,7 @@ def test_every_weight_learns_and_is_in_one_group(build: Build) -> None:
         build(TABLES, n_dense=3), learning_rate=0.05, embedding_learning_rate=0.05, weight_decay=0.0
     )
     dense_BN, sparse = inputs(128, 3)
-    batch = RankerBatch(dense_BN, sparse, (dense_BN[:, 0] > 0).float(), torch.ones(128))
+    batch = RankerBatch(dense_BN, sparse, (dense_BN[:, :1] > 0).float(), torch.ones(128))
     groups = module.parameter_groups()
     assert sum(len(group["params"]) for group in groups) == len(list(module.ranker.parameters()))
     optimizer = torch.optim.AdamW(groups)
@@ -126,21 +126,21 @@ def test_dcn_v2_equals_torchrecs_with_the_same_weights() -> None:
     )
     theirs.load_state_dict(ours.state_dict())
     dense_BN, sparse = inputs(12, 5)
-    torch.testing.assert_close(ours(dense_BN, sparse), theirs(dense_BN, sparse).squeeze(-1))
+    torch.testing.assert_close(ours(dense_BN, sparse), theirs(dense_BN, sparse))
 
 
 def test_deepfm_multiplies_every_pair_of_fields_once() -> None:
     ranker = DeepFM(TABLES, n_dense=5, cfg=FM)
     field_BFD = torch.randn(7, 4, 8)
     pairs = [(field_BFD[:, i] * field_BFD[:, j]).sum(1) for i in range(4) for j in range(i)]
-    torch.testing.assert_close(ranker._pairs(field_BFD), torch.stack(pairs).sum(0))
+    torch.testing.assert_close(ranker._pairs(field_BFD), torch.stack(pairs).sum(0)[:, None])
 
 
 def test_the_parts_of_deepfm_are_added() -> None:
     ranker = DeepFM(TABLES, n_dense=5, cfg=FM)
     dense_BN, sparse = inputs(7, 5)
     fields = torch.cat([ranker.dense_arch(dense_BN).unsqueeze(1), ranker.sparse_arch(sparse)], 1)
-    expected = ranker.first_order(dense_BN, sparse) + ranker._pairs(fields) + ranker.deep([fields]).squeeze(-1)
+    expected = ranker.first_order(dense_BN, sparse) + ranker._pairs(fields) + ranker.deep([fields])
     torch.testing.assert_close(ranker(dense_BN, sparse), expected)
 
 
@@ -150,5 +150,5 @@ def test_a_logistic_regression_adds_up_its_features() -> None:
         nn.init.normal_(parameter)
     dense_BN = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0], [1.0, 2.0]])
     sparse = KeyedJaggedTensor(["ad"], torch.tensor([3, 3, 3, 3]), lengths=torch.ones(4, dtype=torch.int64))
-    neither, first, second, both = floor(dense_BN, sparse).tolist()
+    neither, first, second, both = floor(dense_BN, sparse).flatten().tolist()
     assert both - neither == pytest.approx((first - neither) + (second - neither), abs=1e-5)

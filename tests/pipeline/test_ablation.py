@@ -158,7 +158,7 @@ def test_a_bad_study_is_told(text: str, message: str, tmp_path: Path) -> None:
     [
         (["prior_hed"], "did you mean prior_head"),
         (["nowhere.yaml"], "No such file"),
-        (["prior_head", "--seeds", "a"], "--seeds a"),
+        (["prior_head", "--seeds", "0,1"], "valid integer"),
         (["prior_head", "run.dir=x"], "--out"),
     ],
 )

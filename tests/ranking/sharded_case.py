@@ -20,7 +20,7 @@ from models.pointwise import PointwiseModule
 from models.sharded import is_leader, join_processes
 from ranking.features import FeatureBuilder
 from ranking.prior import GROUPS
-from ranking.ranker import RankerSpans, train_ranker
+from ranking.ranker import ArmRows, RankerSpans, train_ranker
 from tests.logs import tiny_log
 from tests.ranking.common import tastes, tiny_ids, tiny_ranker
 
@@ -51,7 +51,7 @@ def train(spans: RankerSpans, directory: Path, *, die_in_epoch: int | None = Non
     PointwiseModule.training_step, PointwiseModule.on_validation_epoch_end = kept, dying  # type: ignore[method-assign, assignment]
     try:
         forecast = tastes(spans.log)
-        ranker = train_ranker(spans, forecast, seed=0, cfg=CFG, directory=directory / "ranker")
+        ranker = train_ranker(ArmRows.of(spans, forecast, CFG), seed=0, cfg=CFG, directory=directory / "ranker")
     finally:
         PointwiseModule.training_step = step  # type: ignore[method-assign]
         PointwiseModule.on_validation_epoch_end = end  # type: ignore[method-assign]

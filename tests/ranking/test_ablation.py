@@ -60,13 +60,13 @@ def test_differences_are_those_of_the_arms(rows: list[Row]) -> None:
 
 def test_equal_arms_show_no_difference_at_all(spans: RankerSpans) -> None:
     probability = np.random.default_rng(0).uniform(0.01, 0.5, len(spans.evaluation.rows))
-    rows = compare(spans, {"none": [probability], "lm": [probability]}, replace(CFG, seeds=[0]))
+    rows = compare(spans, {"none": [probability[:, None]], "lm": [probability[:, None]]}, replace(CFG, seeds=[0]))
     assert {(r.value, r.ci_low, r.ci_high) for r in rows if r.arm == "lm - none"} == {(0.0, 0.0, 0.0)}
 
 
 def test_the_figure_of_an_arm_is_the_mean_over_its_seeds(spans: RankerSpans) -> None:
     rng = np.random.default_rng(0)
-    first, second = (rng.uniform(0.01, 0.5, len(spans.evaluation.rows)) for _ in range(2))
+    first, second = (rng.uniform(0.01, 0.5, (len(spans.evaluation.rows), 1)) for _ in range(2))
     one, other = (find(compare(spans, {"lm": [p]}, CFG), "auc", "lm").value for p in (first, second))
     both = find(compare(spans, {"lm": [first, second]}, CFG), "auc", "lm").value
     assert both == pytest.approx((one + other) / 2)
@@ -74,9 +74,9 @@ def test_the_figure_of_an_arm_is_the_mean_over_its_seeds(spans: RankerSpans) -> 
 
 def test_intervals_widen_by_what_the_seeds_differ(spans: RankerSpans) -> None:
     rng = np.random.default_rng(0)
-    label = spans.evaluation.rows.label
-    good = np.clip(0.3 * label + rng.uniform(0.01, 0.5, len(label)), 0, 1)
-    bad = rng.uniform(0.01, 0.5, len(label))
+    label = spans.evaluation.rows.label_NT
+    good = np.clip(0.3 * label + rng.uniform(0.01, 0.5, label.shape), 0, 1)
+    bad = rng.uniform(0.01, 0.5, label.shape)
 
     def width(predictions: list) -> float:
         row = find(compare(spans, {"lm": predictions}, replace(CFG, draws=200)), "auc", "lm")
@@ -99,7 +99,7 @@ def test_segments_are_what_they_say(spans: RankerSpans) -> None:
 
 
 def test_a_segment_without_rows_is_left_out(spans: RankerSpans, monkeypatch: pytest.MonkeyPatch) -> None:
-    probability = np.full(len(spans.evaluation.rows), 0.1)
+    probability = np.full((len(spans.evaluation.rows), 1), 0.1)
     nothing = {"all": np.ones(len(probability), bool), "new": np.zeros(len(probability), bool)}
     monkeypatch.setattr(ablation, "segments", lambda spans: nothing)
     assert {row.segment for row in compare(spans, {"none": [probability]}, CFG)} == {"all"}

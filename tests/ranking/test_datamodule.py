@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from data.errors import UserError
-from ranking.datamodule import RankerData, RankerDataset, batches
+from ranking.datamodule import RankerData, batches
 from ranking.rows import Bags, Design
+from ranking.stored import batch_of
 
 ROWS = 50
 
@@ -28,17 +29,17 @@ def design() -> Design:
                 np.arange(lengths.sum()), np.concatenate([[0], np.cumsum(lengths)]), rng.integers(0, 7, ROWS)
             ),
         },
-        label_N=(np.arange(ROWS) % 5 == 0).astype(np.float32),
+        label_NT=(np.arange(ROWS) % 5 == 0).astype(np.float32)[:, None],
         weight_N=np.linspace(1, 9, ROWS).astype(np.float32),
     )
 
 
 def test_a_batch_holds_the_rows_asked_for(design: Design) -> None:
     rows = [7, 3, 7, 49]
-    batch = RankerDataset(design)[np.array(rows)]
+    batch = batch_of(design, np.array(rows))
     torch.testing.assert_close(batch.dense_BN, torch.from_numpy(design.dense_NF[rows]))
     torch.testing.assert_close(batch.weight_B, torch.from_numpy(design.weight_N[rows]))
-    assert batch.label_B.tolist() == design.label_N[rows].tolist()
+    assert batch.label_BT.tolist() == design.label_NT[rows].tolist()
     assert batch.sparse["ad"].to_dense()[0].tolist() == [7]
     history = [part.tolist() for part in batch.sparse["history"].to_dense()]
     bags = design.bags["history"]
@@ -48,7 +49,7 @@ def test_a_batch_holds_the_rows_asked_for(design: Design) -> None:
 def test_every_row_comes_once_an_epoch_in_an_order_of_seed_and_epoch(design: Design, tmp_path: Path) -> None:
     def order(seed: int, epoch: int) -> list[int]:
         loader = RankerData(design, design, batch_size=8, seed=seed, path=tmp_path / "rows").train_dataloader()
-        loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        loader.sampler.set_epoch(epoch)
         assert len(list(loader)) == len(loader) == 7
         return torch.cat([batch.sparse["ad"].values() for batch in loader]).tolist()
 
@@ -59,13 +60,13 @@ def test_every_row_comes_once_an_epoch_in_an_order_of_seed_and_epoch(design: Des
 
 
 def test_evaluation_keeps_the_order(design: Design) -> None:
-    labels = torch.cat([batch.label_B for batch in batches(design)])
-    assert labels.tolist() == design.label_N.tolist()
+    labels = torch.cat([batch.label_BT for batch in batches(design)])
+    assert labels.tolist() == design.label_NT.tolist()
 
 
 @pytest.mark.parametrize("label", [0.0, 1.0])
 def test_training_rows_of_one_class_are_refused(design: Design, label: float) -> None:
-    one_class = replace(design, label_N=np.full(ROWS, label, np.float32))
+    one_class = replace(design, label_NT=np.full((ROWS, 1), label, np.float32))
     with pytest.raises(UserError, match=f"50 training rows, all with label {label:g}"):
         RankerData(one_class, design, batch_size=8, seed=0, path=Path())
     RankerData(
@@ -74,6 +75,6 @@ def test_training_rows_of_one_class_are_refused(design: Design, label: float) ->
 
 
 def test_rows_whose_outcome_is_not_known_are_refused(design: Design) -> None:
-    unknown = replace(design, label_N=np.full(ROWS, np.nan, np.float32))
-    with pytest.raises(UserError, match="labels"):
+    unknown = replace(design, label_NT=np.full((ROWS, 1), np.nan, np.float32))
+    with pytest.raises(UserError, match="all with label nan"):
         RankerData(unknown, design, batch_size=8, seed=0, path=Path())

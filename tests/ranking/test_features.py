@@ -345,7 +345,7 @@ def test_an_id_outside_its_table_is_refused(features: Features) -> None:
     spec = FeatureSpec.fit(features, CFG, semantic_ids="v")
     design = spec.apply(features)
     beyond = Bags.single(np.full(len(design), len(spec.tables["ad"]) + 1))
-    module = build_module(spec, tiny_ranker(), base_rate=0.1, seed=0)
+    module = build_module(spec, tiny_ranker(), base_rates=[0.1], seed=0)
     with pytest.raises((RuntimeError, IndexError)):
         predict(module, replace(design, bags={**design.bags, "ad": beyond}))
 

@@ -73,11 +73,11 @@ def test_the_true_chance_is_calibrated_and_ranks_best(
     log, truth, _ = world
     rows = Rows.of_span(log, (14, 23))
     chance = true_chance(truth, log, rows)
-    assert np.average(chance, weights=rows.weight) == pytest.approx(
+    assert np.average(chance[:, 0], weights=rows.weight) == pytest.approx(
         np.average(rows.label, weights=rows.weight), rel=0.1
     )
     sample = Sample.of(rows.label, rows.weight, rows.user, draws=1, seed=0)
-    best = evaluate(sample, chance)
+    best = evaluate(sample, chance[:, 0])
     prior = prior_columns(rows, oracle, ("prior_prob",))["prior_prob"].astype(np.float64)
     assert best["auc"][0] > evaluate(sample, prior)["auc"][0] > 0.5
     assert best["ece"][0] < 0.01

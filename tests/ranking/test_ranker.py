@@ -20,7 +20,7 @@ from ranking.features import FeatureBuilder
 from ranking.metrics import Sample, evaluate
 from ranking.prior import GROUPS
 from ranking.rank import influences, rank
-from ranking.ranker import SPEC, WEIGHTS, Ranker, RankerSpans, train_ranker
+from ranking.ranker import SPEC, WEIGHTS, ArmRows, Ranker, RankerSpans, train_ranker
 from tests.logs import tiny_log
 from tests.ranking.common import tastes, tiny_ids, tiny_ranker
 
@@ -36,13 +36,13 @@ def spans(tmp_path_factory: pytest.TempPathFactory) -> RankerSpans:
 @pytest.fixture(scope="module")
 def trained(spans: RankerSpans, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ranker, Path]:
     directory = tmp_path_factory.mktemp("rankers") / "lm-0"
-    return train_ranker(spans, tastes(spans.log), seed=0, cfg=CFG, directory=directory), directory
+    return train_ranker(ArmRows.of(spans, tastes(spans.log), CFG), seed=0, cfg=CFG, directory=directory), directory
 
 
 def test_it_beats_the_base_rate_and_is_calibrated(spans: RankerSpans, tmp_path: Path) -> None:
     trainer = replace(CFG.trainer, max_epochs=8, patience=2)
     cfg = replace(CFG, trainer=trainer, learning_rate=1e-2, embedding_learning_rate=1e-2, batch_size=128)
-    ranker = train_ranker(spans, tastes(spans.log), seed=0, cfg=cfg, directory=tmp_path / "lm-0")
+    ranker = train_ranker(ArmRows.of(spans, tastes(spans.log), cfg), seed=0, cfg=cfg, directory=tmp_path / "lm-0")
     rows = spans.evaluation.rows
     probability = ranker.probabilities(spans.evaluation.with_prior(tastes(spans.log), GROUPS))
     figures = evaluate(Sample.of(rows.label, rows.weight, rows.user, draws=1, seed=0), probability)
@@ -77,12 +77,17 @@ def test_a_finished_ranker_is_not_trained_again_and_a_changed_one_is(
 
     monkeypatch.setattr(ranker_module, "fit", no_training)
     quiet = replace(CFG, draws=7, trainer=replace(CFG.trainer, progress_bar=True))
-    train_ranker(spans, tastes(spans.log), seed=0, cfg=quiet, directory=directory)
+    train_ranker(ArmRows.of(spans, tastes(spans.log), quiet), seed=0, cfg=quiet, directory=directory)
     for change in ({"learning_rate": 1e-4}, {"dlrm": DLRMConfig(embedding_dim=2)}, {"model": "logistic"}):
         with pytest.raises(AssertionError, match="trained again"):
-            train_ranker(spans, tastes(spans.log), seed=0, cfg=replace(CFG, **change), directory=directory)
+            train_ranker(
+                ArmRows.of(spans, tastes(spans.log), replace(CFG, **change)),
+                seed=0,
+                cfg=replace(CFG, **change),
+                directory=directory,
+            )
     with pytest.raises(AssertionError, match="trained again"):
-        train_ranker(spans, None, seed=0, cfg=CFG, directory=directory)
+        train_ranker(ArmRows.of(spans, None, CFG), seed=0, cfg=CFG, directory=directory)
 
 
 def test_killed_and_started_again_it_equals_an_undisturbed_run(
@@ -101,10 +106,10 @@ def test_killed_and_started_again_it_equals_an_undisturbed_run(
     with monkeypatch.context() as patch:
         patch.setattr(ranker_module.PointwiseModule, "on_validation_epoch_end", die_in_epoch_2)
         with pytest.raises((KeyboardInterrupt, SystemExit)):
-            train_ranker(spans, tastes(spans.log), seed=0, cfg=CFG, directory=directory)
+            train_ranker(ArmRows.of(spans, tastes(spans.log), CFG), seed=0, cfg=CFG, directory=directory)
     assert not directory.exists()
     assert list(tmp_path.glob(".lm-0.fit-*/checkpoints/last.ckpt"))
-    resumed = train_ranker(spans, tastes(spans.log), seed=0, cfg=CFG, directory=directory)
+    resumed = train_ranker(ArmRows.of(spans, tastes(spans.log), CFG), seed=0, cfg=CFG, directory=directory)
     for name, tensor in trained[0].module.state_dict().items():
         torch.testing.assert_close(resumed.module.state_dict()[name], tensor, rtol=0, atol=0)
 
@@ -113,7 +118,7 @@ def test_seeds_differ_and_arms_of_a_seed_begin_alike(spans: RankerSpans) -> None
     def state(forecast: object, seed: int) -> torch.Tensor:
         features = spans.fit.with_prior(forecast, GROUPS)  # type: ignore[arg-type]
         spec = ranker_module.FeatureSpec.fit(features, CFG.features, semantic_ids="v")
-        module = ranker_module.build_module(spec, CFG, base_rate=0.1, seed=seed)
+        module = ranker_module.build_module(spec, CFG, base_rates=[0.1], seed=seed)
         return torch.cat([tensor.flatten() for tensor in module.ranker.state_dict().values()])
 
     torch.testing.assert_close(state(None, 0), state(tastes(spans.log), 0), rtol=0, atol=0)
@@ -194,7 +199,7 @@ def test_every_model_is_trained_saved_and_loaded_by_a_config_swap(
     spans: RankerSpans, tmp_path: Path, model: str
 ) -> None:
     cfg = tiny_ranker(model=model, trainer=replace(CFG.trainer, max_epochs=1))
-    ranker = train_ranker(spans, tastes(spans.log), seed=0, cfg=cfg, directory=tmp_path / "lm-0")
+    ranker = train_ranker(ArmRows.of(spans, tastes(spans.log), cfg), seed=0, cfg=cfg, directory=tmp_path / "lm-0")
     again = Ranker.load(tmp_path / "lm-0")
     assert again.model == model
     features = spans.evaluation.with_prior(tastes(spans.log), GROUPS)

@@ -31,7 +31,7 @@ def ranker_of(spans: RankerSpans, model: str) -> Ranker:
     cfg = tiny_ranker(model=model)
     features = spans.fit.with_prior(tastes(spans.log), GROUPS)
     spec = FeatureSpec.fit(features, cfg.features, semantic_ids="v")
-    module = build_module(spec, cfg, base_rate=0.1, seed=0).eval()
+    module = build_module(spec, cfg, base_rates=[0.1], seed=0).eval()
     torch.manual_seed(1)
     for parameter in module.ranker.parameters():
         torch.nn.init.normal_(parameter, std=0.2)

@@ -23,7 +23,7 @@ def design_of(rows: int, seed: int = 0) -> Design:
     return Design(
         dense_NF=rng.normal(size=(rows, 3)).astype(np.float32),
         bags={"ad": Bags.single(np.where(np.arange(rows) % 7, np.arange(rows), -1)), "history": shared},
-        label_N=(np.arange(rows) % 5 == 0).astype(np.float32),
+        label_NT=(np.arange(rows) % 5 == 0).astype(np.float32)[:, None],
         weight_N=np.arange(1, rows + 1).astype(np.float32),
     )
 
@@ -43,7 +43,7 @@ def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
         row_B = batch.weight_B.numpy().astype(np.int64) - 1  # the weight is the row's number plus one
         expected = batch_of(design, row_B)
         np.testing.assert_array_equal(batch.dense_BN, expected.dense_BN)
-        np.testing.assert_array_equal(batch.label_B, expected.label_B)
+        np.testing.assert_array_equal(batch.label_BT, expected.label_BT)
         for key in ("ad", "history"):
             assert batch.sparse[key].values().tolist() == expected.sparse[key].values().tolist()
             assert batch.sparse[key].lengths().tolist() == expected.sparse[key].lengths().tolist()
@@ -65,18 +65,18 @@ def test_an_epoch_has_as_many_batches_as_every_other(sizes: list[int], batch: in
     for epoch in range(5):
         order.set_epoch(epoch)
         asked = list(order)
-        assert len(asked) == len(order)
-        rows = [(blocks, row) for blocks, row_B in asked for row in row_B.tolist()]
+        assert sum(len(window.batches) for window in asked) == order.n_batches
+        rows = [(blocks, row) for blocks, batches in asked for row_B in batches for row in row_B.tolist()]
         assert len(set(rows)) == len(rows) == sum(sizes)
-        assert all(len(row_B) <= batch for _, row_B in asked)
-        assert all(len(blocks) <= 4 for blocks, _ in asked)
+        assert all(len(row_B) <= batch for window in asked for row_B in window.batches)
+        assert all(len(window.blocks) <= 4 for window in asked)
 
 
 def test_the_order_depends_on_seed_and_epoch_alone() -> None:
     def order(seed: int, epoch: int) -> list:
         shuffle = BlockShuffle([16] * 9, 8, seed=seed, window=4)
         shuffle.set_epoch(epoch)
-        return [(blocks, row_B.tolist()) for blocks, row_B in shuffle]
+        return [(blocks, [row_B.tolist() for row_B in batches]) for blocks, batches in shuffle]
 
     assert order(0, 1) == order(0, 1)
     assert order(0, 1) != order(0, 2)
@@ -111,7 +111,7 @@ def test_an_epoch_that_is_left_early_leaves_no_thread(tmp_path: Path) -> None:
 def test_an_error_of_the_thread_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_rows([design_of(40)], tmp_path / "rows")
     rows = StoredRows(tmp_path / "rows")
-    monkeypatch.setattr(rows, "_read", lambda blocks: 1 / 0)
+    monkeypatch.setattr(StoredRows, "__getitem__", lambda rows, window: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         list(AheadLoader(rows, BlockShuffle(rows.block_sizes, 4, seed=0)))
 
