@@ -28,7 +28,8 @@ def append_layer(decoder: Any, *, seed: int = 0) -> nn.Module:
     """Append a layer, in place.
 
     Args:
-        decoder: a Hugging Face decoder of Llama's kind: its layers have ``q_proj``, ``v_proj``, ``o_proj``, ``down_proj``.
+        decoder: a Hugging Face decoder of Llama's kind: its layers have ``q_proj``, ``v_proj``, ``o_proj`` and
+            ``down_proj``.
         seed: of its random directions.
 
     Returns:
@@ -42,7 +43,9 @@ def append_layer(decoder: Any, *, seed: int = 0) -> nn.Module:
     linear = _linear(layer)
     missing = {_QUERIES, _VALUES, _OUTPUT, _MLP_OUTPUT} - linear.keys()
     if missing:
-        raise ValueError(f"a layer of this decoder has no {', '.join(sorted(missing))}, but {', '.join(sorted(linear))}")
+        raise ValueError(
+            f"a layer of this decoder has no {', '.join(sorted(missing))}, but {', '.join(sorted(linear))}"
+        )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name in (_QUERIES, _MLP_OUTPUT):

@@ -485,7 +485,7 @@ def input_rows(base_model: BaseModel, ids: AdvertiserIds, log: Log, kind: str) -
     width, hidden = codes_VD.shape[1], rows_VH.shape[1]
     generator = torch.Generator().manual_seed(0)
     directions_DH = torch.nn.init.orthogonal_(torch.empty(width, hidden), generator=generator)
-    words_VH = base_model.decoder.get_input_embeddings().weight.detach().float()  # type: ignore[union-attr, operator]
+    words_VH = base_model.decoder.get_input_embeddings().weight.detach().float()  # type: ignore[operator]
     # The longest level gets the length of a word, so that the residuals keep their sizes against each other.
     length = torch.from_numpy(ids.codebooks[0]).float().norm(dim=-1).mean().clamp_min(1e-8)
     codes_VD = codes_VD * (words_VH - words_VH.mean(0)).norm(dim=-1).mean() / length
