@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.prior_lm import PriorLM, PriorLMModule, TreeBatch, target_log_prob
+from models.prior_lm import PriorLM, PriorLMModule, TreeBatch, target_log_prob, weighted_log_softmax
 
 PAID, FIRST, BONUS = 20, 5, 2.0
 """Places of a list that are paid, those of them that are paid more, and how much more."""
@@ -164,10 +164,8 @@ class RewardModule(PriorLMModule):
         hidden_BTH, found = model.hidden(tree), []
         for level, decisions in enumerate(tree.levels):
             logit_NV = model.head(hidden_BTH[decisions.row_N, decisions.position_N], level)
-            legal_NV = decisions.base_NV.isfinite()
-            base_NV = self.base_exponents[level] * decisions.base_NV.masked_fill(~legal_NV, 0.0)
-            score_NV = self.lm_weights[level] * logit_NV + base_NV
-            found.append(score_NV.masked_fill(~legal_NV, -torch.inf).log_softmax(-1))
+            weights = {"base_exponent": self.base_exponents[level], "lm_weight": self.lm_weights[level]}
+            found.append(weighted_log_softmax(decisions.base_NV, logit_NV=logit_NV, **weights))
         return found
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:

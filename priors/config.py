@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from data.errors import UserError
 from data.split import Span
 from models.prior_lm import HeadConfig, LoraSettings
+from models.prior_reward import PAID
 from models.sasrec import SasRecConfig
 from models.training import TrainerConfig
 from priors.prompt_config import PromptConfig
@@ -200,6 +201,60 @@ class DecodeConfig:
 
 
 @dataclass
+class RewardConfig:
+    """How the forecaster is trained on the reward of its own lists, after the fine-tuning (`priors.reward`).
+
+    Attributes:
+        prompts: prompts of the fit span that lists are drawn for; 0 leaves the stage out.
+        lists: lists of each, which are compared with one another.
+        length: advertisers of a list.
+        batch_size: prompts of a step.
+        kl_weight: of the KL to the fine-tuned forecaster.
+        lora_learning_rate: of the decoder's trained weights.
+        head_learning_rate: of the head.
+    """
+
+    prompts: int = 0
+    lists: int = 8
+    length: int = 20
+    batch_size: int = 4
+    kl_weight: float = 0.05
+    lora_learning_rate: float = 5e-5
+    head_learning_rate: float = 2e-4
+
+    def __post_init__(self) -> None:
+        least = {"prompts": 0, "lists": 2, "length": 1, "batch_size": 1}
+        errors = [
+            UserError(
+                f"prior.reward.{name}={getattr(self, name)}",
+                expected=f"a whole number, at least {minimum}",
+                action=f"raise prior.reward.{name}; prior.reward.prompts=0 leaves the stage out",
+            )
+            for name, minimum in least.items()
+            if getattr(self, name) < minimum
+        ]
+        if self.length > PAID:
+            errors.append(
+                UserError(
+                    f"prior.reward.length={self.length}",
+                    expected=f"at most {PAID}: places after that earn nothing",
+                    action="lower prior.reward.length",
+                )
+            )
+        errors += [
+            UserError(
+                f"prior.reward.{name}={getattr(self, name)}",
+                expected="a number, not below 0",
+                action=f"set prior.reward.{name} to 0 or more",
+            )
+            for name in ("kl_weight", "lora_learning_rate", "head_learning_rate")
+            if not getattr(self, name) >= 0
+        ]
+        if errors:
+            raise UserError.collect(errors)
+
+
+@dataclass
 class PriorConfig:
     """The forecaster: base model, prompts, anchor, fine-tuning, decoding.
 
@@ -226,6 +281,7 @@ class PriorConfig:
     head: HeadConfig = field(default_factory=HeadConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     lora: LoraSettings = field(default_factory=LoraSettings)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     baselines: BaselineConfig = field(default_factory=BaselineConfig)
     trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(max_epochs=4, patience=None))

@@ -7,13 +7,15 @@
 
 The artifact is a directory:
 
-    prior.json           base model's reference, anchor, calibration, version of the advertiser IDs, config
+    prior.json           base model's reference, anchor, calibration, version of the advertiser IDs, config, and
+                         where there was a reward stage, what its result is taken for
     ids/                 the advertiser IDs it was fitted on
     README.md            model card, written by the stage
     adapter/             LoRA weights as peft loads them, with prior.train=lora
     decoder/             all weights, where they are not the base model's: prior.train=full, random weights
     head.safetensors     head, ID input rows, constants of the standardisation
     tokenizer/           the base tokenizer with the ID tokens
+    reward/              adapter, head and the like of the LM whose lists serve retrieval, where it is another one
 """
 
 from __future__ import annotations
@@ -54,6 +56,9 @@ from semantic_ids.change import compare
 from semantic_ids.trie import Trie
 
 IDS = "ids"
+REWARD = "reward"
+NOTHING, FOR_LISTS, ALL = "none", "lists", "all"
+"""What the result of a reward stage is taken for."""
 START = "start.safetensors"
 _STANDARDISE = 32
 """Prompts that the head's constants are taken from where there is no probe."""
@@ -72,6 +77,8 @@ class PriorModel:
         cfg: what it was fitted with.
         base_reference: name of the base model.
         fitted_ids: the advertiser IDs it was fitted on; those in use may have grown since.
+        reward: what the result of the reward stage is taken for (`priors.reward`); None where there was none.
+        list_model: the LM whose lists serve retrieval, to be saved beside; None where it is the same one.
     """
 
     model: PriorLM
@@ -82,6 +89,8 @@ class PriorModel:
     cfg: PriorConfig
     base_reference: str
     fitted_ids: AdvertiserIds
+    reward: str | None = None
+    list_model: PriorLM | None = None
 
     @property
     def collator(self) -> TreeCollator:
@@ -100,13 +109,22 @@ class PriorModel:
             "ids_version": self.fitted_ids.version,
             "first_id_token": self.compiler.first_id_token,
         }
+        if self.reward is not None:
+            plain["reward"] = {"accepted_for": self.reward}
         (directory / "prior.json").write_text(json.dumps(plain, indent=1) + "\n")
         (directory / IDS).mkdir(exist_ok=True)
         self.fitted_ids.save(directory / IDS)
-        state = {f"head.{name}": value.contiguous() for name, value in self.model.head.state_dict().items()}
-        state |= {"id_rows": self.model.id_rows.weight.detach(), "constant_LH": self.constant_LH.contiguous()}
+        self._save_weights(self.model, directory)
+        if self.list_model is not None:
+            (directory / REWARD).mkdir(exist_ok=True)
+            self._save_weights(self.list_model, directory / REWARD)
+        with_id_tokens(self.compiler.tokenizer, self.fitted_ids.level_sizes).save_pretrained(directory / "tokenizer")
+
+    def _save_weights(self, model: PriorLM, directory: Path) -> None:
+        state = {f"head.{name}": value.contiguous() for name, value in model.head.state_dict().items()}
+        state |= {"id_rows": model.id_rows.weight.detach(), "constant_LH": self.constant_LH.contiguous()}
         save_file(state, directory / "head.safetensors")
-        decoder: Any = self.model.decoder
+        decoder: Any = model.decoder
         if isinstance(decoder, PeftModel):
             decoder.save_pretrained(str(directory / "adapter"))
         if self.cfg.train == "full" or self.cfg.base.random_weights:
@@ -117,11 +135,17 @@ class PriorModel:
                 if ".lora_" not in name
             }
             plain_decoder.save_pretrained(directory / "decoder", state_dict=weights)
-        with_id_tokens(self.compiler.tokenizer, self.fitted_ids.level_sizes).save_pretrained(directory / "tokenizer")
 
     @classmethod
     def load(
-        cls, directory: Path, log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, base: TunedAnchor | None = None
+        cls,
+        directory: Path,
+        log: Log,
+        ids: AdvertiserIds,
+        cfg: PriorConfig,
+        *,
+        base: TunedAnchor | None = None,
+        lists: bool = False,
     ) -> PriorModel:
         """Read the artifact.
 
@@ -132,6 +156,7 @@ class PriorModel:
                 and tokens stay, so that a new advertiser is forecast by the codes it shares with its kind.
             cfg: the current configuration; base model, prompt and head are the artifact's own.
             base: its :func:`load_base`, where that was read before.
+            lists: read the LM whose lists serve retrieval, where :attr:`reward` says that it is another one.
 
         Raises:
             UserError: there is no such artifact.
@@ -139,7 +164,7 @@ class PriorModel:
                 the log's advertisers.
         """
         plain, fitted_ids = _fitted_on(directory, log, ids)
-        model, base_model, constant_LH = load_model(directory, plain, ids)
+        model, base_model, constant_LH = load_model(directory / REWARD if lists else directory, plain, ids)
         compiler = PromptCompiler(
             log, ids, base_model.tokenizer, PromptConfig.from_plain(plain["prompt"]), window=base_model.window
         )
@@ -152,6 +177,7 @@ class PriorModel:
             cfg=cfg,
             base_reference=plain["base_model"]["name"],
             fitted_ids=fitted_ids,
+            reward=plain.get("reward", {}).get("accepted_for"),
         )
 
 
@@ -282,7 +308,7 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
         model, train_set, select_set, collator, cfg, probe=probe_set, user_ids=log.user_ids, work_dir=work_dir
     )
     select_batches = list(batches(select_set, collator, cfg.batch_size))
-    logits, constant_LH = _logits(model, select_batches)
+    logits, constant_LH = logits_at_decisions(model, select_batches)
     calibration = fit_calibration(select_batches, logits)
     zeros, ones = torch.zeros(trie.n_levels), torch.ones(trie.n_levels)
     select_anchor = float(calibrated_nll(select_batches, None, zeros, ones).mean())
@@ -487,7 +513,7 @@ def fit_lm(
         prompts = (f"{user} as of period {period}" for user, period in zip(users, periods, strict=True))
         return f"prompts of users {', '.join(prompts)}"
 
-    with _quick_attention(model.decoder, cfg.trainer):
+    with quick_attention(model.decoder, cfg.trainer):
         result = fit(
             module, train_loader, batches(select, collator, cfg.batch_size), cfg.trainer,
             work_dir=work_dir, seed=cfg.seed, monitor="select_nll", callbacks=callbacks, describe=describe,
@@ -505,7 +531,7 @@ def _without_adapters(decoder: Any) -> PreTrainedModel:
 
 
 @contextmanager
-def _quick_attention(decoder: Any, cfg: TrainerConfig) -> Iterator[None]:
+def quick_attention(decoder: Any, cfg: TrainerConfig) -> Iterator[None]:
     """Train with plain products on a CPU, where the backward pass of the fused attention takes longer."""
     plain = _without_adapters(decoder)
     usual = plain.config._attn_implementation
@@ -612,7 +638,7 @@ def _same_advertisers(log: Log, ids: AdvertiserIds) -> None:
 
 
 @torch.no_grad()
-def _logits(model: PriorLM, select: list[TreeBatch]) -> tuple[list[list[Tensor]], Tensor]:
+def logits_at_decisions(model: PriorLM, select: list[TreeBatch]) -> tuple[list[list[Tensor]], Tensor]:
     """The head's scores at all decisions, and the mean hidden state of each level."""
     model.eval()
     logits, sums = [], torch.zeros(model.head.n_levels, model.id_rows.weight.shape[1])
