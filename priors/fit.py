@@ -22,8 +22,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,20 +35,21 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedTokenizerBase
 
 from data.artifacts import to_plain
 from data.errors import LineageError, UserError
 from data.log import Log, Targets
 from models.prior_lm import LoraSettings, PriorLM, PriorLMModule, TreeBatch, base_log_prob, row_nll
-from models.training import EpochSampler, FitResult, TokenBatchSampler, TrainerConfig, fit
+from models.training import EpochSampler, FitResult, TokenBatchSampler, fit
 from priors.anchor import Anchor, Counts, TunedAnchor, choose_constants
-from priors.base_model import BaseModel, load_base_model
+from priors.base_model import BaseModel, load_base_model, quick_attention, without_adapters
 from priors.calibration import Calibration, calibrated_nll, fit_anchor_levels, fit_calibration
 from priors.config import AnchorConfig, BaseModelConfig, PriorConfig, PromptConfig
 from priors.dataset import PromptDataset, TreeCollator
 from priors.probe import LevelStates, fit_probe, read_states
 from priors.prompt import PromptCompiler
+from priors.warm_up import warm_up
 from semantic_ids.advertiser_ids import AdvertiserIds
 from semantic_ids.change import compare
 from semantic_ids.trie import Trie
@@ -128,7 +127,7 @@ class PriorModel:
         if isinstance(decoder, PeftModel):
             decoder.save_pretrained(str(directory / "adapter"))
         if self.cfg.train == "full" or self.cfg.base.random_weights:
-            plain_decoder = _without_adapters(decoder)
+            plain_decoder = without_adapters(decoder)
             weights = {
                 name.replace(".base_layer.", "."): value
                 for name, value in plain_decoder.state_dict().items()
@@ -302,6 +301,7 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
     collator = TreeCollator(base, first_id_token=compiler.first_id_token)
 
     model = build_model(base_model, ids, log, compiler, cfg)
+    warmed = warm_up(model, base_model, compiler, counts, trie, cfg, work_dir=work_dir / "warm_up")
     probe_rows = sample_rows(fit_targets, cfg.probe.prompts, cfg.seed)
     probe_set = PromptDataset(probe_rows, compiler, max_targets=cfg.max_targets, seed=cfg.seed)
     result, sampler, start = fit_lm(
@@ -323,6 +323,7 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
         "prompts_a_part": round(sampler.per_epoch * sampler.mean_batch),
         "batch_tokens": sampler.budget,
         "best_part": result.best_epoch,
+        "warm_up": warmed,
         "start": start,
         "select_nll_by_part": result.history,
         "select_nll_anchor": select_anchor,
@@ -524,25 +525,6 @@ def fit_lm(
     return result, sampler, start
 
 
-def _without_adapters(decoder: Any) -> PreTrainedModel:
-    """The decoder itself, below peft where it has adapters."""
-    plain: Any = decoder.get_base_model() if isinstance(decoder, PeftModel) else decoder
-    return plain
-
-
-@contextmanager
-def quick_attention(decoder: Any, cfg: TrainerConfig) -> Iterator[None]:
-    """Train with plain products on a CPU, where the backward pass of the fused attention takes longer."""
-    plain = _without_adapters(decoder)
-    usual = plain.config._attn_implementation
-    on_gpu = cfg.accelerator != "cpu" and torch.cuda.is_available()
-    plain.set_attn_implementation(usual if on_gpu else "eager")
-    try:
-        yield
-    finally:
-        plain.set_attn_implementation(usual)
-
-
 def _start(
     model: PriorLM,
     train: PromptDataset,
@@ -559,14 +541,16 @@ def _start(
     """
     if not (work_dir / START).exists():
         model.eval()
-        size = 4 * cfg.batch_size
+        size, warmed = 4 * cfg.batch_size, cfg.warm_up.prompts > 0
 
         def states(source: PromptDataset, n_read: int) -> list[LevelStates]:
             rows = list(EpochSampler(source, seed=cfg.seed + 1, per_epoch=n_read))
-            return read_states(model, source, collator, rows=rows, batch_size=size)
+            return read_states(model, source, collator, rows=rows, batch_size=size, adapted=warmed)
 
         if probe is not None and len(probe) > 0:
-            of_select = read_states(model, select, collator, rows=list(range(len(select))), batch_size=size)
+            of_select = read_states(
+                model, select, collator, rows=list(range(len(select))), batch_size=size, adapted=warmed
+            )
             report = fit_probe(model, states(probe, len(probe)), of_select, cfg.probe, cfg.head, seed=cfg.seed)
             report["select_nll"] = sum(report["nll_after"])
         else:

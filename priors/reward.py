@@ -37,6 +37,7 @@ from models.prior_lm import PriorLM
 from models.prior_reward import PAID, DrawnLists, RewardModule, position_rewards
 from models.training import TokenBatchSampler, fit
 from priors.anchor import TunedAnchor, mean_target_nll
+from priors.base_model import quick_attention
 from priors.calibration import Calibration
 from priors.config import DecodeConfig, PriorConfig, RewardConfig
 from priors.dataset import Example, PromptDataset, TreeCollator
@@ -49,7 +50,6 @@ from priors.fit import (
     PriorModel,
     batches,
     logits_at_decisions,
-    quick_attention,
     sample_rows,
 )
 from priors.metrics import recall_at_k
