@@ -63,7 +63,7 @@ class DrawnLists:
 
 
 def position_rewards(length: int) -> Tensor:
-    """What a true advertiser earns at each place, ``0.1 (20 - i) + 2 [i <= 4]``, ``(length,)``; 0 past the twentieth."""
+    """What a true advertiser earns at each place, ``0.1 (20 - i) + 2 [i <= 4]``; 0 past the twentieth. ``(length,)``"""
     place_K = torch.arange(length, dtype=torch.float64)
     return 0.1 * (PAID - place_K).clamp_min(0.0) + BONUS * (place_K < FIRST)
 
@@ -164,8 +164,8 @@ class RewardModule(PriorLMModule):
         hidden_BTH, found = model.hidden(tree), []
         for level, decisions in enumerate(tree.levels):
             logit_NV = model.head(hidden_BTH[decisions.row_N, decisions.position_N], level)
-            weights = {"base_exponent": self.base_exponents[level], "lm_weight": self.lm_weights[level]}
-            found.append(weighted_log_softmax(decisions.base_NV, logit_NV=logit_NV, **weights))
+            exponent, weight = self.base_exponents[level], self.lm_weights[level]
+            found.append(weighted_log_softmax(decisions.base_NV, exponent, logit_NV=logit_NV, lm_weight=weight))
         return found
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:

@@ -158,11 +158,17 @@ class PriorModel:
             lists: read the LM whose lists serve retrieval, where :attr:`reward` says that it is another one.
 
         Raises:
-            UserError: there is no such artifact.
+            UserError: there is no such artifact, or ``lists`` are asked of one that has no LM for them.
             LineageError: advertisers it was fitted on have other codes now or are gone, or the IDs are not those of
                 the log's advertisers.
         """
         plain, fitted_ids = _fitted_on(directory, log, ids)
+        if lists and not (directory / REWARD).is_dir():
+            raise UserError(
+                f"prior LM in {directory} without one for lists",
+                expected="one whose reward stage was taken for lists alone",
+                action="read the one that it has, for probabilities and lists alike",
+            )
         model, base_model, constant_LH = load_model(directory / REWARD if lists else directory, plain, ids)
         compiler = PromptCompiler(
             log, ids, base_model.tokenizer, PromptConfig.from_plain(plain["prompt"]), window=base_model.window

@@ -88,8 +88,8 @@ def read_states(
     for start in range(0, len(examples), batch_size):
         chunk = examples[start : start + batch_size]
         batch = collator(chunk)
-        bare = isinstance(model.decoder, PeftModel) and not adapted
-        with model.decoder.disable_adapter() if bare else nullcontext():
+        decoder = model.decoder
+        with decoder.disable_adapter() if isinstance(decoder, PeftModel) and not adapted else nullcontext():
             hidden_BTH = model.hidden(batch.to(device))
         levels = []
         for decisions in batch.levels:

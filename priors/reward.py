@@ -6,8 +6,8 @@
 
 A list is paid for every advertiser in it that the user converted with in the period: with several of them it earns the
 sum, as the one true advertiser of arXiv 2605.27856 earns its place. The stage ends with its last weights; none are
-chosen on the selection prompts, so that these can judge. The forecaster before the stage gives probabilities and ranking
-features, unless the one after it is as likely:
+chosen on the selection prompts, so that these can judge. Probabilities and ranking features stay those of before the
+stage, unless the likelihood after it is no worse:
 
     recall@20 of its exact list, after - before, 95 % interval over users      NLL, after - before      taken for
     not above 0                                                                any                      none
@@ -122,7 +122,7 @@ def accepted_for(*, recall: Interval, nll: Interval) -> str:
 def own_copy(model: PriorLM) -> PriorLM:
     """A copy with trained weights of its own; what is frozen is shared, so that it costs little memory."""
     frozen = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}
-    return copy.deepcopy(model, frozen)  # type: ignore[arg-type]
+    return copy.deepcopy(model, frozen)
 
 
 @dataclass
@@ -236,6 +236,8 @@ def judge(model: PriorLM, prior: PriorModel, select: PromptDataset, cfg: PriorCo
     return {
         "recall@10": recall_at_k(place_T, targets, 10),
         f"recall@{PAID}": recall_at_k(place_T, targets, PAID),
-        "reward": np.bincount(targets.row, paid_K[np.minimum(place_T, PAID)], minlength=len(targets)),
+        "reward": np.bincount(targets.row, paid_K[np.minimum(place_T, PAID)], minlength=len(targets)).astype(
+            np.float64
+        ),
         "nll": mean_target_nll(log_prob_T, targets),
     }

@@ -141,9 +141,10 @@ def test_a_stage_that_was_cut_short_goes_on_where_it_was(
             raise KeyboardInterrupt
         return step(self, batch, batch_idx)
 
-    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, SystemExit)):
-        patch.setattr(RewardModule, "training_step", dies)
+    monkeypatch.setattr(RewardModule, "training_step", dies)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
         fit_reward(fitted.prior, fitted.log, rewarded_config(), work_dir=tmp_path / "cut")
+    monkeypatch.setattr(RewardModule, "training_step", step)
     _, resumed = fit_reward(fitted.prior, fitted.log, rewarded_config(), work_dir=tmp_path / "cut")
     np.testing.assert_allclose(curve("cut"), curve("whole"), atol=1e-6)
     assert resumed == whole
@@ -170,15 +171,18 @@ def test_a_loss_that_is_no_number_names_its_prompts(
         ((np.nan, np.nan, np.nan), (np.nan, np.nan, np.nan), "none"),
     ],
 )
-def test_what_a_result_is_taken_for(recall: tuple[float, ...], nll: tuple[float, ...], taken: str) -> None:
-    assert accepted_for(recall=Interval(*recall, 9), nll=Interval(*nll, 9)) == taken  # type: ignore[misc]
+def test_what_a_result_is_taken_for(
+    recall: tuple[float, float, float], nll: tuple[float, float, float], taken: str
+) -> None:
+    differences = (Interval(value, low, high, n=9) for value, low, high in (recall, nll))
+    assert accepted_for(recall=next(differences), nll=next(differences)) == taken
 
 
 def test_lists_of_another_lm_are_kept_beside_the_artifact(fitted: Fitted, tmp_path: Path) -> None:
     other = own_copy(fitted.prior.model)
     with torch.no_grad():
         for weight in other.head.parameters():
-            weight += 1.0
+            weight.add_(1.0)
     replace(fitted.prior, reward="lists", list_model=other).save(tmp_path)
     assert read_plain(tmp_path)["reward"] == {"accepted_for": "lists"}
     for lists, model in ((False, fitted.prior.model), (True, other)):
@@ -186,6 +190,12 @@ def test_lists_of_another_lm_are_kept_beside_the_artifact(fitted: Fitted, tmp_pa
         assert loaded.reward == "lists"
         for name, value in model.head.state_dict().items():
             torch.testing.assert_close(loaded.model.head.state_dict()[name], value)
+
+
+def test_lists_asked_of_an_artifact_that_has_no_lm_for_them_are_told(fitted: Fitted, tmp_path: Path) -> None:
+    fitted.prior.save(tmp_path)
+    with pytest.raises(UserError, match="without one for lists"):
+        PriorModel.load(tmp_path, fitted.log, fitted.ids, fitted.cfg, lists=True)
 
 
 def test_no_prompts_leave_the_stage_out(fitted: Fitted, tmp_path: Path) -> None:
