@@ -216,7 +216,8 @@ class WarmUpConfig:
         held_out: advertisers that both losses are reported on, at the most half of all.
         batch_size: advertisers of a step.
         to_id: pattern of words → ID, with ``{words}``.
-        to_text: pattern of ID → words, with ``{id}`` and, at its end, ``{words}``.
+        to_text: pattern of ID → words, with ``{id}`` and, at its end, ``{words}``. It begins with a line break, since
+            an LM that has to attend to a first token that says something reads the rest badly.
     """
 
     prompts: int = 0
@@ -225,7 +226,7 @@ class WarmUpConfig:
     held_out: int = 128
     batch_size: int = 16
     to_id: str = "Sells {words}.\nAdvertiser:"
-    to_text: str = "Advertiser{id} sells {words}"
+    to_text: str = "\nAdvertiser{id} sells {words}"
 
     def __post_init__(self) -> None:
         errors = [
