@@ -553,3 +553,29 @@ def _shifted(levels: list[Decisions], period_PV: nn.ParameterList, period_B: Ten
 def base_log_prob(batch: Targeted) -> Tensor:
     """Log-probability of every target under the base scores alone, ``(Y,)``."""
     return target_log_prob(batch, [decisions.base_NV.log_softmax(-1) for decisions in batch.levels])
+
+
+def weighted_log_softmax(
+    base_NV: Tensor,
+    base_exponent: Tensor | float,
+    *,
+    logit_NV: Tensor | None = None,
+    lm_weight: Tensor | float = 1.0,
+    bias_V: Tensor | None = None,
+) -> Tensor:
+    """Log-probabilities of a level's codes where base and logits are weighted, ``(N, V)``; ``-inf`` where illegal.
+
+    Args:
+        base_NV: base scores, ``-inf`` where illegal.
+        base_exponent: weight of the base.
+        logit_NV: the head's scores; None: without the LM.
+        lm_weight: weight of the logits.
+        bias_V: added to every code.
+    """
+    illegal_NV = ~base_NV.isfinite()
+    score_NV = base_exponent * base_NV.masked_fill(illegal_NV, 0.0)
+    if logit_NV is not None:
+        score_NV = score_NV + lm_weight * logit_NV
+    if bias_V is not None:
+        score_NV = score_NV + bias_V
+    return score_NV.masked_fill(illegal_NV, -torch.inf).log_softmax(-1)

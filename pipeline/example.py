@@ -27,6 +27,7 @@ def user_example(
     *,
     prior: PriorModel,
     forecasts: Mapping[str, Forecast | None],
+    lists: Forecast | None,
     retriever: Retriever,
     plan: Plan,
     ranker: Ranker,
@@ -42,6 +43,7 @@ def user_example(
         log: the events.
         prior: writes the prompt.
         forecasts: of the arms ``anchor`` and ``lm``.
+        lists: the forecast that retrieval reads.
         retriever: asks the channels.
         plan: of the arm ``lm``.
         ranker: of the arm ``lm``.
@@ -66,7 +68,7 @@ def user_example(
 
     request = (np.array([user]), np.array([period]))
     lm_A, anchor_A = np.exp(lm.log_probs(*request)[0]), np.exp(anchor.log_probs(*request)[0])
-    candidates = retriever.candidates(user, market, period, plan, lm)
+    candidates = retriever.candidates(user, market, period, plan, lists)
     ranking = rank(ranker, builder, lm, candidates.ads, user=user, market=market, period=period)
     advertiser = _names(log.tables.advertisers, "advertiser_id")
     ad_text = _names(log.tables.ads, "ad_id")

@@ -21,6 +21,8 @@ QUIET_WARNINGS: tuple[tuple[str, str], ...] = (
     (r"lightning\..*", ".*exists and is not empty.*"),  # the work directory of a resumed stage
     (r"lightning\..*", ".*Consider setting `?persistent_workers.*"),
     (r"lightning\..*", ".*smaller than the logging interval.*"),
+    (r"lightning\..*", ".*in eval mode at the start of training.*"),  # the reward stage draws from what it trains
+    (r"lightning\..*", ".*have no `val_dataloader`.*"),  # and is judged at its end
     (r"torch\..*", ".*does not have a deterministic implementation.*"),  # asked for with deterministic="warn"
     (r"torch\..*", ".*`torch.jit.*deprecated.*"),
     (r"torchrec\..*", ".*"),

@@ -39,10 +39,11 @@ from priors.anchor import TunedAnchor
 from priors.baselines import fit_baselines
 from priors.card import model_card
 from priors.evaluate import evaluate_forecast
-from priors.fit import PriorModel, fit_prior, load_base, load_interests, read_plain
+from priors.fit import FOR_LISTS, PriorModel, fit_prior, load_base, load_interests, read_plain
 from priors.forecast import Forecast, TableForecast
 from priors.generate import generate_priors
 from priors.judge import save_requests
+from priors.reward import fit_reward
 from priors.table import PriorTable
 from ranking.ablation import ORACLE, TRUE_CHANCE, compare, grid, predictions_of, run_ablation
 from ranking.features import FeatureBuilder
@@ -65,6 +66,8 @@ TINY_CAVEAT = "The language model of this run has random weights (packaged:tiny)
 ROWS = "rows.json"
 FACTS = "facts.json"
 TEXT = "text_embeddings.safetensors"
+LISTS = "lists"
+"""Folder of the forecasts that serve retrieval, where another LM makes them than those that serve ranking."""
 TOWERS = "towers"
 RANKERS = "rankers"
 TRAINED = ("seed", "model", "pairs", "trainer")
@@ -185,7 +188,9 @@ def make_semantic_ids(context: Work) -> dict[str, Any]:
 
 def make_prior(context: Work) -> dict[str, Any]:
     """The fine-tuned forecaster with its tuned anchor."""
-    prior, metrics = fit_prior(_log(context), _ids(context), context.config.prior, work_dir=context.work)
+    cfg, log = context.config.prior, _log(context)
+    prior, metrics = fit_prior(log, _ids(context), cfg, work_dir=context.work)
+    prior, metrics["reward"] = fit_reward(prior, log, cfg, work_dir=context.work / "reward")
     prior.save(context.output)
     config = {"data": to_plain(context.config.data), "prior": _fitting(context.config)}
     card = model_card(config, metrics, package_versions(), read_plain(context.output), exported=False)
@@ -204,6 +209,8 @@ def make_forecasts(context: Work) -> dict[str, Any]:
         log, popularity, cfg.baselines, seed=cfg.seed, work_dir=context.work / "baselines"
     )
     scorers = {name: baseline.log_probs for name, baseline in baselines.items()}
+    if prior.reward == FOR_LISTS:
+        scorers["lm, reward"] = _make_lists(context).log_probs
     evaluation = evaluate_forecast(prior, forecasts, log, cfg, scorers)
     costs = [
         Row("cost", name, "lm", "all", None, float(metrics[name]), None, None, int(metrics["forecasts_made"]))
@@ -214,6 +221,16 @@ def make_forecasts(context: Work) -> dict[str, Any]:
     _write_facts(context.output, {"curves": evaluation.curves})
     save_requests(evaluation.requests, context.output)
     return {**metrics, "baselines": chosen}
+
+
+def _make_lists(context: Work) -> TableForecast:
+    """The forecasts that serve retrieval, by the LM that was trained on the reward of its lists."""
+    cfg, log, ids, base = context.config.prior, _log(context), _ids(context), _base(context)
+    prior = PriorModel.load(context.inputs["prior"], log, ids, cfg, base=base, lists=True)
+    directory = context.output / LISTS
+    directory.mkdir()
+    generate_priors(prior, log, cfg, out_dir=directory, work_dir=context.work / LISTS)
+    return TableForecast(PriorTable.load(directory, log), base, arm="lm")
 
 
 def make_two_tower(context: Work) -> dict[str, Any]:
@@ -228,7 +245,7 @@ def make_two_tower(context: Work) -> dict[str, Any]:
 def make_retrieval(context: Work) -> dict[str, Any]:
     """Retrieval in three arms at one budget."""
     cfg = context.config
-    evaluation = evaluate_retrieval(_retriever(context), _forecasts(context), users=_panel(context))
+    evaluation = evaluate_retrieval(_retriever(context), _list_forecasts(context), users=_panel(context))
     _write_rows(context.output, evaluation.rows)
     plans = {arm: plan.to_plain() for arm, plan in evaluation.plans.items()}
     _write_facts(context.output, {"plans": plans, "sweep": evaluation.sweep})
@@ -315,6 +332,7 @@ def make_report(context: Work) -> dict[str, Any]:
         log,
         prior=_prior(context),
         forecasts=forecasts,
+        lists=_list_forecasts(context)["lm"],
         retriever=_retriever(context),
         plan=Plan.of(retrieval["plans"]["lm"]),
         ranker=Ranker.load(context.inputs["ranker"] / RANKERS / f"lm-{cfg.ranker.seeds[0]}"),
@@ -328,7 +346,7 @@ def make_report(context: Work) -> dict[str, Any]:
 def retrieval_bench(context: Work) -> RetrievalBenchmark:
     """The benchmark of the configured retrieval; forecasts are read only where a channel follows one."""
     cfg = context.config.retrieval
-    arms: dict[str, Forecast | None] = _forecasts(context) if cfg.forecast_channels else {NONE: None}
+    arms: dict[str, Forecast | None] = _list_forecasts(context) if cfg.forecast_channels else {NONE: None}
     return bench_retrieval(_retriever(context), arms, users=_panel(context))
 
 
@@ -462,6 +480,19 @@ def _forecasts(context: Work) -> dict[str, Forecast | None]:
 
     settings = [context.config.data, context.config.evaluate]
     return _once(context, forecasts, "data", "prior", "forecasts", settings=settings)
+
+
+def _list_forecasts(context: Work) -> dict[str, Forecast | None]:
+    """The forecast of each arm as retrieval reads it."""
+    directory = context.inputs["forecasts"] / LISTS
+    if not directory.exists():
+        return _forecasts(context)
+
+    def lists() -> Forecast:
+        return TableForecast(PriorTable.load(directory, _log(context)), _base(context), arm="lm")
+
+    settings = [context.config.data, context.config.evaluate]
+    return _forecasts(context) | {"lm": _once(context, lists, "data", "prior", "forecasts", settings=settings)}
 
 
 def _towers_of(context: Work) -> TrainedTwoTower:

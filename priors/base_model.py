@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -30,6 +34,7 @@ from transformers import (
 from data.artifacts import atomic_directory, hash_file
 from data.errors import UserError
 from models.block import append_layer, last_layer
+from models.training import TrainerConfig
 from priors.config import BaseModelConfig
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -214,3 +219,22 @@ def _tiny() -> tuple[PretrainedConfig, PreTrainedTokenizerBase, None]:
         max_position_embeddings=1024,
     )
     return config, tokenizer, None
+
+
+def without_adapters(decoder: Any) -> PreTrainedModel:
+    """The decoder itself, below peft where it has adapters."""
+    plain: Any = decoder.get_base_model() if isinstance(decoder, PeftModel) else decoder
+    return plain
+
+
+@contextmanager
+def quick_attention(decoder: Any, cfg: TrainerConfig) -> Iterator[None]:
+    """Train with plain products on a CPU, where the backward pass of the fused attention takes longer."""
+    plain = without_adapters(decoder)
+    usual = plain.config._attn_implementation
+    on_gpu = cfg.accelerator != "cpu" and torch.cuda.is_available()
+    plain.set_attn_implementation(usual if on_gpu else "eager")
+    try:
+        yield
+    finally:
+        plain.set_attn_implementation(usual)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.prior_lm import Targeted, row_nll, target_log_prob
+from models.prior_lm import Targeted, row_nll, target_log_prob, weighted_log_softmax
 
 WEIGHT_DEVIATION, EXPONENT_DEVIATION = 1.0, 0.05
 """Standard deviations of the normal priors around 1 of τ and α: how far they go on the word of few prompts."""
@@ -73,15 +73,16 @@ def calibrated_log_prob(
     """Log-probability of every target, ``(Y,)`` a batch; arguments as of :func:`calibrated_nll`."""
     found = []
     for number, batch in enumerate(batches):
-        log_probs = []
-        for level, decisions in enumerate(batch.levels):
-            legal = decisions.base_NV.isfinite()
-            score = base_exponent_L[level] * decisions.base_NV.masked_fill(~legal, 0.0)
-            if lm_logits is not None:
-                score = score + lm_weight_L[level] * lm_logits[number][level]
-            if bias_LV is not None:
-                score = score + bias_LV[level]
-            log_probs.append(score.masked_fill(~legal, -torch.inf).log_softmax(-1))
+        log_probs = [
+            weighted_log_softmax(
+                decisions.base_NV,
+                base_exponent_L[level],
+                logit_NV=None if lm_logits is None else lm_logits[number][level],
+                lm_weight=lm_weight_L[level],
+                bias_V=None if bias_LV is None else bias_LV[level],
+            )
+            for level, decisions in enumerate(batch.levels)
+        ]
         found.append(target_log_prob(batch, log_probs))
     return found
 

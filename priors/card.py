@@ -20,6 +20,28 @@ weighs both as `prior.json` says (`calibration`), and normalises over the codes 
 (`ids/`). The adapters are merged and all weights are in float32."""
 
 
+_TAKEN = {
+    "none": "its result is not used",
+    "lists": "its lists serve retrieval (`reward/`); probabilities and ranking features are those from before it",
+    "all": "its result is used for everything",
+}
+
+
+def _reward(metrics: Mapping[str, Any] | None) -> str:
+    """What the reward stage did and what it is taken for, in one cell."""
+    if not metrics:
+        return "none"
+    told = []
+    for name, figures in metrics["select"].items():
+        change = figures["difference"]
+        told.append(
+            f"{name} {figures['before']['value']:.4f} to {figures['after']['value']:.4f} "
+            f"({change['value']:+.4f}, {change['low']:+.4f} to {change['high']:+.4f})"
+        )
+    judged = f"on the selection span, with 95 % intervals of the change: {'; '.join(told)}"
+    return f"{metrics['prompts']} prompts; {_TAKEN[metrics['accepted_for']]}; {judged}"
+
+
 def model_card(
     config: Mapping[str, Any],
     metrics: Mapping[str, Any],
@@ -50,6 +72,7 @@ def model_card(
         "NLL on the selection span, after each part": ", ".join(f"{value:.4f}" for value in nll),
         "NLL of the anchor on the same prompts": f"{metrics.get('select_nll_anchor', float('nan')):.4f}",
         "Interests": _interests(plain.get("interests"), metrics.get("interests")),
+        "Reward stage": _reward(metrics.get("reward")),
         "Advertiser IDs": f"version `{plain['ids_version'][:12]}`",
         "Packages": ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
     }

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 
 from data.errors import UserError
 from data.split import Span
 from models.prior_lm import HeadConfig, LoraSettings
+from models.prior_reward import PAID
 from models.sasrec import SasRecConfig
 from models.training import TrainerConfig
 from priors.prompt_config import PromptConfig
@@ -229,6 +231,125 @@ class DecodeConfig:
     every: int = 1
 
 
+ID_WORDS = r"(.*)\{id\}(.*?)(\s*)\{words\}"
+"""What `WarmUpConfig.to_text` looks like: words before the ID, words after it, a blank, the words asked for."""
+
+
+@dataclass
+class WarmUpConfig:
+    """How words and IDs of advertisers are aligned before the fine-tuning (`priors.warm_up`).
+
+    Attributes:
+        prompts: advertisers shown, each both ways, one after the other and then again; 0 leaves the warm-up out.
+        text_weight: weight of ID → words against words → ID.
+        max_tokens: of an advertiser's words, at the most.
+        held_out: advertisers that both losses are reported on, at the most half of all.
+        batch_size: advertisers of a step.
+        to_id: pattern of words → ID, with ``{words}``.
+        to_text: pattern of ID → words, with ``{id}`` and, at its end, ``{words}``. It begins with a line break, since
+            an LM that has to attend to a first token that says something reads the rest badly.
+    """
+
+    prompts: int = 0
+    text_weight: float = 0.5
+    max_tokens: int = 24
+    held_out: int = 128
+    batch_size: int = 16
+    to_id: str = "Sells {words}.\nAdvertiser:"
+    to_text: str = "\nAdvertiser{id} sells {words}"
+
+    def __post_init__(self) -> None:
+        errors = [
+            UserError(
+                f"prior.warm_up.{name}={getattr(self, name)}",
+                expected=f"a whole number, at least {minimum}",
+                action=f"raise prior.warm_up.{name}; prior.warm_up.prompts=0 leaves the warm-up out",
+            )
+            for name, minimum in {"prompts": 0, "max_tokens": 1, "held_out": 1, "batch_size": 1}.items()
+            if getattr(self, name) < minimum
+        ]
+        if not self.text_weight >= 0:
+            errors.append(
+                UserError(
+                    f"prior.warm_up.text_weight={self.text_weight}",
+                    expected="a number, not below 0",
+                    action="set prior.warm_up.text_weight to 0 or more",
+                )
+            )
+        if self.to_id.count("{words}") != 1 or self.to_id.endswith("{words}"):
+            errors.append(
+                UserError(
+                    f"prior.warm_up.to_id={self.to_id!r}",
+                    expected="{words} once, and words after it, whose end the ID follows",
+                    action='write prior.warm_up.to_id like "Sells {words}. Advertiser:"',
+                )
+            )
+        if not re.fullmatch(ID_WORDS, self.to_text, re.DOTALL) or self.to_text.count("{") != 2:
+            errors.append(
+                UserError(
+                    f"prior.warm_up.to_text={self.to_text!r}",
+                    expected="{id} and, at the end, {words}",
+                    action='write prior.warm_up.to_text like "Advertiser{id} sells {words}"',
+                )
+            )
+        if errors:
+            raise UserError.collect(errors)
+
+
+@dataclass
+class RewardConfig:
+    """How the forecaster is trained on the reward of its own lists, after the fine-tuning (`priors.reward`).
+
+    Attributes:
+        prompts: prompts of the fit span that lists are drawn for; 0 leaves the stage out.
+        lists: lists of each, which are compared with one another.
+        length: advertisers of a list.
+        batch_size: prompts of a step.
+        kl_weight: of the KL to the fine-tuned forecaster.
+        lora_learning_rate: of the decoder's trained weights.
+        head_learning_rate: of the head.
+    """
+
+    prompts: int = 0
+    lists: int = 8
+    length: int = 20
+    batch_size: int = 4
+    kl_weight: float = 0.05
+    lora_learning_rate: float = 5e-5
+    head_learning_rate: float = 2e-4
+
+    def __post_init__(self) -> None:
+        least = {"prompts": 0, "lists": 2, "length": 1, "batch_size": 1}
+        errors = [
+            UserError(
+                f"prior.reward.{name}={getattr(self, name)}",
+                expected=f"a whole number, at least {minimum}",
+                action=f"raise prior.reward.{name}; prior.reward.prompts=0 leaves the stage out",
+            )
+            for name, minimum in least.items()
+            if getattr(self, name) < minimum
+        ]
+        if self.length > PAID:
+            errors.append(
+                UserError(
+                    f"prior.reward.length={self.length}",
+                    expected=f"at most {PAID}: places after that earn nothing",
+                    action="lower prior.reward.length",
+                )
+            )
+        errors += [
+            UserError(
+                f"prior.reward.{name}={getattr(self, name)}",
+                expected="a number, not below 0",
+                action=f"set prior.reward.{name} to 0 or more",
+            )
+            for name in ("kl_weight", "lora_learning_rate", "head_learning_rate")
+            if not getattr(self, name) >= 0
+        ]
+        if errors:
+            raise UserError.collect(errors)
+
+
 @dataclass
 class PriorConfig:
     """The forecaster: base model, prompts, anchor, fine-tuning, decoding.
@@ -257,6 +378,8 @@ class PriorConfig:
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     interests: InterestConfig = field(default_factory=InterestConfig)
     lora: LoraSettings = field(default_factory=LoraSettings)
+    warm_up: WarmUpConfig = field(default_factory=WarmUpConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     baselines: BaselineConfig = field(default_factory=BaselineConfig)
     trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(max_epochs=4, patience=None))
@@ -324,6 +447,14 @@ class PriorConfig:
                     "prior.train=full with prior.base.dtype=bfloat16",
                     expected="weights in float32, where small steps are not rounded away",
                     action="set prior.base.dtype=float32; prior.trainer.precision=bf16-mixed multiplies in bfloat16",
+                )
+            )
+        if self.warm_up.prompts and self.train == "lora" and not self.lora.rank and not self.base.train_input_rows:
+            errors.append(
+                UserError(
+                    f"prior.warm_up.prompts={self.warm_up.prompts} with prior.lora.rank=0",
+                    expected="something below the head that it can train",
+                    action="raise prior.lora.rank, set prior.base.train_input_rows=true, or prior.warm_up.prompts=0",
                 )
             )
         if self.head.kind not in ("tied", "free", "tied+free"):

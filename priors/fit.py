@@ -7,21 +7,22 @@
 
 The artifact is a directory:
 
-    prior.json           base model's reference, anchor, calibration, interests, version of the advertiser IDs, config
+    prior.json           base model's reference, anchor, calibration, interests, version of the advertiser IDs, config,
+                         and where there was a reward stage, what its result is taken for
     ids/                 the advertiser IDs it was fitted on
     README.md            model card, written by the stage
     adapter/             LoRA weights as peft loads them, with prior.train=lora
     decoder/             all weights, where they are not the base model's: prior.train=full, random weights
     head.safetensors     heads, ID input rows, constants of the standardisation, the appended layer if there is one
     tokenizer/           the base tokenizer with the ID tokens
+    reward/              adapter, head and the like of the LM whose lists serve retrieval, where it is another one
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedTokenizerBase
 
 from data.artifacts import to_plain
 from data.errors import LineageError, UserError
@@ -51,20 +52,24 @@ from models.prior_lm import (
     mean_nll,
     row_nll,
 )
-from models.training import EpochSampler, FitResult, History, TokenBatchSampler, TrainerConfig, fit
+from models.training import EpochSampler, FitResult, History, TokenBatchSampler, fit
 from priors.anchor import Anchor, Counts, TunedAnchor, choose_constants
-from priors.base_model import BaseModel, load_base_model
+from priors.base_model import BaseModel, load_base_model, quick_attention, without_adapters
 from priors.calibration import Calibration, calibrated_nll, fit_anchor_levels, fit_calibration
 from priors.config import AnchorConfig, BaseModelConfig, PriorConfig, PromptConfig
 from priors.dataset import PromptDataset, TreeCollator
 from priors.interests import Interests, InterestSpace, fit_interest_anchor, interest_column
 from priors.probe import LevelStates, fit_probe, levels_by_head, read_states
 from priors.prompt import PromptCompiler
+from priors.warm_up import warm_up
 from semantic_ids.advertiser_ids import AdvertiserIds
 from semantic_ids.change import compare
 from semantic_ids.trie import Trie
 
 IDS = "ids"
+REWARD = "reward"
+NOTHING, FOR_LISTS, ALL = "none", "lists", "all"
+"""What the result of a reward stage is taken for."""
 START = "start.safetensors"
 _APPENDED = "appended."
 _STANDARDISE = 32
@@ -85,6 +90,8 @@ class PriorModel:
         base_reference: name of the base model.
         fitted_ids: the advertiser IDs it was fitted on; those in use may have grown since.
         interests: the second thing it forecasts; None: nothing.
+        reward: what the result of the reward stage is taken for (`priors.reward`); None where there was none.
+        list_model: the LM whose lists serve retrieval, to be saved beside; None where it is the same one.
     """
 
     model: PriorLM
@@ -96,6 +103,8 @@ class PriorModel:
     base_reference: str
     fitted_ids: AdvertiserIds
     interests: Interests | None = None
+    reward: str | None = None
+    list_model: PriorLM | None = None
 
     @property
     def collator(self) -> TreeCollator:
@@ -115,29 +124,43 @@ class PriorModel:
             "first_id_token": self.compiler.first_id_token,
             "interests": None if self.interests is None else self.interests.to_plain(),
         }
+        if self.reward is not None:
+            plain["reward"] = {"accepted_for": self.reward}
         (directory / "prior.json").write_text(json.dumps(plain, indent=1) + "\n")
         (directory / IDS).mkdir(exist_ok=True)
         self.fitted_ids.save(directory / IDS)
-        state = _heads(self.model)
-        state |= _appended(self.model.decoder, self.cfg.base)
-        state |= {"id_rows": self.model.id_rows.weight.detach(), "constant_LH": self.constant_LH.contiguous()}
+        self._save_weights(self.model, directory)
+        if self.list_model is not None:
+            (directory / REWARD).mkdir(exist_ok=True)
+            self._save_weights(self.list_model, directory / REWARD)
+        with_id_tokens(self.compiler.tokenizer, self.fitted_ids.level_sizes).save_pretrained(directory / "tokenizer")
+
+    def _save_weights(self, model: PriorLM, directory: Path) -> None:
+        state = _heads(model) | _appended(model.decoder, self.cfg.base)
+        state |= {"id_rows": model.id_rows.weight.detach(), "constant_LH": self.constant_LH.contiguous()}
         save_file(state, directory / "head.safetensors")
-        decoder: Any = self.model.decoder
+        decoder: Any = model.decoder
         if isinstance(decoder, PeftModel):
             decoder.save_pretrained(str(directory / "adapter"))
         if self.cfg.train == "full" or self.cfg.base.random_weights:
-            plain_decoder = _without_adapters(decoder)
+            plain_decoder = without_adapters(decoder)
             weights = {
                 name.replace(".base_layer.", "."): value
                 for name, value in plain_decoder.state_dict().items()
                 if ".lora_" not in name
             }
             plain_decoder.save_pretrained(directory / "decoder", state_dict=weights)
-        with_id_tokens(self.compiler.tokenizer, self.fitted_ids.level_sizes).save_pretrained(directory / "tokenizer")
 
     @classmethod
     def load(
-        cls, directory: Path, log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, base: TunedAnchor | None = None
+        cls,
+        directory: Path,
+        log: Log,
+        ids: AdvertiserIds,
+        cfg: PriorConfig,
+        *,
+        base: TunedAnchor | None = None,
+        lists: bool = False,
     ) -> PriorModel:
         """Read the artifact.
 
@@ -148,14 +171,21 @@ class PriorModel:
                 and tokens stay, so that a new advertiser is forecast by the codes it shares with its kind.
             cfg: the current configuration; base model, prompt and head are the artifact's own.
             base: its :func:`load_base`, where that was read before.
+            lists: read the LM whose lists serve retrieval, where :attr:`reward` says that it is another one.
 
         Raises:
-            UserError: there is no such artifact.
+            UserError: there is no such artifact, or ``lists`` are asked of one that has no LM for them.
             LineageError: advertisers it was fitted on have other codes now or are gone, or the IDs are not those of
                 the log's advertisers.
         """
         plain, fitted_ids = _fitted_on(directory, log, ids)
-        model, base_model, constant_LH = load_model(directory, plain, ids)
+        if lists and not (directory / REWARD).is_dir():
+            raise UserError(
+                f"prior LM in {directory} without one for lists",
+                expected="one whose reward stage was taken for lists alone",
+                action="read the one that it has, for probabilities and lists alike",
+            )
+        model, base_model, constant_LH = load_model(directory / REWARD if lists else directory, plain, ids)
         compiler = PromptCompiler(
             log, ids, base_model.tokenizer, PromptConfig.from_plain(plain["prompt"]), window=base_model.window
         )
@@ -169,6 +199,7 @@ class PriorModel:
             base_reference=plain["base_model"]["name"],
             fitted_ids=fitted_ids,
             interests=_interests_of(plain, log),
+            reward=plain.get("reward", {}).get("accepted_for"),
         )
 
 
@@ -331,6 +362,7 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
     collator = TreeCollator(base, first_id_token=compiler.first_id_token, interests=interests)
 
     model = build_model(base_model, ids, log, compiler, cfg, interests=interests)
+    warmed = warm_up(model, base_model, compiler, counts, trie, cfg, work_dir=work_dir / "warm_up")
     probe_rows = sample_rows(fit_targets, cfg.probe.prompts, cfg.seed)
     probe_set = PromptDataset(probe_rows, compiler, max_targets=cfg.max_targets, seed=cfg.seed)
     interest_history = History(None if interests is None else "select_interest_nll")
@@ -339,7 +371,7 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
         callbacks=(interest_history,),
     )  # fmt: skip
     select_batches = list(batches(select_set, collator, cfg.batch_size))
-    logits, interest_logits, constant_LH = _logits(model, select_batches)
+    logits, interest_logits, constant_LH = logits_at_decisions(model, select_batches)
     calibration = fit_calibration(select_batches, logits)
     zeros, ones = torch.zeros(trie.n_levels), torch.ones(trie.n_levels)
     select_anchor = float(calibrated_nll(select_batches, None, zeros, ones).mean())
@@ -367,6 +399,7 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
         "prompts_a_part": round(sampler.per_epoch * sampler.mean_batch),
         "batch_tokens": sampler.budget,
         "best_part": result.best_epoch,
+        "warm_up": warmed,
         "start": start,
         "select_nll_by_part": result.history,
         "select_nll_anchor": select_anchor,
@@ -425,7 +458,7 @@ def build_model(
         )
         decoder = get_peft_model(decoder, adapter)
         if cfg.base.appended_layer:
-            last_layer(_without_adapters(decoder)).requires_grad_(True)  # peft freezes all that is not its own
+            last_layer(without_adapters(decoder)).requires_grad_(True)  # peft freezes all that is not its own
     model = PriorLM(
         decoder,
         codebooks=[torch.from_numpy(codebook) for codebook in ids.codebooks],
@@ -603,7 +636,7 @@ def fit_lm(
         prompts = (f"{user} as of period {period}" for user, period in zip(users, periods, strict=True))
         return f"prompts of users {', '.join(prompts)}"
 
-    with _quick_attention(model.decoder, cfg.trainer):
+    with quick_attention(model.decoder, cfg.trainer):
         result = fit(
             module, train_loader, batches(select, collator, cfg.batch_size), cfg.trainer,
             work_dir=work_dir, seed=cfg.seed, monitor="select_nll", callbacks=callbacks, describe=describe,
@@ -618,27 +651,8 @@ def _appended(decoder: Any, cfg: BaseModelConfig) -> dict[str, Tensor]:
     """Weights of the appended layer, for the artifact."""
     if not cfg.appended_layer:
         return {}
-    layer = last_layer(_without_adapters(decoder))
+    layer = last_layer(without_adapters(decoder))
     return {f"{_APPENDED}{name}": value.detach().contiguous() for name, value in layer.state_dict().items()}
-
-
-def _without_adapters(decoder: Any) -> PreTrainedModel:
-    """The decoder itself, below peft where it has adapters."""
-    plain: Any = decoder.get_base_model() if isinstance(decoder, PeftModel) else decoder
-    return plain
-
-
-@contextmanager
-def _quick_attention(decoder: Any, cfg: TrainerConfig) -> Iterator[None]:
-    """Train with plain products on a CPU, where the backward pass of the fused attention takes longer."""
-    plain = _without_adapters(decoder)
-    usual = plain.config._attn_implementation
-    on_gpu = cfg.accelerator != "cpu" and torch.cuda.is_available()
-    plain.set_attn_implementation(usual if on_gpu else "eager")
-    try:
-        yield
-    finally:
-        plain.set_attn_implementation(usual)
 
 
 def _start(
@@ -657,16 +671,18 @@ def _start(
     """
     if not (work_dir / START).exists():
         model.eval()
-        size = 4 * cfg.batch_size
+        size, warmed = 4 * cfg.batch_size, cfg.warm_up.prompts > 0
 
         def states(source: PromptDataset, n_read: int) -> list[LevelStates]:
             rows = list(EpochSampler(source, seed=cfg.seed + 1, per_epoch=n_read))
-            return read_states(model, source, collator, rows=rows, batch_size=size)
+            return read_states(model, source, collator, rows=rows, batch_size=size, adapted=warmed)
 
         if cfg.base.appended_layer:
             balance(model.decoder, lambda: states(train, min(len(train), _STANDARDISE)))
         if probe is not None and len(probe) > 0:
-            of_select = read_states(model, select, collator, rows=list(range(len(select))), batch_size=size)
+            of_select = read_states(
+                model, select, collator, rows=list(range(len(select))), batch_size=size, adapted=warmed
+            )
             report = fit_probe(model, states(probe, len(probe)), of_select, cfg.probe, cfg.head, seed=cfg.seed)
             report["select_nll"] = sum(report["nll_after"])
         else:
@@ -739,7 +755,7 @@ def _same_advertisers(log: Log, ids: AdvertiserIds) -> None:
 
 
 @torch.no_grad()
-def _logits(model: PriorLM, select: list[TreeBatch]) -> tuple[list[list[Tensor]], list[Tensor], Tensor]:
+def logits_at_decisions(model: PriorLM, select: list[TreeBatch]) -> tuple[list[list[Tensor]], list[Tensor], Tensor]:
     """The head's scores at all decisions, those of interests, and the mean hidden state of each level."""
     model.eval()
     interests = []

@@ -63,9 +63,15 @@ class LevelStates:
 
 @torch.no_grad()  # not inference_mode: what is read is trained on
 def read_states(
-    model: PriorLM, dataset: PromptDataset, collator: TreeCollator, *, rows: list[int], batch_size: int
+    model: PriorLM,
+    dataset: PromptDataset,
+    collator: TreeCollator,
+    *,
+    rows: list[int],
+    batch_size: int,
+    adapted: bool = False,
 ) -> list[LevelStates]:
-    """Hidden states of the base model, without adapters, at all decisions of some prompts.
+    """Hidden states of the base model at all decisions of some prompts.
 
     Args:
         model: in evaluation mode.
@@ -73,6 +79,7 @@ def read_states(
         collator: builds their trees.
         rows: rows of ``dataset`` to read; they are read in the order of their prompts' lengths.
         batch_size: prompts of a forward pass.
+        adapted: read with the adapters; without them it is quicker, and the same where they are untrained.
 
     Returns:
         One entry a level of the head, then one of the head of interests where the prompts are asked for them.
@@ -83,7 +90,8 @@ def read_states(
     for start in range(0, len(examples), batch_size):
         chunk = examples[start : start + batch_size]
         batch = collator(chunk)
-        with model.decoder.disable_adapter() if isinstance(model.decoder, PeftModel) else nullcontext():
+        decoder = model.decoder
+        with decoder.disable_adapter() if isinstance(decoder, PeftModel) and not adapted else nullcontext():
             hidden_BTH = model.hidden(batch.to(device))
         levels = []
         for asked in (batch,) if batch.interests is None else (batch, batch.interests):

@@ -98,6 +98,30 @@ def test_the_report_compares_the_three_arms(finished: Path) -> None:
     assert "<html" in (finished / "report" / "report.html").read_text()
 
 
+def test_lists_of_the_reward_stage_serve_retrieval_alone(
+    finished: Path, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is taken for them; probabilities, features and the figures of the LM stay as they were."""
+    directory = tmp_path / "run"
+    shutil.copytree(finished, directory)
+    monkeypatch.setattr("priors.reward.accepted_for", lambda **_: "lists")
+    reward = "prior.reward.prompts=16"
+    execute(tiny(directory, source, reward, "prior.reward.head_learning_rate=0.05", "run.until=report"))
+    card = (directory / "prior" / "README.md").read_text()
+    assert "its lists serve retrieval" in card
+    assert "recall@20" in card
+    told = json.loads((directory / "prior" / "manifest.json").read_text())["metrics"]["reward"]
+    assert {"recall@10", "recall@20", "reward", "nll"} == set(told["select"])
+    log = load_log(directory / "data", tiny(directory, source).data, evaluate="validation")
+    before, lm = (PriorTable.load(run / "forecasts", log) for run in (finished, directory))
+    np.testing.assert_allclose(lm.log_prob_RK, before.log_prob_RK, atol=1e-5)
+    lists = PriorTable.load(directory / "forecasts" / "lists", log)
+    assert len(lists) == len(lm)
+    assert (lists.log_prob_RK != lm.log_prob_RK).any()
+    arms = {row["arm"] for row in json.loads((directory / "forecasts" / ROWS).read_text())}
+    assert {"lm", "lm, reward", "lm - lm, reward"} <= arms
+
+
 def test_no_user_is_named_outside_the_tables(finished: Path, source: str) -> None:
     """Not in a prompt, the report, a manifest or any figure; the tables and the forecasts are keyed by the id."""
     config = tiny(finished, source)
