@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data.errors import LineageError, UserError
+from models.block import last_layer
 from models.prior_lm import PriorLMModule, TreeBatch, row_nll, target_log_prob
 from models.training import TrainerConfig
 from priors.base_model import load_base_model
@@ -169,6 +170,28 @@ def test_what_is_trained_is_kept(fitted: Fitted, tmp_path: Path, changes: dict[s
     assert (metrics["trainable_parameters"] >= in_full) == (cfg.train == "full")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_appended_layer_is_trained_and_kept(fitted: Fitted, tmp_path: Path, dtype: str) -> None:
+    """Whatever the fit ends with, the weights of the layer are those that are loaded."""
+    base = BaseModelConfig("packaged:tiny", dtype=dtype, appended_layer=True, id_rows="words+codebook")
+    lora = replace(fitted.cfg.lora, rank=0, learning_rate=1e-3)
+    cfg = tiny_prior_config(prompts=16, select_prompts=8, trainer=replace(BRIEF, max_epochs=1), base=base, lora=lora)
+    prior, _ = fit_prior(fitted.log, fitted.ids, cfg, work_dir=tmp_path / "work")
+    with torch.no_grad():  # as if the fit had ended with what it learned
+        for parameter in [*last_layer(prior.model.decoder).parameters(), *prior.model.head.parameters()]:
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    (tmp_path / "out").mkdir()
+    prior.save(tmp_path / "out")
+    loaded = PriorModel.load(tmp_path / "out", fitted.log, fitted.ids, cfg)
+    ours, theirs = (last_layer(model.decoder).state_dict() for model in (prior.model, loaded.model))
+    assert all(torch.equal(theirs[name], value) for name, value in ours.items())
+    batch = prior.collator([PromptDataset(fitted.log.advertiser_targets("prior_select"), prior.compiler)[0]])
+    with torch.no_grad():
+        for mine, again in zip(prior.model.log_probs(batch), loaded.model.log_probs(batch), strict=True):
+            torch.testing.assert_close(again, mine, atol=1e-5, rtol=1e-5)
+    assert not any(p.requires_grad for name, p in prior.model.decoder.named_parameters() if "layers.0." in name)
+
+
 def test_random_weights_are_those_of_their_seed() -> None:
     cfg = BaseModelConfig("packaged:tiny", random_weights=True)
     first, again, other = (load_base_model(cfg, seed=seed).decoder.state_dict() for seed in (1, 1, 2))
@@ -195,6 +218,7 @@ def test_what_cannot_be_fitted_is_told(fitted: Fitted, tmp_path: Path, name: str
         ({"train": "some"}, r"prior\.train=some"),
         ({"train": "full", "base": BaseModelConfig(dtype="bfloat16")}, r"train=full with prior\.base\.dtype=bfloat16"),
         ({"batch_tokens": 0}, r"prior\.batch_tokens=0"),
+        ({"base": BaseModelConfig(id_rows="free")}, r"prior\.base\.id_rows=free"),
     ],
 )
 def test_a_config_that_cannot_be_is_told(changes: dict[str, Any], match: str) -> None:
