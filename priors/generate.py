@@ -30,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from data.artifacts import fingerprint, to_plain
 from data.errors import UserError
 from data.log import Log
-from models.block import layers_of
+from models.block import last_layer, layers_of
 from models.prior_lm import PriorLM
 from priors.config import PriorConfig
 from priors.decode import Decoded, TreeDecoder
@@ -310,6 +310,9 @@ def model_version(prior: PriorModel) -> str:
         for name, value in model.state_dict().items()
         if not name.startswith("decoder.") or "lora_" in name
     }
+    # An appended layer and full fine-tuning change the decoder's own weights; its last layer tells.
+    last = {name: value.float().cpu().numpy() for name, value in last_layer(model.decoder).state_dict().items()}
+    trained |= {f"last.{name}": value for name, value in last.items() if "lora_" not in name}
     prompt = to_plain(prior.compiler.cfg)
     parts = [prior.base_reference, prompt, prior.base.to_plain(), to_plain(prior.calibration), trained]
     return fingerprint(parts if prior.interests is None else [*parts, prior.interests.to_plain()])
