@@ -48,7 +48,6 @@ from priors.base_model import load_base_model
 from priors.calibration import Calibration
 from priors.config import BaseModelConfig, DecodeConfig
 from priors.decode import TreeDecoder
-from priors.generate import compiled
 from semantic_ids.trie import Trie
 
 LENGTH, BATCH, ROUNDS, CODES, LEVELS = 200, 16, 4, 256, 3
@@ -70,7 +69,6 @@ def main() -> None:
     prompts = [rng.integers(1000, vocabulary - 1, LENGTH) for _ in range(BATCH)]
     rates = _ours(model, prompts)
     _shared(model, prompts, rng)
-    _compiled(model, prompts)
     if "ours" not in sys.argv[1:]:
         _peer(model, prompts, vocabulary, rates)
 
@@ -124,22 +122,6 @@ def _shared(model: PriorLM, prompts: Prompts, rng: np.random.Generator) -> None:
     seconds = _best({"once": lambda: _decode(once, alike), "each": lambda: _decode(each, alike)})
     row("100k advertisers, beam 20, 100 shared tokens read once", BATCH / seconds["once"], "prompts/s",
         ratio=seconds["each"] / seconds["once"])  # fmt: skip
-
-
-def _compiled(model: PriorLM, prompts: Prompts) -> None:
-    """The prefill and a decoder whose layers are compiled, beside the same as they are."""
-    quick, trie = compiled(model), _trie(100_000)
-    for beam in BEAMS[:2]:
-        sides: dict[str, Callable[[], Any]] = {}
-        for name, one in (("as it is", model), ("compiled", quick)):
-            sides[f"prefill, {name}"] = partial(_prefill, one, prompts)
-            sides[f"decode, {name}"] = partial(_decode, _decoder(one, trie, beam), prompts)
-        seconds = _best(sides)
-        for what in ("prefill", "decode"):
-            rate, plain = BATCH / seconds[f"{what}, compiled"], seconds[f"{what}, as it is"]
-            row(f"100k advertisers, beam {beam}, {what} compiled", rate, "prompts/s", ratio=plain * rate / BATCH)
-    hidden, rounded = (_prefill(one, prompts).float() for one in (model, quick))
-    row("hidden states, compiled against as they are", 100 * float((hidden - rounded).norm() / hidden.norm()), "%")
 
 
 def _peer(model: PriorLM, prompts: Prompts, vocabulary: int, rates: dict[int, float]) -> None:

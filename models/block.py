@@ -38,7 +38,7 @@ def append_layer(decoder: Any, *, seed: int = 0) -> nn.Module:
     Raises:
         ValueError: the decoder has no list of layers, or a layer has no such modules.
     """
-    stack = layers_of(decoder)
+    stack = _layers(decoder)
     layer = copy.deepcopy(stack[-1]).float().requires_grad_(True)
     linear = _linear(layer)
     missing = {_QUERIES, _VALUES, _OUTPUT, _MLP_OUTPUT} - linear.keys()
@@ -96,7 +96,7 @@ def balance(decoder: Any, read: Callable[[], object]) -> float:
 
 def last_layer(decoder: Any) -> nn.Module:
     """The last layer of a decoder."""
-    return layers_of(decoder)[-1]
+    return _layers(decoder)[-1]
 
 
 def _linear(layer: nn.Module) -> dict[str, nn.Linear]:
@@ -104,12 +104,7 @@ def _linear(layer: nn.Module) -> dict[str, nn.Linear]:
     return {path.split(".")[-1]: module for path, module in named if isinstance(module, nn.Linear)}
 
 
-def layers_of(decoder: Any) -> nn.ModuleList:
-    """The list of a Hugging Face decoder's layers.
-
-    Raises:
-        ValueError: it has none.
-    """
+def _layers(decoder: Any) -> nn.ModuleList:
     n_layers = decoder.config.num_hidden_layers
     for module in decoder.modules():
         if isinstance(module, nn.ModuleList) and len(module) == n_layers:

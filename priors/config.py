@@ -216,8 +216,6 @@ class DecodeConfig:
         exact: widen each list until it is proven to hold the most probable advertisers of all.
         merge_adapter: in batch jobs, add LoRA's weights into the base weights: a fifth less work, at the cost of
             one more rounding where the base is bfloat16.
-        compile: in batch jobs, compile what the layers do beside attention (`torch.compile`): less time a batch, after
-            half a minute, and other roundings where the base is bfloat16. On a CPU it needs a C++ compiler.
         batch_size: prompts decoded at once.
         shard_users: users of one file of the table.
         every: periods between two forecasts of a user; a request takes the newest one at or before it.
@@ -228,7 +226,6 @@ class DecodeConfig:
     frontier_floor: float = 1e-4
     exact: bool = False
     merge_adapter: bool = False
-    compile: bool = False
     batch_size: int = 16
     shard_users: int = 10_000
     every: int = 1

@@ -12,7 +12,6 @@ may carry rows over from an earlier one; the shards of one are independent, wher
 from __future__ import annotations
 
 import copy
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,15 +21,13 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-import torch
 from numpy.typing import NDArray
 from peft import PeftModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data.artifacts import fingerprint, to_plain
-from data.errors import UserError
 from data.log import Log
-from models.block import last_layer, layers_of
+from models.block import last_layer
 from models.prior_lm import PriorLM
 from priors.config import PriorConfig
 from priors.decode import Decoded, TreeDecoder
@@ -167,7 +164,6 @@ class ShardMaker:
         cfg = self.cfg.decode
         if self._decoder is None:
             model = merged(self.prior.model) if cfg.merge_adapter else self.prior.model
-            model = compiled(model) if cfg.compile else model
             self._decoder = TreeDecoder(
                 model, self.prior.base, self.prior.calibration, cfg, interests=self.prior.interests
             )
@@ -278,27 +274,6 @@ def merged(model: PriorLM) -> PriorLM:
         return model
     copied = copy.deepcopy(model)
     copied.decoder = copied.decoder.merge_and_unload()  # type: ignore[operator]
-    return copied
-
-
-def compiled(model: PriorLM) -> PriorLM:
-    """A copy whose layers are compiled but for their attention, whose shapes change with every batch.
-
-    Raises:
-        UserError: on a CPU, there is no C++ compiler.
-    """
-    compiler = os.environ.get("CXX", "g++")
-    if not torch.cuda.is_available() and shutil.which(compiler) is None:
-        raise UserError(
-            f"prior.decode.compile=true, and no {compiler}",
-            expected="a C++ compiler, which torch.compile needs on a CPU",
-            action="install g++, name another in $CXX, or leave out prior.decode.compile",
-        )
-    copied = copy.deepcopy(model)
-    for layer in layers_of(copied.decoder):
-        for name, part in layer.named_children():
-            if "attn" not in name and "attention" not in name.removeprefix("post_attention_"):
-                part.compile(dynamic=True)
     return copied
 
 

@@ -17,7 +17,7 @@ import torch
 from data.errors import UserError
 from priors.config import DecodeConfig
 from priors.decode import TreeDecoder
-from priors.generate import ShardMaker, common_beginning, compiled, merged, model_version, run_job
+from priors.generate import ShardMaker, common_beginning, merged, model_version, run_job
 from priors.table import PriorTable, shard_files
 from tests.priors.conftest import Fitted
 
@@ -156,26 +156,6 @@ def test_a_merged_adapter_forecasts_the_same(fitted: Fitted) -> None:
     for one, other in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(one.advertiser_K, other.advertiser_K)
         np.testing.assert_allclose(one.log_prob_K, other.log_prob_K, atol=1e-4)
-
-
-def test_compiled_layers_forecast_the_same(fitted: Fitted) -> None:
-    prompts = [fitted.prior.compiler.compile(user, 9).token_ids for user in range(5)]
-    model = fitted.prior.model
-    ours, theirs = (
-        TreeDecoder(one, fitted.prior.base, fitted.prior.calibration, SMALL).decode(prompts, USERS[:5], np.full(5, 9))
-        for one in (model, compiled(model))
-    )
-    for one, other in zip(ours, theirs, strict=True):
-        np.testing.assert_array_equal(one.advertiser_K, other.advertiser_K)
-        np.testing.assert_allclose(one.log_prob_K, other.log_prob_K, atol=1e-4)
-
-
-def test_without_a_compiler_it_is_told(fitted: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    if torch.cuda.is_available():
-        pytest.skip("a GPU needs none")
-    with pytest.raises(UserError, match=r"prior\.decode\.compile=true, and no no-such-compiler"):
-        compiled(fitted.prior.model)
 
 
 PREFIXES = [
