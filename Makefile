@@ -20,7 +20,7 @@ demo: setup  ## Set up, then run every stage on the public data set and write th
 	$(VENV)/bin/adsid run experiment=quickstart
 
 test: lint  ## Set up, then lint, types, import contract and tests
-	$(PY) -m pytest --durations=15
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --durations=15
 
 lint: setup  ## Lint, types and import contract only
 	$(VENV)/bin/ruff check .

@@ -32,7 +32,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from benchmarks.measure import in_own_process, row, serve
 from models.dlrm import DLRM, DLRMConfig
-from models.pointwise import PointwiseModule, RankerBatch, SparseTable
+from models.pointwise import PointwiseModule, RankerBatch, SparseTable, denormals_as_zero
 from pipeline.quiet import quiet_libraries
 from ranking.rows import Bags, Design
 from ranking.stored import BLOCK_ROWS, AheadLoader, BlockShuffle, StoredRows, batch_of, write_rows
@@ -163,7 +163,8 @@ def _take_turns(*sides: tuple[Callable[[RankerBatch], None], Iterator[RankerBatc
             began = time.perf_counter()
             rows = 0
             for batch in islice(source, SLICE):
-                step(batch)
+                with denormals_as_zero():
+                    step(batch)
                 rows += len(batch.label_BT)
             if turn:
                 seconds[place] += time.perf_counter() - began

@@ -13,7 +13,8 @@ Shapes: B rows, T tasks, N dense features, F sparse features, D width of an embe
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -204,6 +205,20 @@ def level_shift(logit_N: Tensor, label_N: Tensor, weight_N: Tensor) -> float:
     return float(brentq(excess, -2 * _LARGEST_LOGIT, 2 * _LARGEST_LOGIT))
 
 
+@contextmanager
+def denormals_as_zero() -> Iterator[None]:
+    """Count numbers too small for their exponent as zero, within.
+
+    Moments of ids that are seldom met fade to such numbers, on which a CPU's step is many times slower. The setting is
+    the process's, so it goes back to its default after.
+    """
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
 class PointwiseModule(L.LightningModule):
     """Fits a ranker by weighted binary cross-entropy and watches the loss of held-out rows.
 
@@ -283,8 +298,6 @@ class PointwiseModule(L.LightningModule):
         Args:
             fused: one kernel a step where torch has one; elsewhere it is several in any case.
         """
-        # Moments of ids that are seldom met fade to denormal numbers, on which a CPU's step is many times slower.
-        torch.set_flush_denormal(True)
         on = {parameter.device.type for parameter in self.parameters()}
         return torch.optim.AdamW(self.parameter_groups(), fused=fused and on <= {"cpu", "cuda"})
 

@@ -34,7 +34,7 @@ from models.deepfm import DeepFM, DeepFMConfig
 from models.dlrm import DLRM, DLRMConfig
 from models.logistic import LogisticRegression
 from models.mmoe import MMoE, MMoEConfig
-from models.pointwise import Heads, PointwiseModule, level_shift
+from models.pointwise import Heads, PointwiseModule, denormals_as_zero, level_shift
 from models.sharded import TorchRecStrategy, as_leader_says, is_leader, join_processes, read_checkpoint, wait_for_all
 from models.shared_bottom import SharedBottom, SharedBottomConfig
 from models.training import fit
@@ -303,16 +303,17 @@ def train_ranker(rows: ArmRows, *, seed: int, cfg: RankerConfig, directory: Path
     )
     rates = [_base_rate(label_N, rows.fit.weight_N) for label_N in rows.fit.label_NT.T]
     module = build_module(rows.spec, cfg, base_rates=rates, seed=seed)
-    result = fit(
-        module,
-        data.train_dataloader(),
-        data.val_dataloader(),
-        cfg.trainer,
-        work_dir=work,
-        seed=seed,
-        monitor="val_loss",
-        strategy=TorchRecStrategy(table_learning_rate=cfg.sharded_learning_rate) if sharded else None,
-    )
+    with denormals_as_zero():
+        result = fit(
+            module,
+            data.train_dataloader(),
+            data.val_dataloader(),
+            cfg.trainer,
+            work_dir=work,
+            seed=seed,
+            monitor="val_loss",
+            strategy=TorchRecStrategy(table_learning_rate=cfg.sharded_learning_rate) if sharded else None,
+        )
     if sharded:
         module = build_module(rows.spec, cfg, base_rates=rates, seed=seed)
         read_checkpoint(module, result.checkpoint)

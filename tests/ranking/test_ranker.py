@@ -59,6 +59,10 @@ def test_its_level_is_that_of_the_stopping_rows(spans: RankerSpans, trained: tup
     assert np.average(probability, weights=rows.weight) == pytest.approx(expected, rel=1e-4)
 
 
+def test_training_leaves_the_arithmetic_of_the_process_as_it_was(trained: tuple[Ranker, Path]) -> None:
+    assert torch.full((), 1e-40) * torch.ones(()) != 0  # a denormal number
+
+
 def test_loaded_it_predicts_exactly_the_same(spans: RankerSpans, trained: tuple[Ranker, Path]) -> None:
     ranker, directory = trained
     features = spans.evaluation.with_prior(tastes(spans.log), GROUPS)
