@@ -84,6 +84,10 @@ class Calendar:
         """First moment of a period, its as-of time."""
         return datetime.fromisoformat(self.origin) + timedelta(days=self.days * (period - 1))
 
+    def season(self, period: int) -> int:
+        """Quarter of the year that a period begins in, 0 from December on."""
+        return self.start(period).month % 12 // 3
+
 
 @dataclass(frozen=True)
 class TimeSplit:

@@ -418,8 +418,8 @@ def mean_nll(batch: Targeted, log_prob_Y: Tensor) -> Tensor:
     return row_nll(batch, log_prob_Y).sum() / batch.target_weight_Y.sum().clamp_min(1e-6)
 
 
-HEADS = ("model.head.", "model.interest_head.")
-"""What names of a module's state begin with where they are of a head."""
+HEADS = ("head.", "interest_head.")
+"""What names of a model's state begin with where they are of a head."""
 
 
 class PriorLMModule(L.LightningModule):
@@ -537,7 +537,11 @@ class PriorLMModule(L.LightningModule):
         """Trained weights and the head's constants; the frozen base stays where it came from."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         state = super().state_dict(*args, **kwargs)
-        return {name: value for name, value in state.items() if name in trained or name.startswith(HEADS)}
+        return {
+            name: value
+            for name, value in state.items()
+            if name in trained or name.removeprefix("model.").startswith(HEADS)
+        }
 
 
 def _shifted(levels: list[Decisions], period_PV: nn.ParameterList, period_B: Tensor) -> list[Decisions]:

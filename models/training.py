@@ -82,6 +82,10 @@ class TrainerConfig:
         if errors:
             raise UserError.collect(errors)
 
+    def steps(self, batches: int) -> int:
+        """Optimiser steps of a fit whose epochs have so many batches."""
+        return self.max_epochs * -(-batches // self.accumulate)
+
 
 @dataclass(frozen=True)
 class FitResult:
@@ -140,6 +144,11 @@ class EpochSampler(Sampler[int]):
     def _lap(self, lap: int) -> list[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + lap)
         return torch.randperm(self.length, generator=generator).tolist()
+
+
+def token_budget(lengths: np.ndarray, batch_size: int) -> int:
+    """Tokens of a batch of so many samples on average; enough for the longest sample."""
+    return max(int(lengths.max()), round(batch_size * float(lengths.mean())))
 
 
 class TokenBatchSampler(Sampler[list[int]]):

@@ -299,9 +299,12 @@ def path_log_probs(trie: Trie, scores: list[Float]) -> list[Float]:
 
 
 def mean_target_nll(log_prob_T: Float, targets: Targets, share_T: Float | None = None) -> Float:
-    """NLL of each row of targets: the mean over its targets, weighted by shares where they are given, ``(R,)``."""
+    """NLL of each row of targets: the mean over its targets, weighted by shares where they are given, ``(R,)``.
+
+    With shares a row may be without any target, and is 0.
+    """
     if share_T is not None:
-        return -np.add.reduceat(share_T * log_prob_T, targets.ptr[:-1])
+        return np.bincount(targets.row, -share_T * log_prob_T, minlength=len(targets)).astype(np.float64)
     return -np.add.reduceat(log_prob_T, targets.ptr[:-1]) / np.diff(targets.ptr)
 
 

@@ -42,6 +42,11 @@ class Calibration:
         """Logits and base as they are."""
         return cls((1.0,) * n_levels, (1.0,) * n_levels)
 
+    @classmethod
+    def from_plain(cls, plain: dict[str, list[float]]) -> Calibration:
+        """Back from :func:`~data.artifacts.to_plain`."""
+        return cls(**{name: tuple(values) for name, values in plain.items()})
+
 
 def calibrated_nll(
     batches: Sequence[Targeted],

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from data.log import Log, Targets
 from data.statistics import Row
 from models.prior_lm import PriorLM, TreeBatch
-from priors.anchor import TunedAnchor, path_log_probs
+from priors.anchor import TunedAnchor, mean_target_nll, path_log_probs
 from priors.calibration import Calibration, calibrated_log_prob
 from priors.config import PriorConfig
 from priors.dataset import PromptDataset
@@ -190,7 +190,7 @@ def judge_interests(prior: PriorModel, targets: Targets, cfg: PriorConfig) -> di
     some_R, share_T = np.diff(wanted.ptr) > 0, shares(wanted)
     for arm, blocks in parts.items():
         log_prob_RC = np.concatenate(blocks) if blocks else np.zeros((0, len(interests.space)))
-        nll_R = np.bincount(wanted.row, -share_T * log_prob_RC[wanted.row, wanted.item], minlength=len(wanted))
+        nll_R = mean_target_nll(log_prob_RC[wanted.row, wanted.item], wanted, share_T)
         found[Measure("interest_nll", arm)] = np.where(some_R, nll_R, np.nan)
         rank_T = target_ranks(log_prob_RC, wanted)
         found[Measure("interest_recall", arm, "all", TOP_INTERESTS)] = recall_at_k(rank_T, wanted, TOP_INTERESTS)

@@ -43,16 +43,16 @@ from data.errors import LineageError, UserError
 from data.log import Log, Targets
 from models.block import balance, last_layer
 from models.prior_lm import (
+    HEADS,
     InterestTargets,
     LoraSettings,
     PriorLM,
     PriorLMModule,
     TreeBatch,
     base_log_prob,
-    mean_nll,
     row_nll,
 )
-from models.training import EpochSampler, FitResult, History, TokenBatchSampler, fit
+from models.training import EpochSampler, FitResult, History, TokenBatchSampler, fit, token_budget
 from priors.anchor import Anchor, Counts, TunedAnchor, choose_constants
 from priors.base_model import BaseModel, load_base_model, quick_attention, without_adapters
 from priors.calibration import Calibration, calibrated_nll, fit_anchor_levels, fit_calibration
@@ -192,7 +192,7 @@ class PriorModel:
         return cls(
             model=model,
             base=_base_of(plain, log, ids) if base is None else base,
-            calibration=Calibration(**{name: tuple(values) for name, values in plain["calibration"].items()}),
+            calibration=Calibration.from_plain(plain["calibration"]),
             compiler=compiler,
             constant_LH=constant_LH,
             cfg=cfg,
@@ -235,11 +235,7 @@ def _interests_of(plain: dict[str, Any], log: Log) -> Interests | None:
 
 def _heads(model: PriorLM) -> dict[str, Tensor]:
     """Weights and constants of all heads, by name in the model."""
-    return {
-        name: value.contiguous()
-        for name, value in model.state_dict().items()
-        if name.startswith(("head.", "interest_head."))
-    }
+    return {name: value.contiguous() for name, value in model.state_dict().items() if name.startswith(HEADS)}
 
 
 def _base_of(plain: dict[str, Any], log: Log, ids: AdvertiserIds) -> TunedAnchor:
@@ -383,7 +379,7 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
             "categories": len(interests.space),
             "weight": cfg.interests.weight,
             "select_nll_by_part": interest_history.values,
-            "select_nll_anchor": _mean_over([mean_nll(one, base_log_prob(one)) for one in asked], asked),
+            "select_nll_anchor": _interest_anchor_nll(asked),
             "calibration": to_plain(interests.calibration),
         }
     fitted = PriorModel(
@@ -458,7 +454,7 @@ def build_model(
         )
         decoder = get_peft_model(decoder, adapter)
         if cfg.base.appended_layer:
-            last_layer(without_adapters(decoder)).requires_grad_(True)  # peft freezes all that is not its own
+            last_layer(decoder).requires_grad_(True)  # peft freezes all that is not its own
     model = PriorLM(
         decoder,
         codebooks=[torch.from_numpy(codebook) for codebook in ids.codebooks],
@@ -574,7 +570,7 @@ def _sampler(train: PromptDataset, collator: TreeCollator, cfg: PriorConfig) -> 
         UserError: a prompt with its tree is longer than a batch may be.
     """
     lengths = np.array([collator.length(train[row]) for row in range(len(train))])
-    budget = cfg.batch_tokens or max(int(lengths.max()), round(cfg.batch_size * float(lengths.mean())))
+    budget = cfg.batch_tokens or token_budget(lengths, cfg.batch_size)
     if lengths.max() > budget:
         raise UserError(
             f"prior.batch_tokens={budget}",
@@ -623,7 +619,7 @@ def fit_lm(
         model.train(),
         lora_learning_rate=cfg.lora.learning_rate,
         head_learning_rate=cfg.head.learning_rate,
-        total_steps=cfg.trainer.max_epochs * -(-len(sampler) // cfg.trainer.accumulate),
+        total_steps=cfg.trainer.steps(len(sampler)),
         prompts_per_batch=sampler.mean_batch,
         interest_weight=cfg.interests.weight,
         periods=int(train.targets.period.max()) + 1,
@@ -651,8 +647,8 @@ def _appended(decoder: Any, cfg: BaseModelConfig) -> dict[str, Tensor]:
     """Weights of the appended layer, for the artifact."""
     if not cfg.appended_layer:
         return {}
-    layer = last_layer(without_adapters(decoder))
-    return {f"{_APPENDED}{name}": value.detach().contiguous() for name, value in layer.state_dict().items()}
+    state = last_layer(decoder).state_dict()
+    return {f"{_APPENDED}{name}": value.detach().contiguous() for name, value in state.items()}
 
 
 def _start(
@@ -775,10 +771,10 @@ def logits_at_decisions(model: PriorLM, select: list[TreeBatch]) -> tuple[list[l
     return logits, interests, sums / counts.clamp_min(1)[:, None]
 
 
-def _mean_over(values: Sequence[Tensor], asked: Sequence[InterestTargets]) -> float:
-    """Mean of means of batches, each weighing as many prompts as have targets."""
-    weights = [float(one.target_weight_Y.sum()) for one in asked]
-    return float(np.average([float(value) for value in values], weights=weights))
+def _interest_anchor_nll(asked: Sequence[InterestTargets]) -> float:
+    """NLL of the interests by their anchor alone, the mean over the prompts that have any."""
+    total = sum(float(row_nll(one, base_log_prob(one)).sum()) for one in asked)
+    return total / sum(float(one.target_weight_Y.sum()) for one in asked)
 
 
 def rows_of(targets: Targets, users: NDArray[np.integer]) -> Targets:

@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data.artifacts import to_plain
 from data.errors import UserError
 from data.log import Log, Targets
 from models.prior_lm import Decisions, InterestTargets, PriorLM
@@ -207,7 +208,7 @@ class Interests:
             "column": self.space.column,
             "names": list(self.space.names),
             "anchor": self.base.to_plain(),
-            "calibration": {name: list(value) for name, value in vars(self.calibration).items()},
+            "calibration": to_plain(self.calibration),
         }
 
     @classmethod
@@ -218,8 +219,8 @@ class Interests:
             UserError: the log has no such column.
         """
         space = InterestSpace.of(log, plain["column"], plain["names"])
-        calibration = Calibration(**{name: tuple(values) for name, values in plain["calibration"].items()})
-        return cls(space, TunedAnchor.from_plain(plain["anchor"], space.counts, space.trie), calibration)
+        base = TunedAnchor.from_plain(plain["anchor"], space.counts, space.trie)
+        return cls(space, base, Calibration.from_plain(plain["calibration"]))
 
 
 def shares(targets: Targets) -> NDArray[np.float64]:

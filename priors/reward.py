@@ -35,7 +35,7 @@ from data.log import Log
 from data.statistics import Interval, bootstrap_mean, paired_bootstrap
 from models.prior_lm import PriorLM
 from models.prior_reward import PAID, DrawnLists, RewardModule, position_rewards
-from models.training import TokenBatchSampler, fit
+from models.training import TokenBatchSampler, fit, token_budget
 from priors.anchor import TunedAnchor, mean_target_nll
 from priors.base_model import quick_attention
 from priors.calibration import Calibration
@@ -91,16 +91,14 @@ def fit_reward(
     users = select.targets.user
     figures = {
         name: {
-            "before": to_plain(bootstrap_mean(before[name], users)),
-            "after": to_plain(bootstrap_mean(after[name], users)),
-            "difference": to_plain(paired_bootstrap(after[name], before[name], users)),
+            "before": bootstrap_mean(before[name], users),
+            "after": bootstrap_mean(after[name], users),
+            "difference": paired_bootstrap(after[name], before[name], users),
         }
         for name in before
     }
-    taken = accepted_for(
-        recall=Interval(**figures[f"recall@{PAID}"]["difference"]), nll=Interval(**figures["nll"]["difference"])
-    )
-    metrics = {"prompts": len(train), "steps": steps, "accepted_for": taken, "select": figures}
+    taken = accepted_for(recall=figures[f"recall@{PAID}"]["difference"], nll=figures["nll"]["difference"])
+    metrics = {"prompts": len(train), "steps": steps, "accepted_for": taken, "select": to_plain(figures)}
     if taken == ALL:
         *_, constant_LH = logits_at_decisions(model, list(batches(select, prior.collator, cfg.batch_size)))
         return replace(prior, model=model, constant_LH=constant_LH, reward=taken), metrics
@@ -185,7 +183,7 @@ def _train(
 ) -> int:
     """Steps taken; the model is trained in place."""
     lengths = np.array([len(train[row].token_ids) for row in range(len(train))])
-    budget = max(int(lengths.max()), round(cfg.reward.batch_size * float(lengths.mean())))
+    budget = token_budget(lengths, cfg.reward.batch_size)
     sampler = TokenBatchSampler(lengths, budget=budget, seed=cfg.seed + _SEED, parts=cfg.trainer.max_epochs)
     reference = own_copy(prior.model)
     module = RewardModule(
@@ -197,7 +195,7 @@ def _train(
         kl_weight=cfg.reward.kl_weight,
         lora_learning_rate=cfg.reward.lora_learning_rate,
         head_learning_rate=cfg.reward.head_learning_rate,
-        total_steps=cfg.trainer.max_epochs * -(-len(sampler) // cfg.trainer.accumulate),
+        total_steps=cfg.trainer.steps(len(sampler)),
     )
     loader: DataLoader = DataLoader(train, batch_sampler=sampler, collate_fn=list)
 
@@ -236,8 +234,6 @@ def judge(model: PriorLM, prior: PriorModel, select: PromptDataset, cfg: PriorCo
     return {
         "recall@10": recall_at_k(place_T, targets, 10),
         f"recall@{PAID}": recall_at_k(place_T, targets, PAID),
-        "reward": np.bincount(targets.row, paid_K[np.minimum(place_T, PAID)], minlength=len(targets)).astype(
-            np.float64
-        ),
+        "reward": np.bincount(targets.row, paid_K[np.minimum(place_T, PAID)], minlength=len(targets)).astype(float),
         "nll": mean_target_nll(log_prob_T, targets),
     }

@@ -55,7 +55,7 @@ class DateSection:
         values = {
             "day": str(start.day),
             "month": self._cfg.months[start.month - 1],
-            "season": self._cfg.seasons[start.month % 12 // 3],
+            "season": self._cfg.seasons[self._calendar.season(period)],
             "year": str(start.year),
         }
         tokens = self._pattern.tokens(values.__getitem__)

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from data.errors import UserError
 from models.prior_alignment import IGNORED, AlignmentBatch, AlignmentModule, id_nll, text_nll
 from models.prior_lm import PriorLM
-from models.training import TokenBatchSampler, fit
+from models.training import TokenBatchSampler, fit, token_budget
 from priors.anchor import Anchor, AnchorConstants, Counts, TunedAnchor
 from priors.base_model import BaseModel, quick_attention, vocabulary_head
 from priors.config import ID_WORDS, PriorConfig, WarmUpConfig
@@ -179,7 +179,7 @@ def warm_up(
     _standardise(model, collator, [train[row] for row in range(min(len(train), _STANDARDISED_BY))])
     before = _losses(model, select, collator, vocabulary_VH, cfg)
     lengths = np.array([train[row].length for row in range(len(train))])
-    budget = max(int(lengths.max()), round(cfg.warm_up.batch_size * float(lengths.mean())))
+    budget = token_budget(lengths, cfg.warm_up.batch_size)
     sampler = TokenBatchSampler(lengths, budget=budget, seed=cfg.seed, parts=cfg.trainer.max_epochs)
     module = AlignmentModule(
         model.train(),
@@ -187,7 +187,7 @@ def warm_up(
         text_weight=cfg.warm_up.text_weight,
         lora_learning_rate=cfg.lora.learning_rate,
         head_learning_rate=cfg.head.learning_rate,
-        total_steps=cfg.trainer.max_epochs * -(-len(sampler) // cfg.trainer.accumulate),
+        total_steps=cfg.trainer.steps(len(sampler)),
     )
     loader: DataLoader = DataLoader(train, batch_sampler=sampler, collate_fn=collator)
     names = compiler.log.advertiser_ids

@@ -367,7 +367,7 @@ def segments(spans: RankerSpans) -> dict[str, NDArray[np.bool_]]:
     sparse_U = purchases_U <= np.quantile(purchases_U, SPARSE_SHARE)
     learned = np.full(len(rows), spans.log.split.prior_fit[1] + 1)
     periods, period_N = np.unique(rows.period, return_inverse=True)
-    season_N = np.array([spans.log.calendar.start(int(period)).month % 12 // 3 for period in periods])[period_N]
+    season_N = np.array([spans.log.calendar.season(int(period)) for period in periods])[period_N]
     seasons = {name: season_N == number for number, name in enumerate(SEASONS)}
     return {
         "all": np.ones(len(rows), np.bool_),

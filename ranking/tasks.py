@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.errors import UserError
-from data.log import KINDS, Log
+from data.log import Log
+from data.tables import KINDS
 
 LABEL = "label"
 _OUTCOMES = {

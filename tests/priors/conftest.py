@@ -12,6 +12,8 @@ from data.log import Log
 from models.training import TrainerConfig
 from priors.config import BaseModelConfig, DecodeConfig, PriorConfig
 from priors.fit import PriorModel, fit_prior
+from priors.generate import generate_priors
+from priors.lookup import write_lookup
 from semantic_ids.advertiser_ids import AdvertiserIds
 from tests.logs import tiny_log
 
@@ -55,3 +57,12 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
     ids, cfg = random_ids(log), tiny_prior_config()
     prior, metrics = fit_prior(log, ids, cfg, work_dir=directory / "work")
     return Fitted(log, ids, prior, cfg, metrics)
+
+
+@pytest.fixture(scope="module")
+def directory(fitted: Fitted, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table of 20 users at three as-of times, with its lookup."""
+    folder = tmp_path_factory.mktemp("table")
+    generate_priors(fitted.prior, fitted.log, fitted.cfg, out_dir=folder, work_dir=folder / ".work")
+    write_lookup(folder)
+    return folder

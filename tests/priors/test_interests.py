@@ -31,7 +31,7 @@ from priors.interests import (
     interest_column,
     shares,
 )
-from priors.lookup import PriorLookup, write_lookup
+from priors.lookup import PriorLookup
 from priors.table import PriorTable, read_frame, shard_files
 from tests.logs import tiny_config, tiny_log
 from tests.priors.conftest import Fitted, tiny_prior_config
@@ -48,15 +48,6 @@ def space(fitted: Fitted) -> InterestSpace:
 def interests(fitted: Fitted) -> Interests:
     assert fitted.prior.interests is not None
     return fitted.prior.interests
-
-
-@pytest.fixture(scope="module")
-def directory(fitted: Fitted, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A table of 20 users at three as-of times, with its lookup."""
-    folder = tmp_path_factory.mktemp("table")
-    generate_priors(fitted.prior, fitted.log, fitted.cfg, out_dir=folder, work_dir=folder / ".work")
-    write_lookup(folder)
-    return folder
 
 
 def without_columns(log: Log) -> Log:

@@ -13,19 +13,9 @@ import pytest
 
 from data.errors import UserError
 from priors.forecast import TableForecast, among_active
-from priors.generate import generate_priors
 from priors.lookup import PriorLookup, write_lookup
 from priors.table import PriorTable, is_shard, shard_files, write_shard
 from tests.priors.conftest import Fitted
-
-
-@pytest.fixture(scope="module")
-def directory(fitted: Fitted, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A table of 20 users at three as-of times, with its lookup."""
-    folder = tmp_path_factory.mktemp("table")
-    generate_priors(fitted.prior, fitted.log, fitted.cfg, out_dir=folder, work_dir=folder / ".work")
-    write_lookup(folder)
-    return folder
 
 
 def test_any_reader_of_parquet_reads_it_in_place(directory: Path) -> None:
