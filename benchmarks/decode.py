@@ -36,7 +36,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -48,6 +47,7 @@ from priors.base_model import load_base_model
 from priors.calibration import Calibration
 from priors.config import BaseModelConfig, DecodeConfig
 from priors.decode import TreeDecoder
+from priors.prompt import Prompt
 from semantic_ids.trie import Trie
 
 LENGTH, BATCH, ROUNDS, CODES, LEVELS = 200, 16, 4, 256, 3
@@ -56,7 +56,7 @@ BEAMS = (20, 50, 200)
 PEER_BATCHES = (1, 2, 4, 8, 16)
 USERS, PURCHASES, PERIOD = 64, 40, 3
 
-Prompts = list[NDArray[np.int64]]
+Prompts = list[Prompt]
 
 
 def main() -> None:
@@ -66,7 +66,7 @@ def main() -> None:
         torch.set_num_threads(1)
     model, vocabulary = _model()
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(1000, vocabulary - 1, LENGTH) for _ in range(BATCH)]
+    prompts = [Prompt(rng.integers(1000, vocabulary - 1, LENGTH)) for _ in range(BATCH)]
     rates = _ours(model, prompts)
     _shared(model, prompts, rng)
     if "ours" not in sys.argv[1:]:
@@ -116,7 +116,7 @@ def _ours(model: PriorLM, prompts: Prompts) -> dict[int, float]:
 def _shared(model: PriorLM, prompts: Prompts, rng: np.random.Generator) -> None:
     """Half of every prompt in common, read once for the job or with every prompt."""
     common = rng.integers(1000, 2000, LENGTH // 2)
-    alike = [np.concatenate([common, prompt[LENGTH // 2 :]]) for prompt in prompts]
+    alike = [Prompt(np.concatenate([common, prompt.token_ids[LENGTH // 2 :]])) for prompt in prompts]
     once, each = (_decoder(model, _trie(100_000), 20) for _ in range(2))
     once.reader.share(common)
     seconds = _best({"once": lambda: _decode(once, alike), "each": lambda: _decode(each, alike)})
@@ -195,7 +195,7 @@ def _decode(decoder: TreeDecoder, prompts: Prompts) -> Any:
 
 @torch.inference_mode()
 def _prefill(model: PriorLM, prompts: Prompts) -> Any:
-    ids = torch.from_numpy(np.stack(prompts))
+    ids = torch.from_numpy(np.stack([prompt.token_ids for prompt in prompts]))
     return model.decoder(input_ids=ids, past_key_values=DynamicCache(), use_cache=True).last_hidden_state
 
 
@@ -275,7 +275,7 @@ def _allowed(trie: Trie, model: PriorLM) -> Callable[[int, torch.Tensor], list[i
 
 @torch.inference_mode()
 def _generate(peer: Any, prompts: Prompts, allowed: Any, *, beams: int) -> Any:
-    ids = torch.from_numpy(np.stack(prompts))
+    ids = torch.from_numpy(np.stack([prompt.token_ids for prompt in prompts]))
     return peer.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),

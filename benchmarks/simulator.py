@@ -81,7 +81,7 @@ class Wordless(PromptCompiler):
     """Prompts for a forecaster that reads none."""
 
     def __init__(self) -> None:
-        self._prompt = Prompt(np.zeros(1, np.int64), {})
+        self._prompt = Prompt(np.zeros(1, np.int64))
 
     def compile(self, user: int, period: int) -> Prompt:
         """The same for all."""

@@ -19,11 +19,16 @@ base. ``ĥ`` is the hidden state standardised by constants of the training promp
 LM point almost all one way (Ethayarajh 2019, arXiv 1909.00512), and without the common part what a
 prompt says is learned first.
 
+A prompt tells a few of the advertisers a user bought; the *history vector* beside it tells all of them, as a mean of
+their code vectors (`priors.history`). Where a forecaster has one, the head reads it beside the hidden state, through
+weights of its own: ``logit_c = (P_l · ĥ + Q_l · û) · z_c``.
+
 A prompt may be asked a second thing at the same token: the user's *interests*, the categories of the conversions to
 come (the paper's second output). They are a tree of one level with base scores and a head of their own.
 
 Shapes: B prompts, T tokens of a row (prompt, tree, padding), N decisions of one level, V codes of
-that level, H hidden size, D codebook dimension, K query tokens, Y target advertisers.
+that level, H hidden size, F history features, S = H + F what the head reads, D codebook dimension, K query tokens,
+Y target advertisers.
 """
 
 from __future__ import annotations
@@ -102,6 +107,7 @@ class TreeBatch:
         target_row_Y: prompt of each target.
         target_weight_Y: 1 / number of targets of that prompt.
         interests: what else the prompts are asked for; None: nothing.
+        history_BF: history vector of each; None: the forecaster has none.
     """
 
     user_B: Tensor
@@ -113,6 +119,7 @@ class TreeBatch:
     target_row_Y: Tensor
     target_weight_Y: Tensor
     interests: InterestTargets | None = None
+    history_BF: Tensor | None = None
 
     @property
     def n_prompts(self) -> int:
@@ -121,9 +128,24 @@ class TreeBatch:
     def to(self, device: torch.device) -> TreeBatch:
         """The batch on another device; Lightning calls it through ``transfer_batch_to_device``."""
         levels = [level.to(device) for level in self.levels]
-        rest = {name: value.to(device) for name, value in vars(self).items() if name not in ("levels", "interests")}
+        rest = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         interests = None if self.interests is None else self.interests.to(device)
-        return TreeBatch(levels=levels, interests=interests, **rest)
+        return replace(self, levels=levels, interests=interests, **rest)
+
+    def states(self, hidden_BTH: Tensor, decisions: Decisions) -> Tensor:
+        """What the head reads at decisions of these prompts, ``(N, S)``: hidden states, then history vectors.
+
+        Args:
+            hidden_BTH: hidden states of all tokens.
+            decisions: of one level, or of the interests.
+        """
+        hidden_NH = hidden_BTH[decisions.row_N, decisions.position_N]
+        return hidden_NH if self.history_BF is None else with_history(hidden_NH, self.history_BF[decisions.row_N])
+
+
+def with_history(hidden_NH: Tensor, history_NF: Tensor) -> Tensor:
+    """Hidden states and the history vectors beside them, as the head reads them, ``(N, S)``."""
+    return torch.cat([hidden_NH.float(), history_NF], -1)
 
 
 Targeted = TreeBatch | InterestTargets
@@ -178,6 +200,7 @@ class IdHead(nn.Module):
         hidden_size: H.
         kind: see :class:`HeadConfig`.
         dropout: likewise.
+        history_size: F; 0: it reads hidden states alone.
 
     Example:
         >>> head = IdHead([torch.randn(4, 8), torch.randn(6, 8)], hidden_size=16)
@@ -185,9 +208,18 @@ class IdHead(nn.Module):
         torch.Size([3, 6])
     """
 
-    def __init__(self, codebooks: list[Tensor], hidden_size: int, kind: str = "tied", *, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        codebooks: list[Tensor],
+        hidden_size: int,
+        kind: str = "tied",
+        *,
+        dropout: float = 0.0,
+        history_size: int = 0,
+    ) -> None:
         super().__init__()
-        self.dropout = nn.Dropout(dropout)
+        self.hidden_size, self.dropout = hidden_size, nn.Dropout(dropout)
+        self.history = IdHead(codebooks, history_size, kind, dropout=dropout) if history_size else None
         self.tied, self.free = "tied" in kind, "free" in kind
         self.n_levels, self.level_sizes = len(codebooks), [len(codes_VD) for codes_VD in codebooks]
         for level, codes_VD in enumerate(codebooks):
@@ -211,11 +243,12 @@ class IdHead(nn.Module):
         """Fix the mean and the scale that hidden states are standardised by.
 
         Args:
-            hidden_by_level: hidden states of training prompts at each level's decisions, ``(N, H)`` each; a
-                level without any keeps those of the level before.
+            hidden_by_level: hidden states of training prompts at each level's decisions, ``(N, H)`` each, or
+                ``(N, S)``, of which the history has constants of its own; a level without any keeps those of the
+                level before.
         """
         for level, hidden_NH in enumerate(hidden_by_level):
-            source = hidden_NH.float()
+            source = hidden_NH[:, : self.hidden_size].float()
             if len(source) < 2:
                 if level:
                     self.mean_LH[level], self.scale_L[level] = (
@@ -230,7 +263,10 @@ class IdHead(nn.Module):
     scale_L: Tensor
 
     def affine(self, level: int) -> tuple[Tensor, Tensor]:
-        """The scores of a level as a plain linear layer of the hidden state: ``(V, H)`` rows and ``(V,)`` biases."""
+        """The scores of a level as a plain linear layer of the hidden state: ``(V, H)`` rows and ``(V,)`` biases.
+
+        What the history vector adds is no part of them.
+        """
         codes_VD = getattr(self, f"codes_{level}")
         rows_VH = codes_VD @ self.projections[level] if self.tied else torch.zeros(len(codes_VD), len(self.mean_LH[0]))
         if str(level) in self.rows:
@@ -238,8 +274,15 @@ class IdHead(nn.Module):
         rows_VH = rows_VH / self.scale_L[level]
         return rows_VH, -rows_VH @ self.mean_LH[level]
 
-    def forward(self, hidden_NH: Tensor, level: int) -> Tensor:
-        """Scores ``(N, V_level)`` in float32."""
+    def forward(self, state_NS: Tensor, level: int) -> Tensor:
+        """Scores ``(N, V_level)`` in float32.
+
+        Args:
+            state_NS: hidden states, and history vectors after them; without those, or where a user bought nothing yet,
+                the history says nothing.
+            level: from 0.
+        """
+        hidden_NH, history_NF = state_NS[:, : self.hidden_size], state_NS[:, self.hidden_size :]
         unit_NH = self.dropout((hidden_NH.float() - self.mean_LH[level]) / self.scale_L[level])
         codes_VD = getattr(self, f"codes_{level}")
         scores_NV = torch.zeros(len(unit_NH), len(codes_VD), device=unit_NH.device)
@@ -247,6 +290,8 @@ class IdHead(nn.Module):
             scores_NV = scores_NV + unit_NH @ self.projections[level].T @ codes_VD.T
         if str(level) in self.rows:
             scores_NV = scores_NV + unit_NH @ self.rows[str(level)].T
+        if self.history is not None and history_NF.shape[1]:
+            scores_NV = scores_NV + self.history(history_NF, level) * history_NF.any(-1, keepdim=True)
         return scores_NV
 
 
@@ -262,6 +307,7 @@ class PriorLM(nn.Module):
         dropout: of the head.
         train_input_rows: let the ID tokens' input rows learn. The gradient then goes through all layers.
         n_interests: categories that the second head scores; None: there is no second head.
+        history_size: F, features of the history vectors that the heads read beside; 0: they read none.
 
     Raises:
         ValueError: input rows and codebooks disagree in number, or input rows and decoder in width.
@@ -278,6 +324,7 @@ class PriorLM(nn.Module):
         dropout: float = 0.0,
         train_input_rows: bool = False,
         n_interests: int | None = None,
+        history_size: int = 0,
     ) -> None:
         super().__init__()
         self.decoder = decoder
@@ -291,10 +338,11 @@ class PriorLM(nn.Module):
         if tuple(id_rows.shape) != expected:
             raise ValueError(f"{tuple(id_rows.shape)} input rows of ID tokens; codes and decoder ask {expected}")
         self.id_rows = nn.Embedding.from_pretrained(id_rows.float(), freeze=not train_input_rows)
-        self.head = IdHead(codebooks, id_rows.shape[1], head, dropout=dropout)
+        sizes: dict[str, Any] = {"hidden_size": id_rows.shape[1], "history_size": history_size, "dropout": dropout}
+        self.head = IdHead(codebooks, kind=head, **sizes)
         self.interest_head: IdHead | None = None
         if n_interests is not None:  # categories have no codebook: a row each
-            self.interest_head = IdHead([torch.zeros(n_interests, 1)], id_rows.shape[1], "free", dropout=dropout)
+            self.interest_head = IdHead([torch.zeros(n_interests, 1)], kind="free", **sizes)
         self.level_offset = [0]
         for codes_VD in codebooks[:-1]:
             self.level_offset.append(self.level_offset[-1] + len(codes_VD))
@@ -371,24 +419,24 @@ class PriorLM(nn.Module):
         """
         hidden = self.hidden(batch) if hidden_BTH is None else hidden_BTH
         return [
-            (self.head(hidden[decisions.row_N, decisions.position_N], level) + decisions.base_NV).log_softmax(-1)
+            (self.head(batch.states(hidden, decisions), level) + decisions.base_NV).log_softmax(-1)
             for level, decisions in enumerate(batch.levels)
         ]
 
-    def interest_log_probs(self, interests: InterestTargets, hidden_BTH: Tensor) -> list[Tensor]:
+    def interest_log_probs(self, batch: TreeBatch, hidden_BTH: Tensor) -> list[Tensor]:
         """Log-probabilities of all interests of each prompt, as of :meth:`log_probs`.
 
         Args:
-            interests: of a batch.
+            batch: prompts that are asked for interests.
             hidden_BTH: hidden states of its tokens.
 
         Raises:
-            ValueError: the model has no head for interests.
+            ValueError: the batch asks for none, or the model has no head for them.
         """
-        if self.interest_head is None:
-            raise ValueError("a batch that asks for interests, but the model has no head for them")
-        decisions = interests.levels[0]
-        logits_NV = self.interest_head(hidden_BTH[decisions.row_N, decisions.position_N], 0)
+        if self.interest_head is None or batch.interests is None:
+            raise ValueError("a batch that asks for interests goes with a model that has a head for them")
+        decisions = batch.interests.levels[0]
+        logits_NV = self.interest_head(batch.states(hidden_BTH, decisions), 0)
         return [(logits_NV + decisions.base_NV).log_softmax(-1)]
 
 
@@ -483,7 +531,8 @@ class PriorLMModule(L.LightningModule):
         if asked is None or not self.interest_weight:
             return hidden_BTH.new_zeros(())
         with_effects = replace(asked, levels=_shifted(asked.levels, self.interest_period_PV, batch.period_B))
-        log_prob_Y = target_log_prob(asked, self.model.interest_log_probs(with_effects, hidden_BTH))
+        log_probs = self.model.interest_log_probs(replace(batch, interests=with_effects), hidden_BTH)
+        log_prob_Y = target_log_prob(asked, log_probs)
         self._log_interests("train", asked, log_prob_Y.detach())
         return self.interest_weight * row_nll(asked, log_prob_Y).sum()
 
@@ -500,7 +549,7 @@ class PriorLMModule(L.LightningModule):
         hidden_BTH = self.model.hidden(batch)
         nll_B = row_nll(batch, target_log_prob(batch, self.model.log_probs(batch, hidden_BTH)))
         if batch.interests is not None and self.model.interest_head is not None:
-            interest_log_probs = self.model.interest_log_probs(batch.interests, hidden_BTH)
+            interest_log_probs = self.model.interest_log_probs(batch, hidden_BTH)
             self._log_interests("select", batch.interests, target_log_prob(batch.interests, interest_log_probs))
         residual_B = nll_B - row_nll(batch, base_log_prob(batch))
         self.log("select_nll", nll_B.mean(), batch_size=batch.n_prompts, prog_bar=True)
@@ -514,7 +563,7 @@ class PriorLMModule(L.LightningModule):
         head = [p for p in self.model.head.parameters() if p.requires_grad]
         head += [p for p in self.model.id_rows.parameters() if p.requires_grad]
         if self.model.interest_head is not None and self.interest_weight:
-            head += [*self.model.interest_head.parameters()]
+            head += [p for p in self.model.interest_head.parameters() if p.requires_grad]
         effects = [*self.period_PV, *self.interest_period_PV]
         groups = [
             {"params": params, "lr": rate}

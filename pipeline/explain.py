@@ -105,7 +105,7 @@ def explain(run: Path, user: str, as_of: str, top_k: str = "10", overrides: Sequ
     if top_k != "all":
         cfg = replace(cfg, top_k=int(top_k), exact=True)
     decoder = TreeDecoder(prior.model, prior.base, prior.calibration, cfg, interests=prior.interests)
-    asked = [prompt.token_ids], np.array([index]), np.array([period])
+    asked = [prompt], np.array([index]), np.array([period])
     one = decoder.decode(*asked)[0]
     if top_k == "all":
         scored, anchors = decoder.score(*asked, [np.arange(trie.n_advertisers)])[0]

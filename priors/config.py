@@ -61,6 +61,49 @@ class ProbeConfig:
     batch_size: int = 64
 
 
+@dataclass
+class HistoryConfig:
+    """The history vector beside the prompt: all that a user bought, see `priors.history`.
+
+    Attributes:
+        prompts: user-periods of the fit span that its weights are fitted on, at the most; 0 leaves the vector out.
+        decay: by which a purchase's weight falls a period.
+        epochs: passes over them, at the most; each level keeps its best one.
+        learning_rate, weight_decay: AdamW's.
+        dropout: share of the vector's features that are hidden from the head while they are fitted.
+        batch_size: decisions a step.
+    """
+
+    prompts: int = 30_000
+    decay: float = 0.97
+    epochs: int = 6
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.01
+    dropout: float = 0.3
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        errors = [
+            UserError(
+                f"prior.history.{name}={getattr(self, name)}",
+                expected=f"a whole number, at least {minimum}",
+                action=f"raise prior.history.{name}; prior.history.prompts=0 leaves the history vector out",
+            )
+            for name, minimum in {"prompts": 0, "epochs": 1, "batch_size": 1}.items()
+            if getattr(self, name) < minimum
+        ]
+        if not 0 < self.decay <= 1:
+            errors.append(
+                UserError(
+                    f"prior.history.decay={self.decay}",
+                    expected="above 0, at most 1: what is left of a purchase's weight after a period",
+                    action="set prior.history.decay, e.g. to 0.97",
+                )
+            )
+        if errors:
+            raise UserError.collect(errors)
+
+
 AUTO = "auto"
 
 
@@ -375,6 +418,7 @@ class PriorConfig:
     prompt: PromptConfig = field(default_factory=PromptConfig)
     anchor: AnchorConfig = field(default_factory=AnchorConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
+    history: HistoryConfig = field(default_factory=HistoryConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     interests: InterestConfig = field(default_factory=InterestConfig)
     lora: LoraSettings = field(default_factory=LoraSettings)

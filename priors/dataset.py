@@ -24,7 +24,7 @@ from data.log import Targets
 from models.prior_lm import Decisions, TreeBatch
 from priors.anchor import TunedAnchor
 from priors.interests import Interests
-from priors.prompt import PromptCompiler
+from priors.prompt import Prompt, PromptCompiler
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,17 @@ class Example:
         period: the as-of time is its start.
         token_ids: the prompt.
         targets: distinct advertisers converted with in the period.
+        history_F: the history vector read beside the prompt; None: the forecaster has none.
     """
 
     user: int
     period: int
     token_ids: NDArray[np.int64]
     targets: NDArray[np.int64]
+    history_F: NDArray[np.float32] | None = None
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
 
 
 class PromptDataset(Dataset[Example]):
@@ -76,7 +81,13 @@ class PromptDataset(Dataset[Example]):
         if self.max_targets is not None and len(wanted) > self.max_targets:
             wanted = np.random.default_rng((self.seed, row)).choice(wanted, self.max_targets, replace=False)
         prompt = self.compiler.compile(int(self.prompt_of[row]), period)
-        return Example(int(self.targets.user[row]), period, prompt.token_ids, np.sort(wanted))
+        return Example(int(self.targets.user[row]), period, prompt.token_ids, np.sort(wanted), prompt.history_F)
+
+
+def history_of(read: Sequence[Prompt | Example]) -> torch.Tensor | None:
+    """History vectors of some prompts, ``(B, F)``; None where they have none."""
+    vectors = [one.history_F for one in read if one.history_F is not None]
+    return torch.from_numpy(np.stack(vectors)) if vectors else None
 
 
 @dataclass
@@ -174,6 +185,7 @@ class TreeCollator:
             target_row_Y=torch.from_numpy(np.repeat(np.arange(len(examples)), n_targets)),
             target_weight_Y=torch.from_numpy(np.repeat(1.0 / n_targets, n_targets).astype(np.float32)),
             interests=None if self.interests is None else self.interests.asked(user, period, ends),
+            history_BF=history_of(examples),
         )
 
     def _decisions(self, depth: int, scores_BN: NDArray, choices: _Choices) -> Decisions:

@@ -137,7 +137,7 @@ class TreeDecoder:
         """Forecast a batch.
 
         Args:
-            prompts: token ids of each prompt.
+            prompts: what the LM reads for each.
             user_B: whose anchor is the base of each.
             period_B: as-of periods.
             active_GA: True for the advertisers that a forecast may name: ``(A,)`` for all prompts, or one row a

@@ -1,10 +1,11 @@
 """How good the forecast is, on the evaluated span: LM, tuned anchor, controls and baselines.
 
 *Likelihood* is exact: the targets are forced through the tree of their own prompt, as of the start of
-their own period. The two controls (DESIGN §5) answer whether the LM has read anything: ``other prompt``
-shows another user's prompt with one's own anchor, ``constant hidden`` gives the head the mean hidden
-state. *Lists* are those that retrieval and ranking get: the newest forecast of the schedule, and at the
-same times that of every baseline.
+their own period. The two controls (DESIGN §5) answer whether the LM has read anything: ``other prompt`` shows another
+user's prompt, and history, with one's own anchor, ``constant hidden`` gives the head the mean of what it reads. Where
+there are history vectors (`priors.history`), ``history alone`` gives it the user's own beside the mean hidden state:
+what the forecaster says without the LM. *Lists* are those that retrieval and ranking get: the newest forecast of the
+schedule, and at the same times that of every baseline.
 
     evaluation prompts ─► exact log-probability of every target ─► nll
                        ─► lists of the controls ─────────────────► recall, ndcg     as of the own period
@@ -30,7 +31,7 @@ from numpy.typing import NDArray
 
 from data.log import Log, Targets
 from data.statistics import Row
-from models.prior_lm import PriorLM, TreeBatch
+from models.prior_lm import PriorLM, TreeBatch, with_history
 from priors.anchor import TunedAnchor, mean_target_nll, path_log_probs
 from priors.calibration import Calibration, calibrated_log_prob
 from priors.config import PriorConfig
@@ -45,7 +46,8 @@ from priors.tree_reader import reader_of
 
 Float = NDArray[np.float64]
 
-AGAINST = (HEADLINE, "lm, other prompt", "lm, constant hidden")
+HISTORY_ALONE = "lm, history alone"
+AGAINST = (HEADLINE, "lm, other prompt", "lm, constant hidden", HISTORY_ALONE)
 """What the LM is compared with, beside popularity and the baselines."""
 _CHUNK, _SAMPLE = 512, 0
 
@@ -128,6 +130,10 @@ def _likelihood(
         "anchor, untuned": _base_log_prob(untuned, targets),
         "popularity": _base_log_prob(popularity, targets),
     }
+    if prior.compiler.history is not None:
+        log_prob_T[HISTORY_ALONE] = exact_log_prob(
+            prior.model, tree_batches, prior.calibration, constant_LH=prior.constant_hidden
+        )
     segments = Segments(log, targets)
     return {
         Measure("nll", arm, name): segments.mean_over_targets(-values_T, name)
@@ -150,7 +156,8 @@ def exact_log_prob(
         model: the LM.
         tree_batches: prompts with their targets.
         calibration: weights of logits and base.
-        constant_LH: hidden state to give the head at each level instead of the LM's.
+        constant_LH: what to give the head at each level instead of the LM's hidden states; where it is as wide as all
+            that the head reads, instead of the prompts' history vectors too.
 
     Returns:
         ``(T,)``, in the order of the prompts' targets.
@@ -160,10 +167,15 @@ def exact_log_prob(
     for batch in tree_batches:
         if constant_LH is None:
             hidden = model.hidden(batch)
-            at = [hidden[decisions.row_N, decisions.position_N] for decisions in batch.levels]
+            at = [batch.states(hidden, decisions) for decisions in batch.levels]
         else:
             at = [constant_LH[level].expand(len(d.row_N), -1) for level, d in enumerate(batch.levels)]
-        logits.append([model.head(hidden_NH, level) for level, hidden_NH in enumerate(at)])
+            if batch.history_BF is not None and constant_LH.shape[1] == model.head.hidden_size:
+                at = [
+                    with_history(hidden_NH, batch.history_BF[d.row_N])
+                    for hidden_NH, d in zip(at, batch.levels, strict=True)
+                ]
+        logits.append([model.head(state_NS, level) for level, state_NS in enumerate(at)])
     weight, exponent = torch.tensor(calibration.lm_weight), torch.tensor(calibration.base_exponent)
     return torch.cat(calibrated_log_prob(tree_batches, logits, weight, exponent)).double().numpy()
 
@@ -179,7 +191,7 @@ def judge_interests(prior: PriorModel, targets: Targets, cfg: PriorConfig) -> di
     parts: dict[str, list[Float]] = {"lm": [], "anchor": [], "popularity": []}
     for start in range(0, len(targets), size):
         user, period = targets.user[start : start + size], targets.period[start : start + size]
-        prompts = [prior.compiler.compile(int(u), int(p)).token_ids for u, p in zip(user, period, strict=True)]
+        prompts = [prior.compiler.compile(int(u), int(p)) for u, p in zip(user, period, strict=True)]
         with torch.inference_mode():
             end_BH = reader.prefill(prompts).end_BH
         ours, anchors = interests.log_probs(prior.model, end_BH, user, period)
@@ -218,9 +230,11 @@ def _control_lists(prior: PriorModel, targets: Targets, cfg: PriorConfig) -> dic
         part = targets.select(rows)
         anchor_BA = prior.base.log_probs(part.user, part.period)
         scores = {"lm, constant hidden": constant_log_probs(prior, part.user, part.period), "anchor": anchor_BA}
+        if prior.compiler.history is not None:
+            scores[HISTORY_ALONE] = constant_log_probs(prior, part.user, part.period, own_history=True)
         for arm, user_R in reader.items():
             prompts = [
-                prior.compiler.compile(int(user), int(period)).token_ids
+                prior.compiler.compile(int(user), int(period))
                 for user, period in zip(user_R[rows], part.period, strict=True)
             ]
             # Beyond the list, where no probability was decoded, the anchor decides the order.
@@ -239,14 +253,37 @@ def _control_lists(prior: PriorModel, targets: Targets, cfg: PriorConfig) -> dic
 
 
 @torch.inference_mode()
-def constant_log_probs(prior: PriorModel, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> Float:
-    """Log-probabilities where the head is given the mean hidden state, ``(B, A)``: a bias a code on the anchor."""
-    trie, scores = prior.base.trie, []
+def constant_log_probs(
+    prior: PriorModel,
+    user_B: NDArray[np.integer],
+    period_B: NDArray[np.integer],
+    *,
+    own_history: bool = False,
+) -> Float:
+    """Log-probabilities where the head is given the mean of what it reads, ``(B, A)``: a bias a code on the anchor.
+
+    Args:
+        prior: the forecaster.
+        user_B, period_B: whose anchor is the base, and as of when.
+        own_history: give it the users' own history vectors beside the mean hidden state.
+
+    Raises:
+        ValueError: it is asked for history vectors, and the forecaster has none.
+    """
+    trie, scores, calibration = prior.base.trie, [], prior.calibration
+    history_BF: torch.Tensor | None = None
+    if own_history:
+        if prior.compiler.history is None:
+            raise ValueError("own_history=True of a forecaster without history vectors")
+        history_BF = torch.from_numpy(prior.compiler.history(user_B, period_B))
     for level, base_BN in enumerate(prior.base.child_scores(user_B, period_B)):
-        logit_V = prior.model.head(prior.constant_LH[level][None], level)[0].double().numpy()
-        calibration = prior.calibration
-        bias_N = calibration.lm_weight[level] * logit_V[trie.child_code[level]]
-        scores.append(calibration.base_exponent[level] * base_BN + bias_N)
+        if history_BF is None:
+            state_BS = prior.constant_LH[level][None]
+        else:
+            state_BS = with_history(prior.constant_hidden[level].expand(len(history_BF), -1), history_BF)
+        logit_BV = prior.model.head(state_BS, level).double().numpy()
+        bias_BN = calibration.lm_weight[level] * logit_BV[:, trie.child_code[level]]
+        scores.append(calibration.base_exponent[level] * base_BN + bias_BN)
     return path_log_probs(trie, scores)[-1][:, trie.advertiser_leaf]
 
 

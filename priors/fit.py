@@ -2,7 +2,8 @@
 
     prior_select targets ─► constants of the anchor ─┐
     prior_fit prompts ─────► exponents and biases ───┴─► base scores ─┐
-    prior_fit prompts ─────► LM learns the residual ◄─────────────────┘
+    prior_fit user-periods ► what all a user bought says of it ◄──────┤
+    prior_fit prompts ─────► LM learns what is left ◄─────────────────┘
     prior_select prompts ──► stop at the best part, fit temperatures
 
 The artifact is a directory:
@@ -56,8 +57,9 @@ from models.training import EpochSampler, FitResult, History, TokenBatchSampler,
 from priors.anchor import Anchor, Counts, TunedAnchor, choose_constants
 from priors.base_model import BaseModel, load_base_model, quick_attention, without_adapters
 from priors.calibration import Calibration, calibrated_nll, fit_anchor_levels, fit_calibration
-from priors.config import AnchorConfig, BaseModelConfig, PriorConfig, PromptConfig
+from priors.config import AnchorConfig, BaseModelConfig, HistoryConfig, PriorConfig, PromptConfig
 from priors.dataset import PromptDataset, TreeCollator
+from priors.history import HistoryVectors, fit_history, history_size
 from priors.interests import Interests, InterestSpace, fit_interest_anchor, interest_column
 from priors.probe import LevelStates, fit_probe, levels_by_head, read_states
 from priors.prompt import PromptCompiler
@@ -85,7 +87,7 @@ class PriorModel:
         base: the tuned anchor over the trie.
         calibration: weights of logits and base.
         compiler: writes its prompts.
-        constant_LH: mean hidden state of the selection prompts at each level, for the control.
+        constant_LH: mean of what the head reads of the selection prompts at each level, for the controls.
         cfg: what it was fitted with.
         base_reference: name of the base model.
         fitted_ids: the advertiser IDs it was fitted on; those in use may have grown since.
@@ -107,6 +109,11 @@ class PriorModel:
     list_model: PriorLM | None = None
 
     @property
+    def constant_hidden(self) -> Tensor:
+        """The part of ``constant_LH`` that is of hidden states."""
+        return self.constant_LH[:, : self.model.head.hidden_size]
+
+    @property
     def collator(self) -> TreeCollator:
         return TreeCollator(self.base, first_id_token=self.compiler.first_id_token, interests=self.interests)
 
@@ -118,6 +125,7 @@ class PriorModel:
             "base_model": to_plain(self.cfg.base) | {"name": self.base_reference} | kept,
             "prompt": to_plain(self.cfg.prompt),
             "head": to_plain(self.cfg.head),
+            "history": to_plain(self.cfg.history),
             "anchor": self.base.to_plain(),
             "calibration": to_plain(self.calibration),
             "ids_version": self.fitted_ids.version,
@@ -186,12 +194,18 @@ class PriorModel:
                 action="read the one that it has, for probabilities and lists alike",
             )
         model, base_model, constant_LH = load_model(directory / REWARD if lists else directory, plain, ids)
+        base = _base_of(plain, log, ids) if base is None else base
         compiler = PromptCompiler(
-            log, ids, base_model.tokenizer, PromptConfig.from_plain(plain["prompt"]), window=base_model.window
+            log,
+            ids,
+            base_model.tokenizer,
+            PromptConfig.from_plain(plain["prompt"]),
+            window=base_model.window,
+            history=_history_of(_history_config(plain), base.anchor.counts, ids),
         )
         return cls(
             model=model,
-            base=_base_of(plain, log, ids) if base is None else base,
+            base=base,
             calibration=Calibration.from_plain(plain["calibration"]),
             compiler=compiler,
             constant_LH=constant_LH,
@@ -231,6 +245,15 @@ def load_interests(directory: Path, log: Log) -> Interests | None:
 def _interests_of(plain: dict[str, Any], log: Log) -> Interests | None:
     of_interests = plain.get("interests")  # an artifact from before there were interests has none
     return None if of_interests is None else Interests.from_plain(of_interests, log)
+
+
+def _history_config(plain: dict[str, Any]) -> HistoryConfig:
+    """The artifact's own; one from before there were history vectors has none."""
+    return HistoryConfig(**plain["history"]) if "history" in plain else HistoryConfig(prompts=0)
+
+
+def _history_of(cfg: HistoryConfig, counts: Counts, ids: AdvertiserIds) -> HistoryVectors | None:
+    return HistoryVectors(counts, ids, decay=cfg.decay) if cfg.prompts else None
 
 
 def _heads(model: PriorLM) -> dict[str, Tensor]:
@@ -276,7 +299,7 @@ def load_model(directory: Path, plain: dict[str, Any], ids: AdvertiserIds) -> tu
         ids: codebooks it was fitted with.
 
     Returns:
-        The LM in evaluation mode, the base model below it, and the mean hidden state of each level.
+        The LM in evaluation mode, the base model below it, and the mean of what the head reads at each level.
 
     Raises:
         LineageError: head or input rows fit neither the codebooks nor the base model.
@@ -299,6 +322,7 @@ def load_model(directory: Path, plain: dict[str, Any], ids: AdvertiserIds) -> tu
             first_id_token=plain["first_id_token"],
             head=plain["head"]["kind"],
             n_interests=len(plain["interests"]["names"]) if plain.get("interests") else None,
+            history_size=history_size(ids) if _history_config(plain).prompts else 0,
         )
         given = model.load_state_dict(state, strict=False)
         lacking = sorted(set(_heads(model)) & set(given.missing_keys)) + given.unexpected_keys
@@ -346,7 +370,8 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
             )
     anchor_rows = sample_rows(select, cfg.anchor.select_rows, cfg.seed)
     base_model = load_base_model(cfg.base, trained=cfg.train == "full", seed=cfg.seed)
-    compiler = PromptCompiler(log, ids, base_model.tokenizer, cfg.prompt, window=base_model.window)
+    history = _history_of(cfg.history, counts, ids)
+    compiler = PromptCompiler(log, ids, base_model.tokenizer, cfg.prompt, window=base_model.window, history=history)
     train_set = PromptDataset(train_rows, compiler, max_targets=cfg.max_targets, seed=cfg.seed)
     select_set = PromptDataset(select_rows, compiler)
     base, anchor_metrics = fit_anchor(counts, trie, train_set, PromptDataset(anchor_rows, compiler), cfg.anchor)
@@ -359,12 +384,14 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
 
     model = build_model(base_model, ids, log, compiler, cfg, interests=interests)
     warmed = warm_up(model, base_model, compiler, counts, trie, cfg, work_dir=work_dir / "warm_up")
-    probe_rows = sample_rows(fit_targets, cfg.probe.prompts, cfg.seed)
-    probe_set = PromptDataset(probe_rows, compiler, max_targets=cfg.max_targets, seed=cfg.seed)
+    probe_set, history_set = (
+        PromptDataset(sample_rows(fit_targets, n, cfg.seed), compiler, max_targets=cfg.max_targets, seed=cfg.seed)
+        for n in (cfg.probe.prompts, cfg.history.prompts)
+    )
     interest_history = History(None if interests is None else "select_interest_nll")
     result, sampler, start = fit_lm(
-        model, train_set, select_set, collator, cfg, probe=probe_set, user_ids=log.user_ids, work_dir=work_dir,
-        callbacks=(interest_history,),
+        model, train_set, select_set, collator, cfg, probe=probe_set, history=history_set, user_ids=log.user_ids,
+        work_dir=work_dir, callbacks=(interest_history,),
     )  # fmt: skip
     select_batches = list(batches(select_set, collator, cfg.batch_size))
     logits, interest_logits, constant_LH = logits_at_decisions(model, select_batches)
@@ -464,6 +491,7 @@ def build_model(
         dropout=cfg.head.dropout,
         train_input_rows=cfg.base.train_input_rows,
         n_interests=None if interests is None else len(interests.space),
+        history_size=history_size(ids) if compiler.history is not None else 0,
     )
     if model.interest_head is not None:
         model.interest_head.requires_grad_(cfg.interests.weight > 0)
@@ -590,6 +618,7 @@ def fit_lm(
     user_ids: NDArray[np.generic],
     work_dir: Path,
     probe: PromptDataset | None = None,
+    history: PromptDataset | None = None,
     callbacks: tuple[Callback, ...] = (),
 ) -> tuple[FitResult, TokenBatchSampler, dict[str, Any]]:
     """Train the LM on trees of targets; it ends with the weights of the best part, or of the start if none is better.
@@ -603,18 +632,21 @@ def fit_lm(
         user_ids: of the log, to name the users of a bad batch.
         work_dir: checkpoints; an interrupted fit goes on from there.
         probe: prompts that the head is fitted on before the adapters are trained; None starts from a head of zeros.
+        history: user-periods that the weights of the history vectors are fitted on before all else; None leaves them
+            at zero.
         callbacks: further Lightning callbacks.
 
     Returns:
         What the fit did (``best_epoch`` -1: it ends where it started), the sampler of its batches, and what it started
-        from: ``select_nll``, and with a probe, of each level, the NLL before and after and the epoch chosen.
+        from: ``select_nll``, and with ``history`` and ``probe``, of each level, the NLL before and after and the epoch
+        chosen.
 
     Raises:
         UserError: a prompt with its tree is longer than a batch may be.
         FloatingPointError: loss or gradient became NaN or infinite.
     """
     sampler = _sampler(train, collator, cfg)
-    start = _start(model, train, select, collator, cfg, probe=probe, work_dir=work_dir)
+    start = _start(model, train, select, collator, cfg, probe=probe, history=history, work_dir=work_dir)
     module = PriorLMModule(
         model.train(),
         lora_learning_rate=cfg.lora.learning_rate,
@@ -659,9 +691,10 @@ def _start(
     cfg: PriorConfig,
     *,
     probe: PromptDataset | None,
+    history: PromptDataset | None,
     work_dir: Path,
 ) -> dict[str, Any]:
-    """The head's constants, and the head as the frozen model's hidden states fit it.
+    """The head's constants, and the head as history vectors and the frozen model's hidden states fit it.
 
     Kept in ``work_dir``, so that a fit that goes on starts from the same bytes.
     """
@@ -673,20 +706,26 @@ def _start(
             rows = list(EpochSampler(source, seed=cfg.seed + 1, per_epoch=n_read))
             return read_states(model, source, collator, rows=rows, batch_size=size, adapted=warmed)
 
+        report: dict[str, Any] = {}
+        if model.head.history is not None and history is not None and len(history) > 0:
+            report["history"] = fit_history(model, history, select, collator, cfg.history, cfg.head, seed=cfg.seed)
         if cfg.base.appended_layer:
             balance(model.decoder, lambda: states(train, min(len(train), _STANDARDISE)))
         if probe is not None and len(probe) > 0:
             of_select = read_states(
                 model, select, collator, rows=list(range(len(select))), batch_size=size, adapted=warmed
             )
-            report = fit_probe(model, states(probe, len(probe)), of_select, cfg.probe, cfg.head, seed=cfg.seed)
+            report |= fit_probe(model, states(probe, len(probe)), of_select, cfg.probe, cfg.head, seed=cfg.seed)
             report["select_nll"] = sum(report["nll_after"])
         else:
             read = states(train, min(len(train), _STANDARDISE))
             for head, of_head in levels_by_head(model, read):
-                head.standardise_by([level.hidden_NH for level in of_head])
-            base_B = [row_nll(batch, base_log_prob(batch)) for batch in batches(select, collator, size)]
-            report = {"select_nll": float(torch.cat(base_B).mean())}  # the head's zeros leave the base as it is
+                head.standardise_by([level.state_RS for level in of_head])
+            if "history" in report:
+                report["select_nll"] = sum(report["history"]["nll_after"])
+            else:  # the head's zeros leave the base as it is
+                base_B = [row_nll(batch, base_log_prob(batch)) for batch in batches(select, collator, size)]
+                report["select_nll"] = float(torch.cat(base_B).mean())
         work_dir.mkdir(parents=True, exist_ok=True)
         trained = {name: value.detach().contiguous() for name, value in model.named_parameters() if value.requires_grad}
         save_file(trained | _heads(model), work_dir / START, {"report": json.dumps(report)})
@@ -697,6 +736,9 @@ def _load_start(model: PriorLM, work_dir: Path) -> dict[str, Any]:
     with safe_open(work_dir / START, framework="pt") as file:
         model.load_state_dict({name: file.get_tensor(name) for name in file.keys()}, strict=False)  # noqa: SIM118
         report: dict[str, Any] = json.loads(file.metadata()["report"])
+    for head in (model.head, model.interest_head):
+        if head is not None and head.history is not None:
+            head.history.requires_grad_(False)  # the LM learns what is left
     return report
 
 
@@ -752,23 +794,23 @@ def _same_advertisers(log: Log, ids: AdvertiserIds) -> None:
 
 @torch.no_grad()
 def logits_at_decisions(model: PriorLM, select: list[TreeBatch]) -> tuple[list[list[Tensor]], list[Tensor], Tensor]:
-    """The head's scores at all decisions, those of interests, and the mean hidden state of each level."""
+    """The head's scores at all decisions, those of interests, and the mean of what the head reads at each level."""
     model.eval()
     interests = []
-    logits, sums = [], torch.zeros(model.head.n_levels, model.id_rows.weight.shape[1])
+    logits, sums = [], [torch.zeros(()) for _ in range(model.head.n_levels)]
     counts = torch.zeros(model.head.n_levels)
     for batch in select:
         hidden, levels = model.hidden(batch), []
         for level, decisions in enumerate(batch.levels):
-            at_N = hidden[decisions.row_N, decisions.position_N]
-            levels.append(model.head(at_N, level))
-            sums[level] += at_N.float().sum(0).cpu()
-            counts[level] += len(at_N)
+            state_NS = batch.states(hidden, decisions)
+            levels.append(model.head(state_NS, level))
+            sums[level] = sums[level] + state_NS.float().sum(0).cpu()
+            counts[level] += len(state_NS)
         logits.append(levels)
         if batch.interests is not None and model.interest_head is not None:
             asked = batch.interests.levels[0]
-            interests.append(model.interest_head(hidden[asked.row_N, asked.position_N], 0))
-    return logits, interests, sums / counts.clamp_min(1)[:, None]
+            interests.append(model.interest_head(batch.states(hidden, asked), 0))
+    return logits, interests, torch.stack(sums) / counts.clamp_min(1)[:, None]
 
 
 def _interest_anchor_nll(asked: Sequence[InterestTargets]) -> float:

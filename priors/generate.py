@@ -167,8 +167,8 @@ class ShardMaker:
             self._decoder = TreeDecoder(
                 model, self.prior.base, self.prior.calibration, cfg, interests=self.prior.interests
             )
-        prompts = [self.prior.compiler.compile(int(user), period).token_ids for user in user_R]
-        self._decoder.reader.share(common_beginning(prompts))
+        prompts = [self.prior.compiler.compile(int(user), period) for user in user_R]
+        self._decoder.reader.share(common_beginning([prompt.token_ids for prompt in prompts]))
         rows: list[Decoded] = [None] * len(prompts)  # type: ignore[list-item]
         # Prompts of like length share a batch, so that little of it is padding.
         by_length = np.argsort([len(prompt) for prompt in prompts], kind="stable")

@@ -134,7 +134,7 @@ def calibration_curves(prior: PriorModel, targets: Targets, cfg: PriorConfig) ->
     ways: Mapping[str, Calibration] = {"before": Calibration.identity(n_levels), "after": prior.calibration}
     wide = replace(cfg.decode, beam=max(cfg.decode.beam, 64), top_k=n_advertisers)
     prompts = [
-        prior.compiler.compile(int(user), int(period)).token_ids
+        prior.compiler.compile(int(user), int(period))
         for user, period in zip(targets.user, targets.period, strict=True)
     ]
     curves = {}

@@ -17,20 +17,23 @@ the selection prompts stays at zero, and its forecast stays the base.
 of the users. So each period has a free bias a code while the head is fitted, which takes up what all its users have in
 common (fixed effects of a panel: Wooldridge 2010, ch. 10), and is thrown away after.
 
-Shapes: N decisions of one level, H hidden size, V codes of that level, Y targets that decide there, P periods.
+Shapes: N decisions of one level, R rows of states, S what the head reads (`models.prior_lm`), V codes of that level, Y
+targets that decide there, P periods.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
-from models.prior_lm import HeadConfig, IdHead, PriorLM
+from models.prior_lm import Decisions, HeadConfig, IdHead, PriorLM, TreeBatch
 from priors.config import ProbeConfig
 from priors.dataset import PromptDataset, TreeCollator
 
@@ -40,24 +43,33 @@ class LevelStates:
     """All decisions of one level.
 
     Attributes:
-        hidden_NH: hidden state at each decision.
+        state_RS: what the head reads there.
         base_NV: base score of each code, ``-inf`` where illegal.
         period_N: as-of period of the decision's prompt.
         decision_Y, code_Y, weight_Y: decision, code and weight of each target.
         n_prompts: prompts that they are of.
+        row_N: row of ``state_RS`` of each decision, where several share one; None: each has its own.
     """
 
-    hidden_NH: Tensor
+    state_RS: Tensor
     base_NV: Tensor
     period_N: Tensor
     decision_Y: Tensor
     code_Y: Tensor
     weight_Y: Tensor
     n_prompts: int
+    row_N: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.base_NV)
+
+    def states(self, decisions: Tensor) -> Tensor:
+        """What the head reads at some of the decisions."""
+        return self.state_RS[decisions if self.row_N is None else self.row_N[decisions]]
 
     def target_weights(self) -> Tensor:
         """Weight of each code among the targets of each decision."""
-        target_NV = torch.zeros(len(self.hidden_NH), self.base_NV.shape[1])
+        target_NV = torch.zeros(len(self), self.base_NV.shape[1])
         return target_NV.index_put((self.decision_Y, self.code_Y), self.weight_Y, accumulate=True)
 
 
@@ -84,28 +96,57 @@ def read_states(
     Returns:
         One entry a level of the head, then one of the head of interests where the prompts are asked for them.
     """
-    examples = sorted((dataset[row] for row in rows), key=lambda example: len(example.token_ids))
+    decoder: Any = model.decoder
     device = next(model.parameters()).device
+    plain = isinstance(decoder, PeftModel) and not adapted
+
+    def read(batch: TreeBatch) -> Callable[[Decisions], tuple[Tensor, None]]:
+        on_device = batch.to(device)
+        with decoder.disable_adapter() if plain else nullcontext():
+            hidden_BTH = model.hidden(on_device)
+        return lambda decisions: (on_device.states(hidden_BTH, decisions.to(device)).cpu(), None)
+
+    return joined_states(in_batches(dataset, collator, rows=rows, batch_size=batch_size), read)
+
+
+def in_batches(
+    dataset: PromptDataset, collator: TreeCollator, *, rows: list[int], batch_size: int
+) -> Iterable[TreeBatch]:
+    """Prompts of a data set, those of like length together."""
+    examples = sorted((dataset[row] for row in rows), key=lambda example: len(example.token_ids))
+    return (collator(examples[start : start + batch_size]) for start in range(0, len(examples), batch_size))
+
+
+def joined_states(
+    batches: Iterable[TreeBatch], read: Callable[[TreeBatch], Callable[[Decisions], tuple[Tensor, Tensor | None]]]
+) -> list[LevelStates]:
+    """All decisions of some batches.
+
+    Args:
+        batches: the prompts.
+        read: gives for a batch what the head reads at decisions of it, and which row of that, as of
+            :class:`LevelStates`.
+
+    Returns:
+        One entry a level of the head, then one of the head of interests where the prompts are asked for them.
+    """
     parts: list[list[LevelStates]] = []
-    for start in range(0, len(examples), batch_size):
-        chunk = examples[start : start + batch_size]
-        batch = collator(chunk)
-        decoder = model.decoder
-        with decoder.disable_adapter() if isinstance(decoder, PeftModel) and not adapted else nullcontext():
-            hidden_BTH = model.hidden(batch.to(device))
-        levels = []
+    for batch in batches:
+        states_of, levels = read(batch), []
         for asked in (batch,) if batch.interests is None else (batch, batch.interests):
             for decisions in asked.levels:
                 decided = decisions.target_node_Y >= 0
+                state_RS, row_N = states_of(decisions)
                 levels.append(
                     LevelStates(
-                        hidden_NH=hidden_BTH[decisions.row_N, decisions.position_N].cpu(),
+                        state_RS=state_RS,
                         base_NV=decisions.base_NV,
                         period_N=batch.period_B[decisions.row_N],
                         decision_Y=decisions.target_node_Y[decided],
                         code_Y=decisions.target_code_Y[decided],
                         weight_Y=asked.target_weight_Y[decided],
                         n_prompts=round(float(asked.target_weight_Y.sum())),
+                        row_N=row_N,
                     )
                 )
         parts.append(levels)
@@ -135,22 +176,52 @@ def fit_probe(
         For each level its part of the selection prompts' NLL before and after, and the epoch chosen (0 where the head
         stays at zero); the same of the interests under ``interests``.
     """
+    heads = levels_by_head(model, train)
+    for head_of, of_train in heads:
+        head_of.standardise_by([level.state_RS for level in of_train])
+    return fit_levels(heads, [part for _, part in levels_by_head(model, select)], cfg, head, seed=seed)
+
+
+def fit_levels(
+    heads: Sequence[tuple[IdHead, list[LevelStates]]],
+    select: Sequence[list[LevelStates]],
+    cfg: ProbeConfig,
+    rates: HeadConfig,
+    *,
+    seed: int,
+) -> dict[str, Any]:
+    """Fit heads level by level; those without trainable weights are left out.
+
+    Args:
+        heads: that of advertisers, then that of interests where there is one; each with decisions of training prompts.
+        select: decisions of selection prompts of each.
+        cfg: passes.
+        rates: of the head and of the period effects.
+        seed: of the order of the decisions.
+
+    Returns:
+        As of :func:`fit_probe`.
+    """
     torch.manual_seed(seed)
     reports: list[dict[str, Any]] = []
-    of_select = levels_by_head(model, select)
-    for (fitted, of_train), (_, stop_by) in zip(levels_by_head(model, train), of_select, strict=True):
-        fitted.standardise_by([level.hidden_NH for level in of_train])
+    for (fitted, of_train), stop_by in zip(heads, select, strict=True):
         reports.append({"nll_before": [], "nll_after": [], "epoch": []})
-        if not next(fitted.parameters()).requires_grad:
+        if not any(weight.requires_grad for weight in fitted.parameters()):
             continue
         for level, states in enumerate(of_train):
-            before, after, epoch = _fit_level(fitted, level, states, stop_by[level], cfg, head)
+            before, after, epoch = _fit_level(fitted, level, states, stop_by[level], cfg, rates)
             for name, value in (("nll_before", before), ("nll_after", after), ("epoch", epoch)):
                 reports[-1][name].append(value)
     report = reports[0]
     if len(reports) > 1:
         report["interests"] = reports[1]
     return report
+
+
+def nll_by_level(head: IdHead, levels: Sequence[LevelStates]) -> list[float]:
+    """Each level's part of the prompts' mean NLL."""
+    device = next(head.parameters()).device
+    return [_nll(head, level, states, device) for level, states in enumerate(levels)]
 
 
 def levels_by_head(model: PriorLM, states: list[LevelStates]) -> list[tuple[IdHead, list[LevelStates]]]:
@@ -165,8 +236,9 @@ def levels_by_head(model: PriorLM, states: list[LevelStates]) -> list[tuple[IdHe
 def _fit_level(
     head: IdHead, level: int, train: LevelStates, select: LevelStates, cfg: ProbeConfig, rates: HeadConfig
 ) -> tuple[float, float, int]:
-    weights = [weight for name, weight in head.named_parameters() if name.endswith(f".{level}")]
-    if not len(train.hidden_NH) or not len(select.hidden_NH):
+    named = head.named_parameters()
+    weights = [weight for name, weight in named if name.endswith(f".{level}") and weight.requires_grad]
+    if not len(train) or not len(select):
         return 0.0, 0.0, 0
     device = weights[0].device
     before = best = _nll(head, level, select, device)
@@ -179,8 +251,8 @@ def _fit_level(
     weight_NV = train.target_weights()
     for epoch in range(1, cfg.epochs + 1):
         head.train()
-        for rows_B in torch.randperm(len(train.hidden_NH)).split(cfg.batch_size):
-            scores_BV = head(train.hidden_NH[rows_B].to(device), level) + train.base_NV[rows_B].to(device)
+        for rows_B in torch.randperm(len(train)).split(cfg.batch_size):
+            scores_BV = head(train.states(rows_B).to(device), level) + train.base_NV[rows_B].to(device)
             scores_BV = scores_BV + period_PV[train.period_N[rows_B].to(device)]
             loss = _cross_entropy(scores_BV, weight_NV[rows_B].to(device)) / len(rows_B)
             optimizer.zero_grad()
@@ -199,8 +271,8 @@ def _fit_level(
 @torch.no_grad()
 def _nll(head: IdHead, level: int, states: LevelStates, device: torch.device) -> float:
     total, target_NV = 0.0, states.target_weights()
-    for rows in torch.arange(len(states.hidden_NH)).split(4096):
-        scores_BV = head(states.hidden_NH[rows].to(device), level) + states.base_NV[rows].to(device)
+    for rows in torch.arange(len(states)).split(4096):
+        scores_BV = head(states.states(rows).to(device), level) + states.base_NV[rows].to(device)
         total += float(_cross_entropy(scores_BV, target_NV[rows].to(device)))
     return total / max(states.n_prompts, 1)
 
@@ -212,10 +284,16 @@ def _cross_entropy(scores_BV: Tensor, target_BV: Tensor) -> Tensor:
 
 
 def _joined(parts: list[LevelStates]) -> LevelStates:
-    offset, decision = 0, []
-    for part in parts:
-        decision.append(part.decision_Y + offset)
-        offset += len(part.hidden_NH)
-    names = ("hidden_NH", "base_NV", "period_N", "code_Y", "weight_Y")
-    joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
-    return LevelStates(decision_Y=torch.cat(decision), n_prompts=sum(part.n_prompts for part in parts), **joined)
+    decision = [part.decision_Y + offset for part, offset in zip(parts, _starts(map(len, parts)), strict=True)]
+    starts = _starts(len(part.state_RS) for part in parts)
+    rows = [part.row_N + start for part, start in zip(parts, starts, strict=True) if part.row_N is not None]
+    names = ("state_RS", "base_NV", "period_N", "code_Y", "weight_Y")
+    joined: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    n_prompts = sum(part.n_prompts for part in parts)
+    return LevelStates(
+        decision_Y=torch.cat(decision), n_prompts=n_prompts, row_N=torch.cat(rows) if rows else None, **joined
+    )
+
+
+def _starts(lengths: Iterable[int]) -> list[int]:
+    return list(accumulate(lengths, initial=0))[:-1]

@@ -14,7 +14,8 @@ tokens. Text of data is inert (`priors.pieces`), and ID tokens enter as numbers 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,10 +39,15 @@ class Prompt:
     Attributes:
         token_ids: of the base model, with ID tokens numbered after its vocabulary.
         sections: tokens of each section that is shown, in their order in the prompt.
+        history_F: the history vector read beside it; None: the forecaster has none.
     """
 
     token_ids: NDArray[np.int64]
-    sections: dict[str, int]
+    sections: dict[str, int] = field(default_factory=dict)
+    history_F: NDArray[np.float32] | None = None
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
 
 
 class PromptCompiler:
@@ -55,6 +61,7 @@ class PromptCompiler:
         tokenizer: of the base model.
         cfg: which sections, and the budgets.
         window: positions of the base model; prompt and ID must fit. None: not known.
+        history: history vectors of users at the start of periods, ``(B, F)``; None: there are none.
 
     Raises:
         UserError: a budget has no room for the words of its section, or the prompt none in the model's window.
@@ -68,8 +75,10 @@ class PromptCompiler:
         cfg: PromptConfig,
         *,
         window: int | None = None,
+        history: Callable[[NDArray[np.integer], NDArray[np.integer]], NDArray[np.float32]] | None = None,
     ) -> None:
         self.log, self.ids, self.tokenizer, self.cfg = log, ids, tokenizer, cfg
+        self.history = history
         self.first_id_token = len(tokenizer)
         self._level_offset = np.concatenate([[0], np.cumsum(ids.level_sizes[:-1])])
         encode = InertTokenizer(tokenizer)
@@ -89,7 +98,7 @@ class PromptCompiler:
             period: period whose start is the as-of time.
 
         Returns:
-            Token ids, at most ``max_tokens`` of them.
+            Token ids, at most ``max_tokens`` of them, and the history vector.
         """
         left = self.cfg.max_tokens - len(self._next)
         found: dict[str, list[int]] = {}
@@ -98,7 +107,8 @@ class PromptCompiler:
             left -= len(found[name])
         parts = {name: found[name] for name in self.sections if found[name]} | {FRAME: self._next}
         token_ids = np.array([token for tokens in parts.values() for token in tokens], dtype=np.int64)
-        return Prompt(token_ids, {name: len(tokens) for name, tokens in parts.items()})
+        history = None if self.history is None else self.history(np.array([user]), np.array([period]))[0]
+        return Prompt(token_ids, {name: len(tokens) for name, tokens in parts.items()}, history)
 
     def text(self, prompt: Prompt) -> str:
         """The prompt as a person reads it."""

@@ -145,7 +145,7 @@ class ListDrawer:
         if self._sampler is None:  # not before the model is on its device
             self._sampler = TreeSampler(self.model, self.base, self.calibration, DecodeConfig())
         lists_BGK = self._sampler.sample(
-            [example.token_ids for example in examples],
+            examples,
             np.array([example.user for example in examples]),
             np.array([example.period for example in examples]),
             lists=self.cfg.lists,
@@ -223,7 +223,7 @@ def judge(model: PriorLM, prior: PriorModel, select: PromptDataset, cfg: PriorCo
     place_T = np.full(len(targets.item), prior.base.trie.n_advertisers)
     for start in range(0, len(targets), cfg.batch_size):
         rows = np.arange(start, min(start + cfg.batch_size, len(targets)))
-        prompts = [select[row].token_ids for row in rows.tolist()]
+        prompts = [select[row] for row in rows.tolist()]
         for row, one in zip(rows, decoder.decode(prompts, targets.user[rows], targets.period[rows]), strict=True):
             of_row = slice(targets.ptr[row], targets.ptr[row + 1])
             place_A = np.full(prior.base.trie.n_advertisers, prior.base.trie.n_advertisers)

@@ -36,7 +36,7 @@ class TreeSampler(TreeDecoder):
         """Draw lists by torch's random state.
 
         Args:
-            prompts: token ids of each prompt.
+            prompts: what the LM reads for each.
             user_B: whose anchor is the base of each.
             period_B: as-of periods.
             lists: G, drawn independently for each prompt.

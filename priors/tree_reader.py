@@ -6,10 +6,13 @@
 The tokens of a prefix are told apart by the attention mask alone (tree attention, arXiv 2305.09781), so the keys and
 values of the prompt are never copied. A prefix that all prompts of a job begin with is read once for the job.
 
+What is given back is what the head reads: hidden states, and beside them the history vector of a prompt that has one.
+
 A model that takes no 4-D mask (positions by ALiBi, for example) is noticed when the reader is made. For it every
 prefix gets a copy of its prompt's cache, in groups of prompts of equal length.
 
-Shapes: B prompts, T tokens, E prefixes to read, Q of one row at the most, S columns of the cache, H features.
+Shapes: B prompts, T tokens, E prefixes to read, Q of one row at the most, S columns of the cache, H features that the
+head reads.
 """
 
 from __future__ import annotations
@@ -24,16 +27,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 
-from models.prior_lm import PriorLM
+from models.prior_lm import PriorLM, with_history
+from priors.dataset import Example, history_of
+from priors.prompt import Prompt
 
-Prompts = Sequence[NDArray[np.int64]]
+Prompts = Sequence[Prompt | Example]
 
 
 class Reading(Protocol):
     """The prompts of a batch, read."""
 
     end_BH: Tensor
-    """Hidden state at the end of each prompt."""
+    """What the head reads at the end of each prompt."""
 
     def read(self, row_E: Tensor, path_ED: Tensor, chain_ED: Tensor, *, keep: bool) -> tuple[Tensor, Tensor]:
         """Read prefixes.
@@ -45,7 +50,7 @@ class Reading(Protocol):
             keep: longer prefixes will be read later.
 
         Returns:
-            Hidden state of each, ``(E, H)``, and its column ``(E,)``.
+            What the head reads at each, ``(E, H)``, and its column ``(E,)``.
         """
 
     def only(self, rows: Tensor) -> Reading:
@@ -112,7 +117,7 @@ class TreeReader:
     def prefill(self, prompts: Prompts) -> TreeReading:
         """Read the prompts of a batch."""
         shared, cache = self._prefix_of(prompts)
-        rest = [prompt[len(shared) :] for prompt in prompts]
+        rest = [prompt.token_ids[len(shared) :] for prompt in prompts]
         length_B = torch.tensor([len(prompt) for prompt in rest], device=self.device)
         input_ids = np.zeros((len(rest), max(len(prompt) for prompt in rest)), dtype=np.int64)
         for row, prompt in enumerate(rest):
@@ -128,13 +133,18 @@ class TreeReader:
         ).last_hidden_state
         visible_BS = torch.arange(len(shared) + ids_BT.shape[1], device=self.device) < length_B[:, None] + len(shared)
         end_BH = hidden_BTH[torch.arange(len(rest), device=self.device), length_B - 1]
-        return TreeReading(self.model, cache, length_B + len(shared), visible_BS, end_BH)
+        history_BF = _history(prompts, self.device)
+        return TreeReading(
+            self.model, cache, length_B + len(shared), visible_BS, _beside(end_BH, history_BF), history_BF
+        )
 
     def _prefix_of(self, prompts: Prompts) -> tuple[list[int], DynamicCache]:
         if self._shared is None:
             return [], DynamicCache()
         tokens, once = self._shared
-        fits = all(len(prompt) > len(tokens) and prompt[: len(tokens)].tolist() == tokens for prompt in prompts)
+        fits = all(
+            len(prompt) > len(tokens) and prompt.token_ids[: len(tokens)].tolist() == tokens for prompt in prompts
+        )
         if not fits:
             return [], DynamicCache()
         cache = copy.deepcopy(once)
@@ -146,10 +156,16 @@ class TreeReading:
     """Prompts in a cache, and the prefixes read on top of them."""
 
     def __init__(
-        self, model: PriorLM, cache: DynamicCache, length_B: Tensor, visible_BS: Tensor, end_BH: Tensor
+        self,
+        model: PriorLM,
+        cache: DynamicCache,
+        length_B: Tensor,
+        visible_BS: Tensor,
+        end_BH: Tensor,
+        history_BF: Tensor | None,
     ) -> None:
         self.model, self.cache, self.length_B, self.visible_BS, self.end_BH = model, cache, length_B, visible_BS, end_BH
-        self.device = end_BH.device
+        self.history_BF, self.device = history_BF, end_BH.device
 
     def read(self, row_E: Tensor, path_ED: Tensor, chain_ED: Tensor, *, keep: bool) -> tuple[Tensor, Tensor]:
         n_rows, n_columns = self.visible_BS.shape
@@ -171,11 +187,13 @@ class TreeReading:
             self.visible_BS = torch.nn.functional.pad(self.visible_BS, (0, n_query))
         else:
             self.cache.crop(-n_query)
-        return hidden_BQH[row_E, place_E], n_columns + place_E
+        return _beside(hidden_BQH[row_E, place_E], self.history_BF, row_E), n_columns + place_E
 
     def only(self, rows: Tensor) -> TreeReading:
         self.cache.batch_select_indices(rows)
-        return TreeReading(self.model, self.cache, self.length_B[rows], self.visible_BS[rows], self.end_BH[rows])
+        history_BF = None if self.history_BF is None else self.history_BF[rows]
+        end_BH = self.end_BH[rows]
+        return TreeReading(self.model, self.cache, self.length_B[rows], self.visible_BS[rows], end_BH, history_BF)
 
 
 class CopyReader:
@@ -200,26 +218,33 @@ class CopyReader:
         groups, end = [], dict[int, Tensor]()
         for length in np.unique(length_B):
             rows = np.flatnonzero(length_B == length)
-            ids_BT = torch.from_numpy(np.stack([prompts[row] for row in rows.tolist()]).astype(np.int64)).to(
-                self.device
-            )
+            stacked = np.stack([prompts[row].token_ids for row in rows.tolist()]).astype(np.int64)
+            ids_BT = torch.from_numpy(stacked).to(self.device)
             cache = DynamicCache()
             hidden_BTH = self.model.run_decoder(
                 inputs_embeds=self.model.embed(ids_BT), past_key_values=cache, use_cache=True
             ).last_hidden_state
             groups.append((torch.from_numpy(rows).to(self.device), cache))
             end.update(zip(rows.tolist(), hidden_BTH[:, -1].unbind(0), strict=True))
-        return CopyReading(self.model, groups, torch.stack([end[row] for row in range(len(prompts))]))
+        history_BF = _history(prompts, self.device)
+        end_BH = torch.stack([end[row] for row in range(len(prompts))])
+        return CopyReading(self.model, groups, _beside(end_BH, history_BF), history_BF)
 
 
 class CopyReading:
     """Prompts in caches, one for each length."""
 
-    def __init__(self, model: PriorLM, groups: list[tuple[Tensor, DynamicCache]], end_BH: Tensor) -> None:
-        self.model, self.groups, self.end_BH = model, groups, end_BH
+    def __init__(
+        self,
+        model: PriorLM,
+        groups: list[tuple[Tensor, DynamicCache]],
+        end_BH: Tensor,
+        history_BF: Tensor | None,
+    ) -> None:
+        self.model, self.groups, self.end_BH, self.history_BF = model, groups, end_BH, history_BF
 
     def read(self, row_E: Tensor, path_ED: Tensor, chain_ED: Tensor, *, keep: bool) -> tuple[Tensor, Tensor]:
-        hidden_EH = self.end_BH.new_zeros(len(row_E), self.end_BH.shape[1])
+        hidden_EH = self.end_BH.new_zeros(len(row_E), self.model.id_rows.embedding_dim)
         depth_E = (path_ED >= 0).sum(1)
         for rows, cache in self.groups:
             for depth in depth_E.unique().tolist():
@@ -228,10 +253,11 @@ class CopyReading:
                     continue
                 copied = copy.deepcopy(cache)
                 copied.batch_select_indices(torch.searchsorted(rows, row_E[here]))
-                hidden_EH[here] = self.model.run_decoder(
+                hidden_BTH = self.model.run_decoder(
                     inputs_embeds=self.model.embed(path_ED[here, :depth]), past_key_values=copied, use_cache=True
-                ).last_hidden_state[:, -1]
-        return hidden_EH, torch.full_like(row_E, -1)
+                ).last_hidden_state
+                hidden_EH[here] = hidden_BTH[:, -1].to(hidden_EH.dtype)
+        return _beside(hidden_EH, self.history_BF, row_E), torch.full_like(row_E, -1)
 
     def only(self, rows: Tensor) -> CopyReading:
         kept = []
@@ -240,4 +266,17 @@ class CopyReading:
             if len(place):
                 cache.batch_select_indices(place)
                 kept.append((torch.searchsorted(rows, of_group[place]), cache))
-        return CopyReading(self.model, kept, self.end_BH[rows])
+        history_BF = None if self.history_BF is None else self.history_BF[rows]
+        return CopyReading(self.model, kept, self.end_BH[rows], history_BF)
+
+
+def _history(prompts: Prompts, device: torch.device) -> Tensor | None:
+    history_BF = history_of(prompts)
+    return None if history_BF is None else history_BF.to(device)
+
+
+def _beside(hidden_EH: Tensor, history_BF: Tensor | None, row_E: Tensor | None = None) -> Tensor:
+    """Hidden states with the history vectors of their prompts beside them, where these have any."""
+    if history_BF is None:
+        return hidden_EH
+    return with_history(hidden_EH, history_BF if row_E is None else history_BF[row_E])

@@ -15,6 +15,7 @@ from transformers import BloomConfig, BloomModel
 from data.errors import UserError
 from priors.anchor_tree import AnchorTree
 from priors.flat_trie import ActiveSets, FlatTrie
+from priors.prompt import Prompt
 from priors.tree_reader import CopyReader, TreeReader
 from semantic_ids.trie import Trie
 from tests.priors.worlds import N_PERIODS, N_USERS, World, brute_force, world
@@ -161,13 +162,13 @@ def test_prompts_of_very_different_lengths_are_what_each_is_alone() -> None:
 def test_a_beginning_read_once_for_all_changes_nothing() -> None:
     w = world(codes_of(40, (4, 4, 4)), (4, 4, 4), lengths=(4, 9, 2))
     common = np.arange(7)
-    prompts = [np.concatenate([common, prompt]) for prompt in w.prompts]
+    prompts = [replace(prompt, token_ids=np.concatenate([common, prompt.token_ids])) for prompt in w.prompts]
     plain, sharing = w.decoder(beam=4, exact=True), w.decoder(beam=4, exact=True)
     sharing.reader.share(common)
     for asked in (
         prompts,
         w.prompts,
-        [common, *w.prompts[1:]],
+        [replace(prompts[0], token_ids=common), *w.prompts[1:]],
     ):  # with it, without it, and one that is no longer than it
         for one, other in zip(
             plain.decode(asked, w.user_B, w.period_B), sharing.decode(asked, w.user_B, w.period_B), strict=True
@@ -195,7 +196,7 @@ def test_ten_thousand_users_get_no_invalid_and_no_duplicate_advertiser() -> None
     w = world(codes_of(300, sizes), sizes, lengths=(3,) * 500)
     decoder, seen, certified = w.decoder(beam=8, top_k=20), 0, 0
     for start in range(0, n_users, 500):
-        prompts = list(w.rng.integers(0, 1000, (500, 3)))
+        prompts = [Prompt(tokens) for tokens in w.rng.integers(0, 1000, (500, 3))]
         user = w.rng.integers(0, N_USERS, 500)
         for one in decoder.decode(prompts, user, np.full(500, start % N_PERIODS)):
             assert len(np.unique(one.advertiser_K)) == 20

@@ -22,6 +22,7 @@ from priors.evaluate import exact_log_prob
 from priors.fit import PriorModel, batches, build_model, fit_prior
 from priors.forecast import PRIOR_FEATURES, TableForecast, prefix_feature
 from priors.generate import as_of_periods, generate_priors
+from priors.prompt import Prompt
 from priors.table import PriorTable
 from tests.priors.conftest import Fitted, random_ids
 
@@ -31,14 +32,14 @@ def decoder_of(fitted: Fitted, **changes: object) -> TreeDecoder:
     return TreeDecoder(fitted.prior.model, fitted.prior.base, fitted.prior.calibration, cfg)
 
 
-def prompts_of(fitted: Fitted, users: np.ndarray, period: int) -> list[np.ndarray]:
-    return [fitted.prior.compiler.compile(int(user), period).token_ids for user in users]
+def prompts_of(fitted: Fitted, users: np.ndarray, period: int) -> list[Prompt]:
+    return [fitted.prior.compiler.compile(int(user), period) for user in users]
 
 
 def every_advertiser(fitted: Fitted, users: np.ndarray, period: int) -> TreeBatch:
     everyone = np.arange(len(fitted.log.advertiser_ids))
     examples = [
-        Example(int(user), period, prompt, everyone)
+        Example(int(user), period, prompt.token_ids, everyone, prompt.history_F)
         for user, prompt in zip(users, prompts_of(fitted, users, period), strict=True)
     ]
     return fitted.prior.collator(examples)
@@ -52,7 +53,7 @@ def teacher_forced(fitted: Fitted, users: np.ndarray, period: int) -> np.ndarray
     log_probs = []
     for level, d in enumerate(batch.levels):
         legal = d.base_NV.isfinite()
-        score = cal.lm_weight[level] * model.head(hidden[d.row_N, d.position_N], level)
+        score = cal.lm_weight[level] * model.head(batch.states(hidden, d), level)
         score = score + cal.base_exponent[level] * d.base_NV.masked_fill(~legal, 0.0)
         log_probs.append(score.masked_fill(~legal, -torch.inf).log_softmax(-1))
     return target_log_prob(batch, log_probs).view(len(users), -1).numpy()
@@ -110,7 +111,7 @@ def test_the_order_and_company_of_prompts_change_nothing(fitted: Fitted) -> None
 def test_an_empty_batch_gives_nothing_and_an_empty_prompt_an_error(fitted: Fitted) -> None:
     assert decoder_of(fitted).decode([], np.zeros(0, int), np.zeros(0, int)) == []
     with pytest.raises(UserError, match="empty prompt"):
-        decoder_of(fitted).decode([np.zeros(0, np.int64)], np.array([0]), np.array([7]))
+        decoder_of(fitted).decode([Prompt(np.zeros(0, np.int64))], np.array([0]), np.array([7]))
 
 
 def test_nan_logits_are_told_with_their_prompt(fitted: Fitted) -> None:
@@ -208,7 +209,7 @@ def test_saved_and_loaded_it_forecasts_the_same(fitted: Fitted, tmp_path: Path) 
     users, period = np.arange(4), 8
     ours = decoder_of(fitted).decode(prompts_of(fitted, users, period), users, np.full(4, period))
     theirs = TreeDecoder(loaded.model, loaded.base, loaded.calibration, DecodeConfig(beam=64, top_k=100)).decode(
-        [loaded.compiler.compile(int(user), period).token_ids for user in users], users, np.full(4, period)
+        [loaded.compiler.compile(int(user), period) for user in users], users, np.full(4, period)
     )
     for one, other in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(one.advertiser_K, other.advertiser_K)

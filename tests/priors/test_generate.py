@@ -18,6 +18,7 @@ from data.errors import UserError
 from priors.config import DecodeConfig
 from priors.decode import TreeDecoder
 from priors.generate import ShardMaker, common_beginning, merged, model_version, run_job
+from priors.prompt import Prompt
 from priors.table import PriorTable, shard_files
 from tests.priors.conftest import Fitted
 
@@ -133,7 +134,7 @@ def test_a_shared_beginning_is_read_once(fitted: Fitted, tmp_path: Path, monkeyp
     seen: list[int] = []
     begin = TreeDecoder.decode
 
-    def decode(self: TreeDecoder, prompts: Sequence[np.ndarray], *rest: Any, **options: Any) -> Any:
+    def decode(self: TreeDecoder, prompts: Sequence[Prompt], *rest: Any, **options: Any) -> Any:
         seen.append(len(self.reader._prefix_of(prompts)[0]))  # type: ignore[union-attr]
         return begin(self, prompts, *rest, **options)
 
@@ -147,7 +148,7 @@ def test_a_merged_adapter_forecasts_the_same(fitted: Fitted) -> None:
     for name, parameter in model.decoder.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    prompts = [fitted.prior.compiler.compile(user, 9).token_ids for user in range(5)]
+    prompts = [fitted.prior.compiler.compile(user, 9) for user in range(5)]
     ours, theirs = (
         TreeDecoder(one, fitted.prior.base, fitted.prior.calibration, SMALL).decode(prompts, USERS[:5], np.full(5, 9))
         for one in (model, merged(model))

@@ -79,7 +79,7 @@ def grown(fitted: Fitted, saved: Path, log: Log) -> Grown:
 def decoded(prior: PriorModel, users: NDArray[np.int64]) -> NDArray[np.float64]:
     """Probability of every advertiser by a beam that holds all, ``(B, A)``."""
     decoder = TreeDecoder(prior.model, prior.base, prior.calibration, DecodeConfig(beam=64, top_k=100))
-    prompts = [prior.compiler.compile(int(user), PERIOD).token_ids for user in users]
+    prompts = [prior.compiler.compile(int(user), PERIOD) for user in users]
     found = np.zeros((len(users), prior.base.trie.n_advertisers))
     for row, one in enumerate(decoder.decode(prompts, users, np.full(len(users), PERIOD))):
         found[row, one.advertiser_K] = np.exp(one.log_prob_K)

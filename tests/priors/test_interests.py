@@ -14,7 +14,7 @@ import torch
 
 from data.errors import UserError
 from data.log import Log, load_log
-from models.prior_lm import PriorLMModule, mean_nll, target_log_prob
+from models.prior_lm import PriorLMModule, mean_nll, target_log_prob, with_history
 from models.training import TrainerConfig
 from priors.anchor import Anchor, AnchorConstants
 from priors.config import InterestConfig, ProbeConfig
@@ -174,7 +174,7 @@ def test_the_loss_is_the_exact_likelihood_of_the_shares(fitted: Fitted, interest
     assert batch.interests is not None
     with torch.inference_mode():
         hidden_BTH = model.hidden(batch)
-        log_probs = model.interest_log_probs(batch.interests, hidden_BTH)
+        log_probs = model.interest_log_probs(batch, hidden_BTH)
         nll = float(mean_nll(batch.interests, target_log_prob(batch.interests, log_probs)))
     by_hand = []
     for row in range(9):
@@ -232,7 +232,7 @@ def test_what_is_loaded_forecasts_the_same(fitted: Fitted, tmp_path: Path) -> No
     fitted.prior.save(tmp_path)
     loaded = PriorModel.load(tmp_path, fitted.log, fitted.ids, fitted.cfg)
     user, period = np.arange(4), np.full(4, 9)
-    prompts = [fitted.prior.compiler.compile(one, 9).token_ids for one in range(4)]
+    prompts = [fitted.prior.compiler.compile(one, 9) for one in range(4)]
     ours, theirs = (
         TreeDecoder(one.model, one.base, one.calibration, fitted.cfg.decode, interests=one.interests).decode(
             prompts, user, period
@@ -292,7 +292,7 @@ def test_probabilities_of_interests_sum_to_one(fitted: Fitted, interests: Intere
 
 def test_a_forecast_lists_the_likeliest_interests_at_no_token_more(fitted: Fitted, interests: Interests) -> None:
     prior, user, period = fitted.prior, np.arange(6), np.full(6, 9)
-    prompts = [prior.compiler.compile(int(one), 9).token_ids for one in user]
+    prompts = [prior.compiler.compile(int(one), 9) for one in user]
     parts = (prior.model, prior.base, prior.calibration, fitted.cfg.decode)
     plain = TreeDecoder(*parts).decode(prompts, user, period)
     for exact in (False, True):
@@ -302,8 +302,11 @@ def test_a_forecast_lists_the_likeliest_interests_at_no_token_more(fitted: Fitte
             assert exact or one.tokens == other.tokens
             assert not len(one.interest_I)
             with torch.inference_mode():
-                embedded = prior.model.embed(torch.from_numpy(prompts[row])[None])
+                embedded = prior.model.embed(torch.from_numpy(prompts[row].token_ids)[None])
                 end_H = prior.model.decoder(inputs_embeds=embedded, use_cache=False).last_hidden_state[:, -1]
+            history_F = prompts[row].history_F
+            assert history_F is not None
+            end_H = with_history(end_H, torch.from_numpy(history_F)[None])
             ours, anchor = interests.log_probs(prior.model, end_H, user[row : row + 1], period[row : row + 1])
             best = np.argsort(-ours[0].numpy(), kind="stable")[:TOP_INTERESTS]
             np.testing.assert_array_equal(other.interest_I, best)

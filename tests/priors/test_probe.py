@@ -53,7 +53,7 @@ def test_what_is_read_gives_the_same_likelihood_as_the_model(fitted: Fitted, mod
     levels = read_states(model, dataset, fitted.prior.collator, rows=rows.tolist(), batch_size=5)
     summed = 0.0
     for level, states in enumerate(levels[:-1]):  # the last is of the interests
-        log_probs_NV = (model.head(states.hidden_NH, level) + states.base_NV).log_softmax(-1)
+        log_probs_NV = (model.head(states.state_RS, level) + states.base_NV).log_softmax(-1)
         summed -= float(log_probs_NV[states.decision_Y, states.code_Y] @ states.weight_Y) / states.n_prompts
     subset = PromptDataset(dataset.targets.select(rows), fitted.prior.compiler)
     with torch.inference_mode():
@@ -72,7 +72,7 @@ def test_a_head_that_helps_nobody_stays_at_zero(model: PriorLM) -> None:
     for level, epoch in enumerate(report["epoch"]):
         assert report["nll_after"][level] <= report["nll_before"][level]
         if epoch == 0:
-            assert not model.head(select[level].hidden_NH, level).any()
+            assert not model.head(select[level].state_RS, level).any()
 
 
 def test_what_users_say_is_learned(model: PriorLM) -> None:
@@ -93,7 +93,7 @@ def test_a_period_is_not_learned_as_if_it_were_a_user(model: PriorLM) -> None:
         copied = copy.deepcopy(model)
         head = HeadConfig(learning_rate=0.003, period_learning_rate=rate, dropout=0.0)
         fit_probe(copied, train, train, ProbeConfig(prompts=N, epochs=3), head, seed=0)
-        scores_NV = copied.head(train[0].hidden_NH, 0).detach()
+        scores_NV = copied.head(train[0].state_RS, 0).detach()
         moved[rate] = float((scores_NV - scores_NV.mean(0)).norm(dim=-1).mean())
     assert moved[0.1] < 0.8 * moved[0.0]
 

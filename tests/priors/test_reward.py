@@ -50,7 +50,7 @@ def all_log_probs(fitted: Fitted, examples: list[Any]) -> np.ndarray:
     prior = fitted.prior
     user, period = (np.array([getattr(one, name) for one in examples]) for name in ("user", "period"))
     asked = World(
-        prior.model, prior.base, prior.calibration, [one.token_ids for one in examples], user, period,
+        prior.model, prior.base, prior.calibration, examples, user, period,
         np.random.default_rng(0),
     )  # fmt: skip
     return brute_force(asked)
@@ -69,7 +69,7 @@ def test_a_tree_gives_the_probability_that_lists_were_drawn_with(fitted: Fitted)
     truth_BA = torch.from_numpy(all_log_probs(fitted, examples))
     torch.manual_seed(3)
     sampled = module.draw._sampler.sample(  # type: ignore[attr-defined]
-        [one.token_ids for one in examples],
+        examples,
         np.array([one.user for one in examples]), np.array([one.period for one in examples]), lists=4, length=6,
     )  # fmt: skip
     with torch.no_grad():

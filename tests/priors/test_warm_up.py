@@ -148,7 +148,7 @@ def test_the_fine_tuning_starts_from_it_at_the_anchor(
 ) -> None:
     """Its adapters are there; its head is not, so that nothing is said yet beyond the anchor."""
     cfg = warm_config(prompts=16, select_prompts=8)
-    cfg.probe.prompts = probe
+    cfg.probe.prompts, cfg.history.prompts = probe, 0
     prior, metrics = fit_prior(fitted.log, fitted.ids, cfg, work_dir=tmp_path)
     assert metrics["warm_up"]["prompts"] == 48
     if not probe:

@@ -17,9 +17,10 @@ from priors.base_model import load_base_model
 from priors.calibration import Calibration
 from priors.config import BaseModelConfig, DecodeConfig
 from priors.decode import TreeDecoder
+from priors.prompt import Prompt
 from semantic_ids.trie import Trie
 
-N_USERS, N_PERIODS = 6, 5
+N_USERS, N_PERIODS, HISTORY = 6, 5, 4
 
 
 @dataclass
@@ -34,7 +35,7 @@ class World:
     model: PriorLM
     base: TunedAnchor
     calibration: Calibration
-    prompts: list[NDArray[np.int64]]
+    prompts: list[Prompt]
     user_B: NDArray[np.int64]
     period_B: NDArray[np.int64]
     rng: np.random.Generator = field(repr=False)
@@ -47,7 +48,7 @@ class World:
         return TreeDecoder(self.model, self.base, self.calibration, DecodeConfig(**changes))
 
     @property
-    def asked(self) -> tuple[list[NDArray[np.int64]], NDArray[np.int64], NDArray[np.int64]]:
+    def asked(self) -> tuple[list[Prompt], NDArray[np.int64], NDArray[np.int64]]:
         return self.prompts, self.user_B, self.period_B
 
 
@@ -74,8 +75,9 @@ def world(
         id_rows=torch.randn(sum(sizes), width, generator=generator),
         first_id_token=vocabulary,
         head="tied+free",
+        history_size=HISTORY,
     ).eval()
-    for parameter in [*model.head.projections, *model.head.rows.values()]:
+    for parameter in model.head.parameters():
         torch.nn.init.normal_(parameter, std=0.3, generator=generator)
     trie = Trie.from_codes(codes_AL, sizes)
     base = TunedAnchor(
@@ -85,7 +87,10 @@ def world(
         bias_LV=[rng.normal(size=size) for size in sizes],
     )
     calibration = Calibration(tuple(rng.uniform(0.5, 1.5, len(sizes))), tuple(rng.uniform(0.5, 1.5, len(sizes))))
-    prompts = [rng.integers(0, vocabulary, length) for length in lengths]
+    prompts = [
+        Prompt(rng.integers(0, vocabulary, length), history_F=rng.normal(size=HISTORY).astype(np.float32))
+        for length in lengths
+    ]
     user_B, period_B = rng.integers(0, N_USERS, len(lengths)), rng.integers(0, N_PERIODS + 2, len(lengths))
     return World(model, base, calibration, prompts, user_B, period_B, rng)
 
@@ -120,8 +125,11 @@ def brute_force(w: World, active_BA: NDArray[np.bool_] | None = None) -> NDArray
         below_BN = np.full((n_rows, trie.n_nodes(depth + 1)), -np.inf)
         legal_BN = trie.node_mass(active_BA.astype(float), depth + 1) > 0
         for row, prompt in enumerate(w.prompts):
-            sequences = torch.from_numpy(np.column_stack([np.tile(prompt, (len(paths), 1)), paths]))
+            sequences = torch.from_numpy(np.column_stack([np.tile(prompt.token_ids, (len(paths), 1)), paths]))
             hidden = w.model.decoder(inputs_embeds=w.model.embed(sequences), use_cache=False).last_hidden_state[:, -1]
+            if prompt.history_F is not None:
+                history_NF = torch.from_numpy(np.tile(prompt.history_F, (len(paths), 1)))
+                hidden = torch.cat([hidden, history_NF], 1)
             logits_NV = w.model.head(hidden, depth).double().numpy()
             for node in range(trie.n_nodes(depth)):
                 children = np.arange(trie.child_ptr[depth][node], trie.child_ptr[depth][node + 1])

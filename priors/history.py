@@ -1,0 +1,136 @@
+"""The history vector: all that a user bought, as one mean of code vectors, and how the head learns to read it.
+
+A prompt has room for a few advertisers; a user of years has bought from hundreds. What the rest says of the next
+purchase is not in any order of theirs, but in their sum: a mean of item embeddings forecasts well by itself (YouTube's
+candidate generation, Covington et al. 2016, doi 10.1145/2959100.2959190). So the head reads such a mean beside the
+hidden state:
+
+    purchases of a ─► w_a = log(1 + Σ decay^ago) ─► Σ_a w_a · [z_1(c_1(a)); …; z_L(c_L(a))], of length one  =  u
+
+with the RQ-VAE's code vectors ``z_l`` that the head itself is tied to, every level at one mean length. An advertiser
+that shares codes with what a user bought gains, whoever bought it before; a new one too. The levels that only tell
+colliding IDs apart have no vectors and no part in it.
+
+The weights that read the vector are fitted first, on all user-periods of the fit span, which needs no LM and takes
+seconds; then they stay as they are, and the LM learns what is left. So its own share is told apart: forecasts by
+anchor and history alone are a control of their own.
+
+Shapes: B user-periods, F features, L levels with vectors, V codes and D features of a level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from models.prior_lm import Decisions, HeadConfig, IdHead, PriorLM, TreeBatch
+from priors.anchor import Counts
+from priors.config import HistoryConfig, ProbeConfig
+from priors.dataset import PromptDataset, TreeCollator
+from priors.probe import LevelStates, fit_levels, in_batches, joined_states
+from semantic_ids.advertiser_ids import AdvertiserIds
+
+_AT_ONCE = 64
+"""Prompts of a batch."""
+
+
+class HistoryVectors:
+    """History vectors of users at the start of periods.
+
+    Args:
+        counts: purchases by user, period and advertiser.
+        ids: codes of the advertisers and the codes' vectors.
+        decay: by which a purchase's weight falls a period.
+    """
+
+    def __init__(self, counts: Counts, ids: AdvertiserIds, *, decay: float) -> None:
+        self._counts, self._decay = counts, decay
+        self._levels = []
+        for level, vectors_VD in enumerate(ids.codebooks):
+            if vectors_VD.any():
+                length = np.linalg.norm(vectors_VD, axis=1).mean()
+                self._levels.append((ids.codes_AL[:, level], vectors_VD.astype(np.float64) / length))
+        self.size = history_size(ids)
+
+    def __call__(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> NDArray[np.float32]:
+        """Vectors of length one, ``(B, F)``; zeros for a user who bought nothing before the period."""
+        n, n_advertisers = len(user_B), self._counts.n_advertisers
+        row_R, index_R, ago_R = self._counts.history(np.asarray(user_B, np.int64), np.asarray(period_B, np.int64))
+        pair_R = row_R * n_advertisers + self._counts.advertiser_R[index_R]
+        pair_P, place_R = np.unique(pair_R, return_inverse=True)
+        weight_P = np.log1p(np.bincount(place_R, self._counts.count_R[index_R] * self._decay**ago_R))
+        row_P, advertiser_P = np.divmod(pair_P, n_advertisers)
+        parts = []
+        for codes_A, vectors_VD in self._levels:
+            cell_P = row_P * len(vectors_VD) + codes_A[advertiser_P]
+            weight_BV = np.bincount(cell_P, weight_P, minlength=n * len(vectors_VD)).reshape(n, len(vectors_VD))
+            parts.append(weight_BV @ vectors_VD)
+        sum_BF = np.concatenate(parts, axis=1) if parts else np.zeros((n, 0))
+        length_B1 = np.linalg.norm(sum_BF, axis=1, keepdims=True)
+        return np.divide(sum_BF, length_B1, out=np.zeros_like(sum_BF), where=length_B1 > 1e-9).astype(np.float32)
+
+
+def history_size(ids: AdvertiserIds) -> int:
+    """F."""
+    return sum(vectors_VD.shape[1] for vectors_VD in ids.codebooks if vectors_VD.any())
+
+
+def fit_history(
+    model: PriorLM,
+    train: PromptDataset,
+    select: PromptDataset,
+    collator: TreeCollator,
+    cfg: HistoryConfig,
+    head: HeadConfig,
+    *,
+    seed: int,
+) -> dict[str, Any]:
+    """Fit what the heads read in the history vectors, level by level; afterwards it is frozen.
+
+    Args:
+        model: whose heads are fitted in place.
+        train: user-periods of the fit span.
+        select: user-periods of the selection span, that choose each level's epoch.
+        collator: makes the decisions, over the anchor's scores.
+        cfg: passes, rates.
+        head: rate of the period effects.
+        seed: of the order of the decisions.
+
+    Returns:
+        As of :func:`priors.probe.fit_probe`.
+    """
+    of_train, of_select = (_readers(model, history_states(dataset, collator)) for dataset in (train, select))
+    for reader, levels in of_train:
+        reader.dropout.p = cfg.dropout
+        reader.standardise_by([level.state_RS[level.state_RS.any(-1)] for level in levels])
+    probe = ProbeConfig(epochs=cfg.epochs, weight_decay=cfg.weight_decay, batch_size=cfg.batch_size)
+    rates = HeadConfig(learning_rate=cfg.learning_rate, period_learning_rate=head.period_learning_rate)
+    report = fit_levels(of_train, [levels for _, levels in of_select], probe, rates, seed=seed)
+    for reader, _ in of_train:
+        reader.requires_grad_(False)
+    return report
+
+
+def history_states(dataset: PromptDataset, collator: TreeCollator) -> list[LevelStates]:
+    """All decisions of some prompts, where the head reads history vectors alone; as of `priors.probe.read_states`."""
+
+    def read(batch: TreeBatch) -> Callable[[Decisions], tuple[Tensor, Tensor]]:
+        history_BF = batch.history_BF
+        assert history_BF is not None
+        return lambda decisions: (history_BF, decisions.row_N)
+
+    rows = list(range(len(dataset)))
+    return joined_states(in_batches(dataset, collator, rows=rows, batch_size=_AT_ONCE), read)
+
+
+def _readers(model: PriorLM, states: list[LevelStates]) -> list[tuple[IdHead, list[LevelStates]]]:
+    """What reads the history in each head of a model, with its part of the decisions."""
+    n_levels = model.head.n_levels
+    heads = [(model.head, states[:n_levels])]
+    if model.interest_head is not None and len(states) > n_levels:
+        heads.append((model.interest_head, states[n_levels:]))
+    return [(head.history, part) for head, part in heads if head.history is not None]
