@@ -100,6 +100,14 @@ class HistoryConfig:
                     action="set prior.history.decay, e.g. to 0.97",
                 )
             )
+        if not 0 <= self.dropout < 1:
+            errors.append(
+                UserError(
+                    f"prior.history.dropout={self.dropout}",
+                    expected="at least 0, below 1",
+                    action="set prior.history.dropout, e.g. to 0.3",
+                )
+            )
         if errors:
             raise UserError.collect(errors)
 

@@ -1,0 +1,220 @@
+"""The history vector: what it is the mean of, that it knows nothing of the future, and what the head makes of it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.errors import UserError
+from models.prior_lm import HeadConfig, IdHead, with_history
+from priors.anchor import Counts
+from priors.config import HistoryConfig, ProbeConfig
+from priors.dataset import PromptDataset
+from priors.evaluate import another_user, constant_log_probs, exact_log_prob
+from priors.fit import PriorModel, batches, fit_prior, sample_rows
+from priors.history import HistoryVectors, fit_history, history_size
+from priors.probe import LevelStates, fit_levels
+from semantic_ids.advertiser_ids import AdvertiserIds
+from tests.priors.conftest import Fitted, tiny_prior_config
+from tests.priors.worlds import N_PERIODS, N_USERS, counts
+
+
+def ids_of(n: int, rng: np.random.Generator, *, extra_level: bool = False) -> AdvertiserIds:
+    sizes = (4, 5, n)
+    codes_AL = np.stack([rng.integers(0, 4, n), rng.integers(0, 5, n), np.arange(n)], 1)
+    codebooks = [rng.normal(size=(size, 3)).astype(np.float32) for size in sizes]
+    if extra_level:
+        codebooks[-1] = np.zeros_like(codebooks[-1])
+    return AdvertiserIds(np.arange(n), codes_AL, codebooks, extra_level=extra_level)
+
+
+# --- the vector --------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), extra=st.booleans(), decay=st.sampled_from([0.5, 0.97, 1.0]))
+def test_it_is_the_mean_of_code_vectors_of_all_that_was_bought(seed: int, extra: bool, decay: float) -> None:
+    rng = np.random.default_rng(seed)
+    ids, of_log = ids_of(12, rng, extra_level=extra), counts(12, rng)
+    vectors = HistoryVectors(of_log, ids, decay=decay)
+    assert vectors.size == history_size(ids) == (6 if extra else 9)
+    user_B, period_B = rng.integers(0, N_USERS, 9), rng.integers(0, N_PERIODS + 2, 9)
+    for user, period, ours in zip(user_B, period_B, vectors(user_B, period_B), strict=True):
+        weight_A = np.zeros(12)
+        for row in range(of_log.user_ptr[user], of_log.user_ptr[user + 1]):
+            if of_log.period_R[row] < period:
+                weight = of_log.count_R[row] * decay ** (period - of_log.period_R[row])
+                weight_A[of_log.advertiser_R[row]] += weight
+        summed = [
+            np.log1p(weight_A) @ (book / np.linalg.norm(book, axis=1).mean())[ids.codes_AL[:, level]]
+            for level, book in enumerate(ids.codebooks)
+            if book.any()
+        ]
+        expected = np.concatenate(summed)
+        if weight_A.any():
+            expected /= np.linalg.norm(expected)
+        np.testing.assert_allclose(ours, expected, atol=1e-6)
+
+
+def test_it_knows_nothing_of_its_period_or_later(fitted: Fitted) -> None:
+    log, period = fitted.log, 6
+    late = log.events.period >= period
+    moved = np.where(late, (log.events.advertiser + 1) % len(log.advertiser_ids), log.events.advertiser)
+    changed = replace(log, events=replace(log.events, advertiser=moved.astype(log.events.advertiser.dtype)))
+    users = np.arange(len(log.user_ids))
+    before, same = (
+        HistoryVectors(Counts.of(one), fitted.ids, decay=0.97)(users, np.full(len(users), period))
+        for one in (log, changed)
+    )
+    np.testing.assert_array_equal(before, same)
+    after = HistoryVectors(Counts.of(changed), fitted.ids, decay=0.97)(users, np.full(len(users), period + 2))
+    assert not np.allclose(before, after)
+
+
+def test_another_users_prompt_brings_the_history_of_that_user(fitted: Fitted) -> None:
+    targets = fitted.log.advertiser_targets("prior_select")
+    other = another_user(targets)
+    read = PromptDataset(targets, fitted.prior.compiler, prompt_of=other)
+    vectors = fitted.prior.compiler.history
+    assert vectors is not None
+    for row in range(5):
+        expected = vectors(other[row : row + 1], targets.period[row : row + 1])[0]
+        np.testing.assert_array_equal(read[row].history_F, expected)
+
+
+# --- the head ----------------------------------------------------------------------------------------------
+
+
+def test_who_bought_nothing_yet_is_told_nothing_by_the_history() -> None:
+    generator = torch.Generator().manual_seed(0)
+    head = IdHead([torch.randn(5, 3, generator=generator)], 4, "tied+free", history_size=6)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, generator=generator)
+    assert head.history is not None
+    head.history.standardise_by([torch.randn(9, 6, generator=generator) + 1])
+    hidden_NH = torch.randn(7, 4, generator=generator)
+    without = head(hidden_NH, 0)
+    torch.testing.assert_close(head(with_history(hidden_NH, torch.zeros(7, 6)), 0), without)
+    assert not torch.allclose(head(with_history(hidden_NH, torch.ones(7, 6)), 0), without)
+
+
+def test_decisions_that_share_a_row_learn_as_those_with_a_row_each() -> None:
+    """What a history says is learned, whether its decisions share its vector or each has a copy."""
+    generator = torch.Generator().manual_seed(0)
+    n, size, taste = 200, 6, torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+
+    def made(seed: int) -> tuple[LevelStates, LevelStates]:
+        drawn = torch.Generator().manual_seed(seed)
+        history_RF = torch.randn(n, 8, generator=drawn)
+        row_N = torch.arange(n).repeat_interleave(2)
+        code_N = torch.multinomial((2 * history_RF @ taste).softmax(-1)[row_N], 1, generator=drawn)[:, 0]
+        rest: dict[str, Any] = {
+            "base_NV": torch.zeros(2 * n, size), "period_N": torch.zeros(2 * n, dtype=torch.long),
+            "decision_Y": torch.arange(2 * n), "code_Y": code_N, "weight_Y": torch.full((2 * n,), 0.5), "n_prompts": n,
+        }  # fmt: skip
+        return LevelStates(history_RF, row_N=row_N, **rest), LevelStates(history_RF[row_N], **rest)
+
+    reports = []
+    for shared, select in zip(made(2), made(3), strict=True):
+        head = IdHead([torch.randn(size, 5, generator=generator.manual_seed(4))], 8)
+        rates = HeadConfig(learning_rate=1e-2, period_learning_rate=0.0)
+        reports.append(fit_levels([(head, [shared])], [[select]], ProbeConfig(epochs=4), rates, seed=0))
+    assert reports[0]["nll_after"][0] < reports[0]["nll_before"][0] - 0.1
+    for name, value in reports[0].items():
+        assert value == pytest.approx(reports[1][name]), name
+
+
+def test_it_is_fitted_first_and_then_left_as_it_is(fitted: Fitted, tmp_path: Path) -> None:
+    cfg = tiny_prior_config(history=HistoryConfig(epochs=20, learning_rate=0.01, dropout=0.0, batch_size=32))
+    prior, metrics = fit_prior(fitted.log, fitted.ids, cfg, work_dir=tmp_path)
+    start: Any = metrics["start"]
+    assert sum(start["history"]["nll_after"]) < sum(start["history"]["nll_before"])
+    assert start["select_nll"] == pytest.approx(sum(start["history"]["nll_after"]))
+    head = prior.model.head.history
+    assert head is not None
+    assert not any(weight.requires_grad for weight in head.parameters())
+    # What it learned is what it learns by itself: the LM's training has not touched it.
+    model = copy.deepcopy(prior.model)
+    assert model.head.history is not None
+    for weight in model.head.history.parameters():
+        torch.nn.init.zeros_(weight).requires_grad_(True)
+    targets = fitted.log.advertiser_targets(cfg.prompt_span(fitted.log.split.prior_fit))
+    train = PromptDataset(targets, prior.compiler, max_targets=cfg.max_targets, seed=cfg.seed)
+    select = PromptDataset(
+        sample_rows(fitted.log.advertiser_targets("prior_select"), cfg.select_prompts, cfg.seed), prior.compiler
+    )
+    fit_history(model, train, select, prior.collator, cfg.history, cfg.head, seed=cfg.seed)
+    for name, value in head.state_dict().items():
+        torch.testing.assert_close(model.head.history.state_dict()[name], value)
+
+
+# --- controls ----------------------------------------------------------------------------------------------
+
+
+def told(fitted: Fitted) -> PriorModel:
+    """The fitted forecaster with weights of the history that say something."""
+    model = copy.deepcopy(fitted.prior.model)
+    assert model.head.history is not None
+    for weight in model.head.history.parameters():
+        torch.nn.init.normal_(weight, std=0.5, generator=torch.Generator().manual_seed(0))
+    return replace(fitted.prior, model=model)
+
+
+def test_the_control_by_history_alone_is_exact_and_not_the_constant_one(fitted: Fitted) -> None:
+    prior = told(fitted)
+    targets = fitted.log.advertiser_targets("prior_select").select(np.arange(9))
+    alone_BA = constant_log_probs(prior, targets.user, targets.period, own_history=True)
+    np.testing.assert_allclose(np.exp(alone_BA).sum(1), 1.0, atol=1e-5)
+    tree = list(batches(PromptDataset(targets, prior.compiler), prior.collator, 4))
+    forced_T = exact_log_prob(prior.model, tree, prior.calibration, constant_LH=prior.constant_hidden)
+    np.testing.assert_allclose(alone_BA[targets.row, targets.item], forced_T, atol=1e-4)
+    constant_BA = constant_log_probs(prior, targets.user, targets.period)
+    forced_T = exact_log_prob(prior.model, tree, prior.calibration, constant_LH=prior.constant_LH)
+    np.testing.assert_allclose(constant_BA[targets.row, targets.item], forced_T, atol=1e-4)
+    assert np.abs(alone_BA - constant_BA).max() > 0.01
+
+
+def test_a_forecaster_without_it_has_no_such_control(fitted: Fitted, tmp_path: Path) -> None:
+    cfg = tiny_prior_config(prompts=16, history=HistoryConfig(prompts=0))
+    prior, metrics = fit_prior(fitted.log, fitted.ids, cfg, work_dir=tmp_path / "work")
+    assert "history" not in metrics["start"]
+    assert prior.compiler.compile(3, 9).history_F is None
+    assert prior.model.head.history is None
+    with pytest.raises(ValueError, match="without history vectors"):
+        constant_log_probs(prior, np.arange(2), np.full(2, 9), own_history=True)
+    prior.save(tmp_path)
+    plain = json.loads((tmp_path / "prior.json").read_text())
+    del plain["history"]  # an artifact from before there were any
+    (tmp_path / "prior.json").write_text(json.dumps(plain))
+    loaded = PriorModel.load(tmp_path, fitted.log, fitted.ids, fitted.cfg)
+    assert loaded.model.head.history is None
+    np.testing.assert_array_equal(loaded.compiler.compile(3, 9).token_ids, prior.compiler.compile(3, 9).token_ids)
+
+
+# --- bad input ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"prompts": -1}, r"history\.prompts=-1.*at least 0"),
+        ({"epochs": 0}, r"history\.epochs=0.*at least 1"),
+        ({"batch_size": 0}, r"history\.batch_size=0.*at least 1"),
+        ({"decay": 0.0}, r"history\.decay=0\.0.*above 0"),
+        ({"decay": 1.5}, r"history\.decay=1\.5.*at most 1"),
+        ({"dropout": 1.0}, r"history\.dropout=1\.0.*below 1"),
+        ({"epochs": 0, "decay": 2.0}, r"(?s)history\.epochs=0.*history\.decay=2\.0"),
+    ],
+)
+def test_settings_that_mean_nothing_are_told(changes: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UserError, match=f"(?s){expected}"):
+        HistoryConfig(**changes)
