@@ -17,13 +17,13 @@ from data.statistics import Interval, Row, bootstrap_over_seeds
 from pipeline.ablation import Kind, Shown
 from pipeline.verdict import DIFFERENCE
 from priors.interests import TOP_INTERESTS
-from priors.judge import Measure, RequestValues, load_requests
+from priors.judge import HISTORY_ALONE, Measure, RequestValues, load_requests
 
 STAGE = "forecasts"
 FORECASTS = ("lm", "anchor")
 EXACT = ("nll", "interest_nll", "interest_recall")
 """Measures of the evaluation prompts that have no like among those of all user-periods."""
-CONTROLS = ("lm, other prompt", "lm, constant hidden")
+CONTROLS = ("lm, other prompt", "lm, constant hidden", HISTORY_ALONE)
 
 Float = NDArray[np.float64]
 
@@ -116,6 +116,7 @@ PRIOR = Kind(
         Shown("NLL, LM − anchor", "nll", of="lm - anchor"),
         Shown("NLL, LM − other prompt", "nll", of="lm - lm, other prompt"),
         Shown("NLL, LM − constant hidden", "nll", of="lm - lm, constant hidden"),
+        Shown("NLL, LM − history alone", "nll", of="lm - lm, history alone"),
         Shown("interests' NLL, LM − anchor", "interest_nll", of="lm - anchor"),
         Shown("recall@10, LM − anchor", "recall", of="lm - anchor", k=10),
         Shown("recall@10, LM − other prompt", "recall", of="lm - lm, other prompt", k=10),

@@ -14,6 +14,7 @@ from enum import Enum
 from typing import Literal
 
 from data.statistics import LEVEL, Row
+from priors.judge import HISTORY_ALONE
 
 NOT_SHOWN = "no gain shown: the interval includes zero"
 MINUS = "\N{MINUS SIGN}"
@@ -109,7 +110,7 @@ HEADLINES = (
     Headline("ranking", "normalized_entropy"),
 )
 AGAINST = ("anchor", "none")  # the first is the headline
-CONTROLS = ("lm, other prompt", "lm, constant hidden")
+CONTROLS = ("lm, other prompt", "lm, constant hidden", HISTORY_ALONE)
 SEGMENT = "all"
 
 
@@ -251,9 +252,18 @@ def findings(rows: Sequence[Row]) -> list[Finding]:
 
 
 def control_findings(rows: Sequence[Row]) -> list[Finding]:
-    """LM against the two controls: another user's prompt, and a hidden state that is the same for all."""
+    """LM against its controls.
+
+    Another user's prompt, a hidden state that is the same for all, and, where there are history vectors, the user's own
+    without the LM.
+    """
     headline = HEADLINES[0]
-    return [_finding(rows, headline, control, _difference(rows, headline, control)) for control in CONTROLS]
+    against = {control: _difference(rows, headline, control) for control in CONTROLS}
+    return [
+        _finding(rows, headline, control, row)
+        for control, row in against.items()
+        if row is not None or control != HISTORY_ALONE
+    ]
 
 
 def summary(found: Sequence[Finding]) -> str:
@@ -280,21 +290,25 @@ def summary(found: Sequence[Finding]) -> str:
 
 
 def control_summary(found: Sequence[Finding]) -> str:
-    """Whether the LM has read anything of the user: only where it beats both controls.
+    """Whether the LM has read anything of the user: only where it beats all its controls.
 
     Args:
         found: of `control_findings`.
     """
     outcomes = [finding.outcome for finding in found]
     if all(outcome is Outcome.GAIN for outcome in outcomes):
-        return "The LM beats both controls: it has read something in the user's own prompt."
+        return f"The LM beats {_all(found)}: it has read something in the user's own prompt."
     if any(outcome in (Outcome.NOT_MEASURED, Outcome.NO_INTERVAL) for outcome in outcomes):
         return "Whether the LM reads the user's own prompt was not tested in full: a control is missing."
     short = [finding.comparison for finding in found if finding.outcome is not Outcome.GAIN]
     return (
-        "It is not shown that the LM reads the user's own prompt: it does not beat both controls "
-        f"({_join(short)}: {'no gain' if len(short) == 1 else 'no gain in either'})."
+        f"It is not shown that the LM reads the user's own prompt: it does not beat {_all(found)} "
+        f"({_join(short)}: {('no gain', 'no gain in either', 'no gain in any')[len(short) - 1]})."
     )
+
+
+def _all(controls: Sequence[Finding]) -> str:
+    return "both controls" if len(controls) == 2 else f"all {len(controls)} controls"
 
 
 def _difference(rows: Sequence[Row], headline: Headline, against: str) -> Row | None:

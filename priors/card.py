@@ -71,6 +71,7 @@ def model_card(
         "Steps": metrics.get("steps"),
         "NLL on the selection span, after each part": ", ".join(f"{value:.4f}" for value in nll),
         "NLL of the anchor on the same prompts": f"{metrics.get('select_nll_anchor', float('nan')):.4f}",
+        "History vector": _history(plain.get("history"), metrics.get("start")),
         "Interests": _interests(plain.get("interests"), metrics.get("interests")),
         "Reward stage": _reward(metrics.get("reward")),
         "Advertiser IDs": f"version `{plain['ids_version'][:12]}`",
@@ -98,6 +99,17 @@ A causal LM that reads a prompt about a user and scores the tokens of advertiser
 {settings}
 ```
 """
+
+
+def _history(plain: Mapping[str, Any] | None, start: Mapping[str, Any] | None) -> str:
+    """What the head reads beside the prompt, in words."""
+    if not plain or not plain["prompts"]:
+        return "none"
+    report = (start or {}).get("history")
+    if report is None:
+        return "beside the prompt"
+    before, after = sum(report["nll_before"]), sum(report["nll_after"])
+    return f"beside the prompt; fitted first: NLL on the selection span from {before:.4f} to {after:.4f}"
 
 
 def _interests(plain: Mapping[str, Any] | None, metrics: Mapping[str, Any] | None) -> str:

@@ -40,13 +40,12 @@ from priors.decode import TreeDecoder
 from priors.fit import PriorModel, batches, rows_of, sample_rows
 from priors.forecast import TableForecast
 from priors.interests import TOP_INTERESTS, shares
-from priors.judge import HEADLINE, KS, Measure, RequestValues, Scorer, Segments, compared, judge_lists
+from priors.judge import HEADLINE, HISTORY_ALONE, KS, Measure, RequestValues, Scorer, Segments, compared, judge_lists
 from priors.metrics import ndcg_at_k, recall_at_k, target_ranks
 from priors.tree_reader import reader_of
 
 Float = NDArray[np.float64]
 
-HISTORY_ALONE = "lm, history alone"
 AGAINST = (HEADLINE, "lm, other prompt", "lm, constant hidden", HISTORY_ALONE)
 """What the LM is compared with, beside popularity and the baselines."""
 _CHUNK, _SAMPLE = 512, 0

@@ -13,7 +13,8 @@ The head scores standardised hidden states: ``W (h - mean) / scale`` is ``W' h +
 whose matrices are zero: any software that loads adapters adds it, and nothing else does it exactly.
 
 The logits of ID tokens are the LM's residual. A forecast adds the anchor's scores, which differ from user to user,
-weighs the two, and normalises over the legal children of a prefix; ``prior.json`` has the constants.
+weighs the two, and normalises over the legal children of a prefix; ``prior.json`` has the constants. What the history
+vector adds (`priors.history`) is no function of the tokens, and not in the export.
 """
 
 from __future__ import annotations

@@ -42,6 +42,8 @@ Scorer = Callable[[NDArray[np.integer], NDArray[np.integer]], NDArray[np.floatin
 KS = (1, 5, 10, 20, 50)
 HEADLINE, COMPARED = "anchor", ("all", "new")
 """A forecast is compared with the anchor in every segment, with all others in these."""
+HISTORY_ALONE = "lm, history alone"
+"""The control that is told the user's history vector and a hidden state that is the same for all."""
 REQUESTS = "requests.safetensors"
 _CHUNK = 512
 

@@ -179,20 +179,27 @@ def test_a_run_with_shorter_lists_is_judged_under_their_own_length() -> None:
     assert "recall@50" in {finding.metric for finding in findings(rows)}
 
 
+BETTER, NO_BETTER = (-0.03, -0.02), (-0.03, 0.02)
+
+
 @pytest.mark.parametrize(
-    ("other", "constant", "words"),
+    ("other", "constant", "history", "words"),
     [
-        ((-0.03, -0.02), (-0.03, -0.02), "beats both controls"),
-        ((-0.03, -0.02), (-0.03, 0.02), "not shown that the LM reads"),
-        ((-0.03, -0.02), None, "a control is missing"),
+        (BETTER, BETTER, None, "beats both controls"),
+        (BETTER, BETTER, BETTER, "beats all 3 controls"),
+        (BETTER, BETTER, NO_BETTER, "does not beat all 3 controls (LM − history alone: no gain)"),
+        (BETTER, NO_BETTER, None, "not shown that the LM reads"),
+        (BETTER, None, None, "a control is missing"),
     ],
 )
-def test_the_lm_has_read_something_only_where_it_beats_both_controls(
-    other: tuple[float, float], constant: tuple[float, float] | None, words: str
+def test_the_lm_has_read_something_only_where_it_beats_all_its_controls(
+    other: tuple[float, float], constant: tuple[float, float] | None, history: tuple[float, float] | None, words: str
 ) -> None:
     rows = [difference(*other, arm="lm - lm, other prompt")]
     if constant:
         rows.append(difference(*constant, arm="lm - lm, constant hidden"))
+    if history:
+        rows.append(difference(*history, arm="lm - lm, history alone"))
     found = control_findings(rows)
     assert words in control_summary(found)
     assert control_summary(found) in text_of(html(rows))
