@@ -68,7 +68,7 @@ class HistoryConfig:
     Attributes:
         prompts: user-periods of the fit span that its weights are fitted on, at the most; 0 leaves the vector out.
         decay: by which a purchase's weight falls a period.
-        epochs: passes over them, at the most; each level keeps its best one.
+        epochs: passes over them, at the most; each level keeps its best one, and stops where three brought no gain.
         learning_rate, weight_decay: AdamW's.
         dropout: share of the vector's features that are hidden from the head while they are fitted.
         batch_size: decisions a step.
@@ -76,11 +76,11 @@ class HistoryConfig:
 
     prompts: int = 30_000
     decay: float = 0.97
-    epochs: int = 6
-    learning_rate: float = 3e-4
+    epochs: int = 40
+    learning_rate: float = 1e-3
     weight_decay: float = 0.01
     dropout: float = 0.3
-    batch_size: int = 256
+    batch_size: int = 1024
 
     def __post_init__(self) -> None:
         errors = [

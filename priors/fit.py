@@ -59,9 +59,9 @@ from priors.base_model import BaseModel, load_base_model, quick_attention, witho
 from priors.calibration import Calibration, calibrated_nll, fit_anchor_levels, fit_calibration
 from priors.config import AnchorConfig, BaseModelConfig, HistoryConfig, PriorConfig, PromptConfig
 from priors.dataset import PromptDataset, TreeCollator
-from priors.history import HistoryVectors, fit_history, history_size
+from priors.history import HistoryVectors, fit_history, history_size, history_states
 from priors.interests import Interests, InterestSpace, fit_interest_anchor, interest_column
-from priors.probe import LevelStates, fit_probe, levels_by_head, read_states
+from priors.probe import LevelStates, fit_probe, levels_by_head, nll_by_level, read_states
 from priors.prompt import PromptCompiler
 from priors.warm_up import warm_up
 from semantic_ids.advertiser_ids import AdvertiserIds
@@ -388,10 +388,11 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
         PromptDataset(sample_rows(fit_targets, n, cfg.seed), compiler, max_targets=cfg.max_targets, seed=cfg.seed)
         for n in (cfg.probe.prompts, cfg.history.prompts)
     )
+    history_select = PromptDataset(anchor_rows, compiler)  # more than the LM could read
     interest_history = History(None if interests is None else "select_interest_nll")
     result, sampler, start = fit_lm(
-        model, train_set, select_set, collator, cfg, probe=probe_set, history=history_set, user_ids=log.user_ids,
-        work_dir=work_dir, callbacks=(interest_history,),
+        model, train_set, select_set, collator, cfg, probe=probe_set, history=(history_set, history_select),
+        user_ids=log.user_ids, work_dir=work_dir, callbacks=(interest_history,),
     )  # fmt: skip
     select_batches = list(batches(select_set, collator, cfg.batch_size))
     logits, interest_logits, constant_LH = logits_at_decisions(model, select_batches)
@@ -618,7 +619,7 @@ def fit_lm(
     user_ids: NDArray[np.generic],
     work_dir: Path,
     probe: PromptDataset | None = None,
-    history: PromptDataset | None = None,
+    history: tuple[PromptDataset, PromptDataset] | None = None,
     callbacks: tuple[Callback, ...] = (),
 ) -> tuple[FitResult, TokenBatchSampler, dict[str, Any]]:
     """Train the LM on trees of targets; it ends with the weights of the best part, or of the start if none is better.
@@ -632,8 +633,8 @@ def fit_lm(
         user_ids: of the log, to name the users of a bad batch.
         work_dir: checkpoints; an interrupted fit goes on from there.
         probe: prompts that the head is fitted on before the adapters are trained; None starts from a head of zeros.
-        history: user-periods that the weights of the history vectors are fitted on before all else; None leaves them
-            at zero.
+        history: user-periods that the weights of the history vectors are fitted on, and those that they are chosen by,
+            before all else; None leaves them at zero.
         callbacks: further Lightning callbacks.
 
     Returns:
@@ -691,7 +692,7 @@ def _start(
     cfg: PriorConfig,
     *,
     probe: PromptDataset | None,
-    history: PromptDataset | None,
+    history: tuple[PromptDataset, PromptDataset] | None,
     work_dir: Path,
 ) -> dict[str, Any]:
     """The head's constants, and the head as history vectors and the frozen model's hidden states fit it.
@@ -707,8 +708,8 @@ def _start(
             return read_states(model, source, collator, rows=rows, batch_size=size, adapted=warmed)
 
         report: dict[str, Any] = {}
-        if model.head.history is not None and history is not None and len(history) > 0:
-            report["history"] = fit_history(model, history, select, collator, cfg.history, cfg.head, seed=cfg.seed)
+        if model.head.history is not None and history is not None:
+            report["history"] = fit_history(model, *history, collator, cfg.history, cfg.head, seed=cfg.seed)
         if cfg.base.appended_layer:
             balance(model.decoder, lambda: states(train, min(len(train), _STANDARDISE)))
         if probe is not None and len(probe) > 0:
@@ -721,8 +722,9 @@ def _start(
             read = states(train, min(len(train), _STANDARDISE))
             for head, of_head in levels_by_head(model, read):
                 head.standardise_by([level.state_RS for level in of_head])
-            if "history" in report:
-                report["select_nll"] = sum(report["history"]["nll_after"])
+            if model.head.history is not None:
+                of_select = history_states(select, collator)[: model.head.n_levels]
+                report["select_nll"] = sum(nll_by_level(model.head.history, of_select))
             else:  # the head's zeros leave the base as it is
                 base_B = [row_nll(batch, base_log_prob(batch)) for batch in batches(select, collator, size)]
                 report["select_nll"] = float(torch.cat(base_B).mean())
@@ -739,6 +741,7 @@ def _load_start(model: PriorLM, work_dir: Path) -> dict[str, Any]:
     for head in (model.head, model.interest_head):
         if head is not None and head.history is not None:
             head.history.requires_grad_(False)  # the LM learns what is left
+            head.history.dropout.p = 0.0
     return report
 
 

@@ -37,6 +37,9 @@ from models.prior_lm import Decisions, HeadConfig, IdHead, PriorLM, TreeBatch
 from priors.config import ProbeConfig
 from priors.dataset import PromptDataset, TreeCollator
 
+_PATIENCE = 3
+"""Passes without a gain after which a level is left."""
+
 
 @dataclass(frozen=True)
 class LevelStates:
@@ -262,6 +265,8 @@ def _fit_level(
         nll = _nll(head, level, select, device)
         if nll < best:
             best, best_epoch, kept = nll, epoch, [weight.detach().clone() for weight in weights]
+        elif epoch - best_epoch >= _PATIENCE:
+            break
     with torch.no_grad():
         for weight, value in zip(weights, kept, strict=True):
             weight.copy_(value)

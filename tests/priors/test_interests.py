@@ -183,7 +183,11 @@ def test_the_loss_is_the_exact_likelihood_of_the_shares(fitted: Fitted, interest
             alone = model.embed(torch.from_numpy(example.token_ids)[None])
             end_H = model.decoder(inputs_embeds=alone, use_cache=False).last_hidden_state[0, -1]
             rows_CH, bias_C = model.interest_head.affine(0)
-        score_C = (rows_CH @ end_H + bias_C).detach().numpy() + interests.base.child_scores(
+            assert model.interest_head.history is not None
+            assert example.history_F is not None
+            of_history_C = model.interest_head.history(torch.from_numpy(example.history_F)[None], 0)[0]
+            of_history_C = of_history_C * bool(example.history_F.any())
+        score_C = (rows_CH @ end_H + bias_C + of_history_C).detach().numpy() + interests.base.child_scores(
             np.array([example.user]), np.array([example.period])
         )[0][0]
         log_prob_C = score_C - np.logaddexp.reduce(score_C)

@@ -50,7 +50,7 @@ def test_what_is_read_gives_the_same_likelihood_as_the_model(fitted: Fitted, mod
         torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(0))
     dataset = PromptDataset(fitted.log.advertiser_targets("prior_select"), fitted.prior.compiler)
     rows = np.arange(min(12, len(dataset)))
-    levels = read_states(model, dataset, fitted.prior.collator, rows=rows.tolist(), batch_size=5)
+    levels = read_states(model, dataset, fitted.prior.collator, rows=rows.tolist(), batch_size=5, adapted=True)
     summed = 0.0
     for level, states in enumerate(levels[:-1]):  # the last is of the interests
         log_probs_NV = (model.head(states.state_RS, level) + states.base_NV).log_softmax(-1)
