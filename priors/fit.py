@@ -59,7 +59,7 @@ from priors.base_model import BaseModel, load_base_model, quick_attention, witho
 from priors.calibration import Calibration, calibrated_nll, fit_anchor_levels, fit_calibration
 from priors.config import AnchorConfig, BaseModelConfig, HistoryConfig, PriorConfig, PromptConfig
 from priors.dataset import PromptDataset, TreeCollator
-from priors.history import HistoryVectors, fit_history, history_size, history_states
+from priors.history import HistoryVectors, fit_history, freeze_history, history_size, history_states
 from priors.interests import Interests, InterestSpace, fit_interest_anchor, interest_column
 from priors.probe import LevelStates, fit_probe, levels_by_head, nll_by_level, read_states
 from priors.prompt import PromptCompiler
@@ -334,6 +334,7 @@ def load_model(directory: Path, plain: dict[str, Any], ids: AdvertiserIds) -> tu
             expected="a head and input rows that fit the IDs' codebooks and the base model",
             action="take the IDs and the base model it was fitted with, or fit it again: train.py stage=prior",
         ) from error
+    freeze_history(model)
     return model.eval(), base_model, constant_LH
 
 
@@ -738,10 +739,7 @@ def _load_start(model: PriorLM, work_dir: Path) -> dict[str, Any]:
     with safe_open(work_dir / START, framework="pt") as file:
         model.load_state_dict({name: file.get_tensor(name) for name in file.keys()}, strict=False)  # noqa: SIM118
         report: dict[str, Any] = json.loads(file.metadata()["report"])
-    for head in (model.head, model.interest_head):
-        if head is not None and head.history is not None:
-            head.history.requires_grad_(False)  # the LM learns what is left
-            head.history.dropout.p = 0.0
+    freeze_history(model)  # the LM learns what is left
     return report
 
 

@@ -289,6 +289,9 @@ def model_version(prior: PriorModel) -> str:
     last = {name: value.float().cpu().numpy() for name, value in last_layer(model.decoder).state_dict().items()}
     trained |= {f"last.{name}": value for name, value in last.items() if "lora_" not in name}
     prompt = to_plain(prior.compiler.cfg)
+    history = prior.compiler.history
+    if history is not None:
+        prompt["history_decay"] = history.decay
     parts = [prior.base_reference, prompt, prior.base.to_plain(), to_plain(prior.calibration), trained]
     return fingerprint(parts if prior.interests is None else [*parts, prior.interests.to_plain()])
 

@@ -48,7 +48,7 @@ class HistoryVectors:
     """
 
     def __init__(self, counts: Counts, ids: AdvertiserIds, *, decay: float) -> None:
-        self._counts, self._decay = counts, decay
+        self.decay, self._counts = decay, counts
         self._levels = []
         for level, vectors_VD in enumerate(ids.codebooks):
             if vectors_VD.any():
@@ -62,7 +62,7 @@ class HistoryVectors:
         row_R, index_R, ago_R = self._counts.history(np.asarray(user_B, np.int64), np.asarray(period_B, np.int64))
         pair_R = row_R * n_advertisers + self._counts.advertiser_R[index_R]
         pair_P, place_R = np.unique(pair_R, return_inverse=True)
-        weight_P = np.log1p(np.bincount(place_R, self._counts.count_R[index_R] * self._decay**ago_R))
+        weight_P = np.log1p(np.bincount(place_R, self._counts.count_R[index_R] * self.decay**ago_R))
         row_P, advertiser_P = np.divmod(pair_P, n_advertisers)
         parts = []
         for codes_A, vectors_VD in self._levels:
@@ -110,9 +110,16 @@ def fit_history(
     probe = ProbeConfig(epochs=cfg.epochs, weight_decay=cfg.weight_decay, batch_size=cfg.batch_size)
     rates = HeadConfig(learning_rate=cfg.learning_rate, period_learning_rate=head.period_learning_rate)
     report = fit_levels(of_train, [levels for _, levels in of_select], probe, rates, seed=seed)
-    for reader, _ in of_train:
-        reader.requires_grad_(False)
+    freeze_history(model)
     return report
+
+
+def freeze_history(model: PriorLM) -> None:
+    """Leave what the heads read in the history vectors as it is, in training too."""
+    for head in (model.head, model.interest_head):
+        if head is not None and head.history is not None:
+            head.history.requires_grad_(False)
+            head.history.dropout.p = 0.0
 
 
 def history_states(dataset: PromptDataset, collator: TreeCollator) -> list[LevelStates]:

@@ -14,8 +14,8 @@ tokens. Text of data is inert (`priors.pieces`), and ID tokens enter as numbers 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,16 @@ from semantic_ids.advertiser_ids import AdvertiserIds
 
 FRAME = "frame"
 """Name of the words before the forecast, in `Prompt.sections`."""
+
+
+class HistoryReader(Protocol):
+    """Gives history vectors; see `priors.history`."""
+
+    decay: float
+
+    def __call__(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> NDArray[np.float32]:
+        """Those of users at the start of periods, ``(B, F)``."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,7 @@ class PromptCompiler:
         cfg: PromptConfig,
         *,
         window: int | None = None,
-        history: Callable[[NDArray[np.integer], NDArray[np.integer]], NDArray[np.float32]] | None = None,
+        history: HistoryReader | None = None,
     ) -> None:
         self.log, self.ids, self.tokenizer, self.cfg = log, ids, tokenizer, cfg
         self.history = history
