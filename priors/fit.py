@@ -42,6 +42,7 @@ from transformers import AddedToken, PreTrainedTokenizerBase
 from data.artifacts import to_plain
 from data.errors import LineageError, UserError
 from data.log import Log, Targets
+from data.statistics import Interval, paired_bootstrap
 from models.block import balance, last_layer
 from models.prior_lm import (
     HEADS,
@@ -52,6 +53,7 @@ from models.prior_lm import (
     TreeBatch,
     base_log_prob,
     row_nll,
+    target_log_prob,
 )
 from models.training import EpochSampler, FitResult, History, TokenBatchSampler, fit, token_budget
 from priors.anchor import Anchor, Counts, TunedAnchor, choose_constants
@@ -623,7 +625,10 @@ def fit_lm(
     history: tuple[PromptDataset, PromptDataset] | None = None,
     callbacks: tuple[Callback, ...] = (),
 ) -> tuple[FitResult, TokenBatchSampler, dict[str, Any]]:
-    """Train the LM on trees of targets; it ends with the weights of the best part, or of the start if none is better.
+    """Train the LM on trees of targets; it ends with the weights of the best part, or with those it started from.
+
+    The best of several parts on some hundred prompts looks better than the start by chance alone, so it is kept only
+    where the 95 % interval of the change of the selection prompts' NLL, over users, lies below zero.
 
     Args:
         model: trained in place.
@@ -640,8 +645,8 @@ def fit_lm(
 
     Returns:
         What the fit did (``best_epoch`` -1: it ends where it started), the sampler of its batches, and what it started
-        from: ``select_nll``, and with ``history`` and ``probe``, of each level, the NLL before and after and the epoch
-        chosen.
+        from: ``select_nll``, with ``history`` and ``probe``, of each level, the NLL before and after and the epoch
+        chosen, and under ``select_change`` what the best part is over it, with its interval, where it is lower at all.
 
     Raises:
         UserError: a prompt with its tree is longer than a batch may be.
@@ -671,10 +676,54 @@ def fit_lm(
             module, train_loader, batches(select, collator, cfg.batch_size), cfg.trainer,
             work_dir=work_dir, seed=cfg.seed, monitor="select_nll", callbacks=callbacks, describe=describe,
         )  # fmt: skip
-    if result.best_score is None or result.best_score > start["select_nll"]:
-        _load_start(model, work_dir)
+    change = _judge_best(model, select, collator, cfg, result, start, work_dir=work_dir)
+    if change is not None:
+        start["select_change"] = to_plain(change)
+    if change is None or not change.high < 0:
         result = replace(result, best_epoch=-1)
     return result, sampler, start
+
+
+def _judge_best(
+    model: PriorLM,
+    select: PromptDataset,
+    collator: TreeCollator,
+    cfg: PriorConfig,
+    result: FitResult,
+    start: dict[str, Any],
+    *,
+    work_dir: Path,
+) -> Interval | None:
+    """What training changed in the selection prompts' NLL; the model ends with its weights, or those of the start.
+
+    Returns:
+        The change and its interval over users; None where the mean is not even lower.
+    """
+    if result.best_score is None or result.best_score >= start["select_nll"]:
+        _load_start(model, work_dir)
+        return None
+    trained = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+    of_trained_R = _select_nll(model, select, collator, cfg)
+    _load_start(model, work_dir)
+    of_start_R = _select_nll(model, select, collator, cfg)
+    change = paired_bootstrap(of_trained_R, of_start_R, select.targets.user)
+    if change.high < 0:
+        model.load_state_dict(trained, strict=False)
+    return change
+
+
+@torch.inference_mode()
+def _select_nll(
+    model: PriorLM, select: PromptDataset, collator: TreeCollator, cfg: PriorConfig
+) -> NDArray[np.floating]:
+    """NLL of each selection prompt, ``(R,)``."""
+    model.eval()
+    device = next(model.parameters()).device
+    nll = []
+    for batch in batches(select, collator, cfg.batch_size):
+        on_device = batch.to(device)
+        nll.append(row_nll(on_device, target_log_prob(on_device, model.log_probs(on_device))).cpu())
+    return torch.cat(nll).numpy()
 
 
 def _appended(decoder: Any, cfg: BaseModelConfig) -> dict[str, Tensor]:

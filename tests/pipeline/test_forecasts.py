@@ -152,6 +152,7 @@ def teacher_forced(run: Path, user: str, period: int, token_ids: list[int]) -> n
     codes_AL, sizes = prior.compiler.ids.codes_AL, prior.compiler.ids.level_sizes
     index = np.flatnonzero(log.user_ids == user)
     base = prior.base.child_scores(index, np.array([period]))
+    history_F = torch.from_numpy(prior.compiler.compile(int(index[0]), period).history_F)
     words = base_decoder.get_input_embeddings()(torch.tensor(token_ids))
     log_prob_A = np.zeros(len(codes_AL))
     for level, size in enumerate(sizes):
@@ -161,7 +162,10 @@ def teacher_forced(run: Path, user: str, period: int, token_ids: list[int]) -> n
             sequence = torch.cat([words, state["id_rows"][rows]])[None]
             hidden_H = decoder(inputs_embeds=sequence).last_hidden_state[0, -1]
             unit_H = (hidden_H - state["head.mean_LH"][level]) / state["head.scale_L"][level]
-            logit_V = (state[f"head.codes_{level}"] @ (state[f"head.projections.{level}"] @ unit_H)).numpy()
+            taste_D = state[f"head.projections.{level}"] @ unit_H
+            unit_F = (history_F - state["head.history.mean_LH"][level]) / state["head.history.scale_L"][level]
+            taste_D = taste_D + state[f"head.history.projections.{level}"] @ unit_F
+            logit_V = (state[f"head.codes_{level}"] @ taste_D).numpy()
             legal, score = np.unique(codes_AL[below, level]), np.full(size, -np.inf)
             for code in legal:
                 node = prior.base.trie.path_AL[below[codes_AL[below, level] == code][0], level]
@@ -206,9 +210,12 @@ def test_interests_agree_with_the_head_by_hand(run: Path) -> None:
         words = prior.model.embed(torch.tensor([explained["token_ids"]]))
         hidden_H = decoder(inputs_embeds=words).last_hidden_state[0, -1]
     unit_H = (hidden_H - state["interest_head.mean_LH"][0]) / state["interest_head.scale_L"][0]
-    logit_C = (state["interest_head.rows.0"] @ unit_H).numpy()
-    assert prior.interests is not None
     user = prior.compiler.log.user_ids.tolist().index("u003")
+    history_F = torch.from_numpy(prior.compiler.compile(user, 9).history_F)
+    unit_F = (history_F - state["interest_head.history.mean_LH"][0]) / state["interest_head.history.scale_L"][0]
+    logit_C = state["interest_head.rows.0"] @ unit_H + state["interest_head.history.rows.0"] @ unit_F
+    logit_C = logit_C.numpy()
+    assert prior.interests is not None
     base_C = prior.interests.base.child_scores(np.array([user]), np.array([9]))[0][0]
     weights = plain["interests"]["calibration"]
     score_C = weights["lm_weight"][0] * logit_C + weights["base_exponent"][0] * base_C

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,16 @@ from data.artifacts import Manifest, to_plain
 from priors.export import as_causal_lm
 from tests.logs import tiny_config
 from tests.priors.conftest import Fitted
+
+
+@pytest.fixture(scope="module")
+def fitted(fitted: Fitted) -> Fitted:
+    """Whatever the fit ended with, a head and adapters that say something."""
+    model, generator = copy.deepcopy(fitted.prior.model), torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            torch.nn.init.normal_(weight, std=0.1, generator=generator)
+    return replace(fitted, prior=replace(fitted.prior, model=model))
 
 
 @pytest.fixture(scope="module")
