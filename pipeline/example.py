@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from data.log import Log
 from pipeline.report import UserExample
-from priors.fit import PriorModel
+from priors.artifact import PriorModel
 from priors.forecast import Forecast
 from ranking.features import FeatureBuilder
 from ranking.rank import rank

@@ -27,7 +27,7 @@ from data.log import Log, load_log
 from pipeline.config import CONFIG_FILE, AdsidConfig, load
 from pipeline.engine import locked
 from pipeline.prompts import period_of
-from priors.fit import PriorModel
+from priors.artifact import PriorModel
 from priors.generate import Cost, Engine, Shard, ShardMaker, as_of_periods, run_job
 from priors.lookup import write_lookup
 from semantic_ids.advertiser_ids import AdvertiserIds

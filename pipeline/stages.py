@@ -36,10 +36,11 @@ from pipeline.example import user_example
 from pipeline.ranker_ablation import write_ablation
 from pipeline.report import Curves, RunInfo, write_report
 from priors.anchor import TunedAnchor
+from priors.artifact import FOR_LISTS, PriorModel, load_base, load_interests, read_plain
 from priors.baselines import fit_baselines
 from priors.card import model_card
 from priors.evaluate import evaluate_forecast
-from priors.fit import FOR_LISTS, PriorModel, fit_prior, load_base, load_interests, read_plain
+from priors.fit import fit_prior
 from priors.forecast import Forecast, TableForecast
 from priors.generate import generate_priors
 from priors.judge import save_requests

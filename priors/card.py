@@ -91,7 +91,7 @@ A causal LM that reads a prompt about a user and scores the tokens of advertiser
 
 ## Use
 
-{_USE if exported else "`priors.fit.PriorModel.load`; `adsid priors export` writes a plain causal LM of it."}
+{_USE if exported else "`priors.artifact.PriorModel.load`; `adsid priors export` writes a plain causal LM of it."}
 
 ## Configuration
 

@@ -33,11 +33,12 @@ from data.log import Log, Targets
 from data.statistics import Row
 from models.prior_lm import PriorLM, TreeBatch, with_history
 from priors.anchor import TunedAnchor, mean_target_nll, path_log_probs
+from priors.artifact import PriorModel
 from priors.calibration import Calibration, calibrated_log_prob
 from priors.config import PriorConfig
 from priors.dataset import PromptDataset
 from priors.decode import TreeDecoder
-from priors.fit import PriorModel, batches, rows_of, sample_rows
+from priors.fit import batches, rows_of, sample_rows
 from priors.forecast import TableForecast
 from priors.interests import TOP_INTERESTS, shares
 from priors.judge import HEADLINE, HISTORY_ALONE, KS, Measure, RequestValues, Scorer, Segments, compared, judge_lists

@@ -31,9 +31,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from data.artifacts import Manifest, atomic_directory
 from models.prior_lm import PriorLM
+from priors.artifact import IDS, load_model, read_plain, with_id_tokens
 from priors.base_model import vocabulary_head
 from priors.card import model_card
-from priors.fit import IDS, load_model, read_plain, with_id_tokens
 from semantic_ids.advertiser_ids import AdvertiserIds
 
 ID_BIAS = "id_bias"

@@ -29,9 +29,9 @@ from data.artifacts import fingerprint, to_plain
 from data.log import Log
 from models.block import last_layer
 from models.prior_lm import PriorLM
+from priors.artifact import PriorModel
 from priors.config import PriorConfig
 from priors.decode import Decoded, TreeDecoder
-from priors.fit import PriorModel
 from priors.table import frame_of, is_shard, read_frame, shard_files, trie_version, write_shard
 
 

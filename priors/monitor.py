@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 
 from data.log import Targets
+from priors.artifact import PriorModel
 from priors.calibration import Calibration
 from priors.config import PriorConfig
 from priors.decode import TreeDecoder
-from priors.fit import PriorModel
 from priors.metrics import reliability
 from priors.table import PriorTable
 from semantic_ids.trie import Trie

@@ -37,21 +37,14 @@ from models.prior_lm import PriorLM
 from models.prior_reward import PAID, DrawnLists, RewardModule, position_rewards
 from models.training import TokenBatchSampler, fit, token_budget
 from priors.anchor import TunedAnchor, mean_target_nll
+from priors.artifact import ALL, FOR_LISTS, NOTHING, PriorModel
 from priors.base_model import quick_attention
 from priors.calibration import Calibration
 from priors.config import DecodeConfig, PriorConfig, RewardConfig
 from priors.dataset import Example, PromptDataset, TreeCollator
 from priors.decode import TreeDecoder
 from priors.evaluate import exact_log_prob
-from priors.fit import (
-    ALL,
-    FOR_LISTS,
-    NOTHING,
-    PriorModel,
-    batches,
-    logits_at_decisions,
-    sample_rows,
-)
+from priors.fit import batches, logits_at_decisions, sample_rows
 from priors.metrics import recall_at_k
 from priors.sampling import TreeSampler
 

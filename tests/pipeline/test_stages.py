@@ -29,7 +29,7 @@ from pipeline.config import AdsidConfig, compose
 from pipeline.engine import Outcome, Run
 from pipeline.run import report_again
 from pipeline.stages import ROWS, stages
-from priors.fit import PriorModel
+from priors.artifact import PriorModel
 from priors.forecast import TableForecast
 from priors.table import PriorTable
 from semantic_ids.advertiser_ids import AdvertiserIds

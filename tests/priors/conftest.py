@@ -10,8 +10,9 @@ import pytest
 
 from data.log import Log
 from models.training import TrainerConfig
+from priors.artifact import PriorModel
 from priors.config import BaseModelConfig, DecodeConfig, PriorConfig
-from priors.fit import PriorModel, fit_prior
+from priors.fit import fit_prior
 from priors.generate import generate_priors
 from priors.lookup import write_lookup
 from semantic_ids.advertiser_ids import AdvertiserIds

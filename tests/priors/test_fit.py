@@ -19,10 +19,11 @@ from data.errors import LineageError, UserError
 from models.block import last_layer
 from models.prior_lm import PriorLMModule, TreeBatch, row_nll, target_log_prob
 from models.training import TrainerConfig
+from priors.artifact import PriorModel
 from priors.base_model import load_base_model
 from priors.config import BaseModelConfig, PriorConfig, PromptConfig
 from priors.dataset import Example, PromptDataset
-from priors.fit import PriorModel, batches, build_model, fit_prior
+from priors.fit import batches, build_model, fit_prior
 from tests.priors.conftest import Fitted, random_ids, tiny_prior_config
 
 BRIEF = TrainerConfig(max_epochs=2, patience=None, progress_bar=False, checkpoint_every=2)

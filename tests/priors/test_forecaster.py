@@ -13,13 +13,14 @@ import torch
 
 from data.errors import LineageError, UserError
 from models.prior_lm import TreeBatch, base_log_prob, target_log_prob
+from priors.artifact import PriorModel
 from priors.base_model import load_base_model
 from priors.calibration import Calibration, calibrated_nll, fit_calibration
 from priors.config import BaseModelConfig, DecodeConfig, PriorConfig
 from priors.dataset import Example, PromptDataset, TreeCollator
 from priors.decode import TreeDecoder
 from priors.evaluate import exact_log_prob
-from priors.fit import PriorModel, batches, build_model, fit_prior
+from priors.fit import batches, build_model, fit_prior
 from priors.forecast import PRIOR_FEATURES, TableForecast, prefix_feature
 from priors.generate import as_of_periods, generate_priors
 from priors.prompt import Prompt

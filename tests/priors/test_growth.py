@@ -16,10 +16,10 @@ from data.errors import LineageError
 from data.log import Log, load_log
 from data.writer import write_tables
 from priors.anchor import TunedAnchor
+from priors.artifact import PriorModel
 from priors.calibration import Calibration
 from priors.config import DecodeConfig
 from priors.decode import TreeDecoder
-from priors.fit import PriorModel
 from priors.forecast import TableForecast
 from priors.generate import generate_priors
 from priors.table import PriorTable

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from data.errors import UserError
 from models.prior_lm import HeadConfig, IdHead, with_history
 from priors.anchor import Counts
+from priors.artifact import PriorModel
 from priors.config import HistoryConfig, ProbeConfig
 from priors.dataset import PromptDataset
 from priors.evaluate import another_user, constant_log_probs, exact_log_prob
-from priors.fit import PriorModel, batches, fit_prior, sample_rows
+from priors.fit import batches, fit_prior, sample_rows
 from priors.history import HistoryVectors, fit_history, history_size
 from priors.probe import LevelStates, fit_levels
 from semantic_ids.advertiser_ids import AdvertiserIds

@@ -17,10 +17,11 @@ from data.log import Log, load_log
 from models.prior_lm import PriorLMModule, mean_nll, target_log_prob, with_history
 from models.training import TrainerConfig
 from priors.anchor import Anchor, AnchorConstants
+from priors.artifact import PriorModel, load_interests
 from priors.config import InterestConfig, ProbeConfig
 from priors.dataset import PromptDataset
 from priors.decode import TreeDecoder
-from priors.fit import PriorModel, batches, fit_prior, load_interests
+from priors.fit import batches, fit_prior
 from priors.forecast import TableForecast
 from priors.generate import generate_priors
 from priors.interests import (

@@ -16,9 +16,10 @@ from data.statistics import Interval
 from models.prior_lm import target_log_prob
 from models.prior_reward import RewardModule, list_log_prob, tree_divergence
 from models.training import TrainerConfig
+from priors.artifact import PriorModel, read_plain
 from priors.config import HistoryConfig, PriorConfig, RewardConfig
 from priors.dataset import PromptDataset
-from priors.fit import PriorModel, fit_prior, read_plain, sample_rows
+from priors.fit import fit_prior, sample_rows
 from priors.reward import ListDrawer, accepted_for, fit_reward, judge, own_copy, rewards
 from tests.priors.conftest import Fitted, tiny_prior_config
 from tests.priors.worlds import World, brute_force
