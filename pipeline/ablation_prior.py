@@ -17,13 +17,12 @@ from data.statistics import Interval, Row, bootstrap_over_seeds
 from pipeline.ablation import Kind, Shown
 from pipeline.verdict import DIFFERENCE
 from priors.interests import TOP_INTERESTS
-from priors.judge import HISTORY_ALONE, Measure, RequestValues, load_requests
+from priors.judge import CONTROLS, Measure, RequestValues, load_requests
 
 STAGE = "forecasts"
 FORECASTS = ("lm", "anchor")
 EXACT = ("nll", "interest_nll", "interest_recall")
 """Measures of the evaluation prompts that have no like among those of all user-periods."""
-CONTROLS = ("lm, other prompt", "lm, constant hidden", HISTORY_ALONE)
 
 Float = NDArray[np.float64]
 

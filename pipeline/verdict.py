@@ -14,7 +14,7 @@ from enum import Enum
 from typing import Literal
 
 from data.statistics import LEVEL, Row
-from priors.judge import HISTORY_ALONE
+from priors.judge import CONTROLS, HISTORY_ALONE
 
 NOT_SHOWN = "no gain shown: the interval includes zero"
 MINUS = "\N{MINUS SIGN}"
@@ -110,7 +110,6 @@ HEADLINES = (
     Headline("ranking", "normalized_entropy"),
 )
 AGAINST = ("anchor", "none")  # the first is the headline
-CONTROLS = ("lm, other prompt", "lm, constant hidden", HISTORY_ALONE)
 SEGMENT = "all"
 
 
@@ -303,8 +302,11 @@ def control_summary(found: Sequence[Finding]) -> str:
     short = [finding.comparison for finding in found if finding.outcome is not Outcome.GAIN]
     return (
         f"It is not shown that the LM reads the user's own prompt: it does not beat {_all(found)} "
-        f"({_join(short)}: {('no gain', 'no gain in either', 'no gain in any')[len(short) - 1]})."
+        f"({_join(short)}: {_NO_GAIN.get(len(short), 'no gain in any')})."
     )
+
+
+_NO_GAIN = {1: "no gain", 2: "no gain in either"}
 
 
 def _all(controls: Sequence[Finding]) -> str:

@@ -151,7 +151,7 @@ class PriorModel:
             log: the events that prompts and anchor are made of.
             ids: the advertiser IDs it was fitted on, or the same with new advertisers beside them: codes, vectors
                 and tokens stay, so that a new advertiser is forecast by the codes it shares with its kind.
-            cfg: the current configuration; base model, prompt and head are the artifact's own.
+            cfg: the current configuration; base model, prompt, head and history are the artifact's own.
             base: its :func:`load_base`, where that was read before.
             lists: read the LM whose lists serve retrieval, where :attr:`reward` says that it is another one.
 
@@ -227,6 +227,7 @@ def _history_config(plain: dict[str, Any]) -> HistoryConfig:
 
 
 def history_vectors(cfg: HistoryConfig, counts: Counts, ids: AdvertiserIds) -> HistoryVectors | None:
+    """What gives the history vectors; None where they are left out."""
     return HistoryVectors(counts, ids, decay=cfg.decay) if cfg.prompts else None
 
 

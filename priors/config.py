@@ -61,6 +61,26 @@ class ProbeConfig:
     batch_size: int = 64
 
 
+def _too_small(settings: object, section: str, least: dict[str, int], *, without: str) -> list[UserError]:
+    """Whole numbers of a part of the fit that are below what they have to be.
+
+    Args:
+        settings: of the part; with no prompts it is left out.
+        section: its name below ``prior``.
+        least: the smallest value of each number.
+        without: what is left out, in words.
+    """
+    return [
+        UserError(
+            f"prior.{section}.{name}={getattr(settings, name)}",
+            expected=f"a whole number, at least {minimum}",
+            action=f"raise prior.{section}.{name}; prior.{section}.prompts=0 leaves {without} out",
+        )
+        for name, minimum in least.items()
+        if getattr(settings, name) < minimum
+    ]
+
+
 @dataclass
 class HistoryConfig:
     """The history vector beside the prompt: all that a user bought, see `priors.history`.
@@ -83,15 +103,7 @@ class HistoryConfig:
     batch_size: int = 1024
 
     def __post_init__(self) -> None:
-        errors = [
-            UserError(
-                f"prior.history.{name}={getattr(self, name)}",
-                expected=f"a whole number, at least {minimum}",
-                action=f"raise prior.history.{name}; prior.history.prompts=0 leaves the history vector out",
-            )
-            for name, minimum in {"prompts": 0, "epochs": 1, "batch_size": 1}.items()
-            if getattr(self, name) < minimum
-        ]
+        errors = _too_small(self, "history", {"prompts": 0, "epochs": 1, "batch_size": 1}, without="the history vector")
         if not 0 < self.decay <= 1:
             errors.append(
                 UserError(
@@ -310,15 +322,9 @@ class WarmUpConfig:
     to_text: str = "\nAdvertiser{id} sells {words}"
 
     def __post_init__(self) -> None:
-        errors = [
-            UserError(
-                f"prior.warm_up.{name}={getattr(self, name)}",
-                expected=f"a whole number, at least {minimum}",
-                action=f"raise prior.warm_up.{name}; prior.warm_up.prompts=0 leaves the warm-up out",
-            )
-            for name, minimum in {"prompts": 0, "max_tokens": 1, "held_out": 1, "batch_size": 1}.items()
-            if getattr(self, name) < minimum
-        ]
+        errors = _too_small(
+            self, "warm_up", {"prompts": 0, "max_tokens": 1, "held_out": 1, "batch_size": 1}, without="the warm-up"
+        )
         if not self.text_weight >= 0:
             errors.append(
                 UserError(
@@ -370,16 +376,9 @@ class RewardConfig:
     head_learning_rate: float = 2e-4
 
     def __post_init__(self) -> None:
-        least = {"prompts": 0, "lists": 2, "length": 1, "batch_size": 1}
-        errors = [
-            UserError(
-                f"prior.reward.{name}={getattr(self, name)}",
-                expected=f"a whole number, at least {minimum}",
-                action=f"raise prior.reward.{name}; prior.reward.prompts=0 leaves the stage out",
-            )
-            for name, minimum in least.items()
-            if getattr(self, name) < minimum
-        ]
+        errors = _too_small(
+            self, "reward", {"prompts": 0, "lists": 2, "length": 1, "batch_size": 1}, without="the stage"
+        )
         if self.length > PAID:
             errors.append(
                 UserError(

@@ -41,13 +41,26 @@ from priors.decode import TreeDecoder
 from priors.fit import batches, rows_of, sample_rows
 from priors.forecast import TableForecast
 from priors.interests import TOP_INTERESTS, shares
-from priors.judge import HEADLINE, HISTORY_ALONE, KS, Measure, RequestValues, Scorer, Segments, compared, judge_lists
+from priors.judge import (
+    CONSTANT_HIDDEN,
+    CONTROLS,
+    HEADLINE,
+    HISTORY_ALONE,
+    KS,
+    OTHER_PROMPT,
+    Measure,
+    RequestValues,
+    Scorer,
+    Segments,
+    compared,
+    judge_lists,
+)
 from priors.metrics import ndcg_at_k, recall_at_k, target_ranks
 from priors.tree_reader import reader_of
 
 Float = NDArray[np.float64]
 
-AGAINST = (HEADLINE, "lm, other prompt", "lm, constant hidden", HISTORY_ALONE)
+AGAINST = (HEADLINE, *CONTROLS)
 """What the LM is compared with, beside popularity and the baselines."""
 _CHUNK, _SAMPLE = 512, 0
 
@@ -122,17 +135,15 @@ def _likelihood(
     other_batches = list(batches(other, prior.collator, cfg.batch_size))
     log_prob_T = {
         "lm": exact_log_prob(prior.model, tree_batches, prior.calibration),
-        "lm, other prompt": exact_log_prob(prior.model, other_batches, prior.calibration),
-        "lm, constant hidden": exact_log_prob(
-            prior.model, tree_batches, prior.calibration, constant_LH=prior.constant_LH
-        ),
+        OTHER_PROMPT: exact_log_prob(prior.model, other_batches, prior.calibration),
+        CONSTANT_HIDDEN: exact_log_prob(prior.model, tree_batches, prior.calibration, constant_LH=prior.constant_LH),
         "anchor": _base_log_prob(prior.base, targets),
         "anchor, untuned": _base_log_prob(untuned, targets),
         "popularity": _base_log_prob(popularity, targets),
     }
     if prior.compiler.history is not None:
         log_prob_T[HISTORY_ALONE] = exact_log_prob(
-            prior.model, tree_batches, prior.calibration, constant_LH=prior.constant_hidden
+            prior.model, tree_batches, prior.calibration, constant_LH=prior.constant_hidden, own_history=True
         )
     segments = Segments(log, targets)
     return {
@@ -149,6 +160,7 @@ def exact_log_prob(
     calibration: Calibration,
     *,
     constant_LH: torch.Tensor | None = None,
+    own_history: bool = False,
 ) -> Float:
     """Calibrated log-probability of each target by teacher forcing.
 
@@ -156,8 +168,8 @@ def exact_log_prob(
         model: the LM.
         tree_batches: prompts with their targets.
         calibration: weights of logits and base.
-        constant_LH: what to give the head at each level instead of the LM's hidden states; where it is as wide as all
-            that the head reads, instead of the prompts' history vectors too.
+        constant_LH: what to give the head at each level instead of what it reads.
+        own_history: the constants stand for hidden states alone, with the prompts' own history vectors beside them.
 
     Returns:
         ``(T,)``, in the order of the prompts' targets.
@@ -169,15 +181,20 @@ def exact_log_prob(
             hidden = model.hidden(batch)
             at = [batch.states(hidden, decisions) for decisions in batch.levels]
         else:
-            at = [constant_LH[level].expand(len(d.row_N), -1) for level, d in enumerate(batch.levels)]
-            if batch.history_BF is not None and constant_LH.shape[1] == model.head.hidden_size:
-                at = [
-                    with_history(hidden_NH, batch.history_BF[d.row_N])
-                    for hidden_NH, d in zip(at, batch.levels, strict=True)
-                ]
+            history_BF = batch.history_BF if own_history else None
+            at = [
+                _same_for_all(constant_LH[level], len(d.row_N), None if history_BF is None else history_BF[d.row_N])
+                for level, d in enumerate(batch.levels)
+            ]
         logits.append([model.head(state_NS, level) for level, state_NS in enumerate(at)])
     weight, exponent = torch.tensor(calibration.lm_weight), torch.tensor(calibration.base_exponent)
     return torch.cat(calibrated_log_prob(tree_batches, logits, weight, exponent)).double().numpy()
+
+
+def _same_for_all(constant_H: torch.Tensor, n: int, history_NF: torch.Tensor | None) -> torch.Tensor:
+    """A constant as what the head reads of ``n`` prompts, with their own history vectors beside it where given."""
+    constant_NH = constant_H.expand(n, -1)
+    return constant_NH if history_NF is None else with_history(constant_NH, history_NF)
 
 
 def judge_interests(prior: PriorModel, targets: Targets, cfg: PriorConfig) -> dict[Measure, Float]:
@@ -224,12 +241,12 @@ def _control_lists(prior: PriorModel, targets: Targets, cfg: PriorConfig) -> dic
     """Recall and NDCG of the LM and its controls, all as of the period asked for."""
     decoder = TreeDecoder(prior.model, prior.base, prior.calibration, cfg.decode)
     ranks: dict[str, list[NDArray[np.int64]]] = {}
-    reader: dict[str, NDArray[np.integer]] = {"lm": targets.user, "lm, other prompt": another_user(targets)}
+    reader: dict[str, NDArray[np.integer]] = {"lm": targets.user, OTHER_PROMPT: another_user(targets)}
     for start in range(0, len(targets), cfg.decode.batch_size):
         rows = np.arange(start, min(start + cfg.decode.batch_size, len(targets)))
         part = targets.select(rows)
         anchor_BA = prior.base.log_probs(part.user, part.period)
-        scores = {"lm, constant hidden": constant_log_probs(prior, part.user, part.period), "anchor": anchor_BA}
+        scores = {CONSTANT_HIDDEN: constant_log_probs(prior, part.user, part.period), "anchor": anchor_BA}
         if prior.compiler.history is not None:
             scores[HISTORY_ALONE] = constant_log_probs(prior, part.user, part.period, own_history=True)
         for arm, user_R in reader.items():
@@ -271,16 +288,13 @@ def constant_log_probs(
         ValueError: it is asked for history vectors, and the forecaster has none.
     """
     trie, scores, calibration = prior.base.trie, [], prior.calibration
-    history_BF: torch.Tensor | None = None
+    history_BF, constant_LH = None, prior.constant_LH
     if own_history:
         if prior.compiler.history is None:
             raise ValueError("own_history=True of a forecaster without history vectors")
-        history_BF = torch.from_numpy(prior.compiler.history(user_B, period_B))
+        history_BF, constant_LH = torch.from_numpy(prior.compiler.history(user_B, period_B)), prior.constant_hidden
     for level, base_BN in enumerate(prior.base.child_scores(user_B, period_B)):
-        if history_BF is None:
-            state_BS = prior.constant_LH[level][None]
-        else:
-            state_BS = with_history(prior.constant_hidden[level].expand(len(history_BF), -1), history_BF)
+        state_BS = _same_for_all(constant_LH[level], 1 if history_BF is None else len(history_BF), history_BF)
         logit_BV = prior.model.head(state_BS, level).double().numpy()
         bias_BN = calibration.lm_weight[level] * logit_BV[:, trie.child_code[level]]
         scores.append(calibration.base_exponent[level] * base_BN + bias_BN)

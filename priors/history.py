@@ -31,7 +31,7 @@ from models.prior_lm import Decisions, HeadConfig, IdHead, PriorLM, TreeBatch
 from priors.anchor import Counts
 from priors.config import HistoryConfig, ProbeConfig
 from priors.dataset import PromptDataset, TreeCollator
-from priors.probe import LevelStates, fit_levels, in_batches, joined_states
+from priors.probe import LevelStates, fit_levels, in_batches, joined_states, levels_by_head
 from semantic_ids.advertiser_ids import AdvertiserIds
 
 _AT_ONCE = 64
@@ -126,8 +126,9 @@ def history_states(dataset: PromptDataset, collator: TreeCollator) -> list[Level
     """All decisions of some prompts, where the head reads history vectors alone; as of `priors.probe.read_states`."""
 
     def read(batch: TreeBatch) -> Callable[[Decisions], tuple[Tensor, Tensor]]:
+        if batch.history_BF is None:
+            raise ValueError("prompts without history vectors: their compiler has none")
         history_BF = batch.history_BF
-        assert history_BF is not None
         return lambda decisions: (history_BF, decisions.row_N)
 
     rows = list(range(len(dataset)))
@@ -136,8 +137,4 @@ def history_states(dataset: PromptDataset, collator: TreeCollator) -> list[Level
 
 def _readers(model: PriorLM, states: list[LevelStates]) -> list[tuple[IdHead, list[LevelStates]]]:
     """What reads the history in each head of a model, with its part of the decisions."""
-    n_levels = model.head.n_levels
-    heads = [(model.head, states[:n_levels])]
-    if model.interest_head is not None and len(states) > n_levels:
-        heads.append((model.interest_head, states[n_levels:]))
-    return [(head.history, part) for head, part in heads if head.history is not None]
+    return [(head.history, part) for head, part in levels_by_head(model, states) if head.history is not None]

@@ -42,8 +42,10 @@ Scorer = Callable[[NDArray[np.integer], NDArray[np.integer]], NDArray[np.floatin
 KS = (1, 5, 10, 20, 50)
 HEADLINE, COMPARED = "anchor", ("all", "new")
 """A forecast is compared with the anchor in every segment, with all others in these."""
-HISTORY_ALONE = "lm, history alone"
-"""The control that is told the user's history vector and a hidden state that is the same for all."""
+OTHER_PROMPT, CONSTANT_HIDDEN, HISTORY_ALONE = "lm, other prompt", "lm, constant hidden", "lm, history alone"
+CONTROLS = (OTHER_PROMPT, CONSTANT_HIDDEN, HISTORY_ALONE)
+"""What the LM has to beat, if it has read anything: another user's prompt, a hidden state that is the same for all, and
+that beside the user's own history vector."""
 REQUESTS = "requests.safetensors"
 _CHUNK = 512
 

@@ -176,7 +176,7 @@ def test_the_control_by_history_alone_is_exact_and_not_the_constant_one(fitted: 
     alone_BA = constant_log_probs(prior, targets.user, targets.period, own_history=True)
     np.testing.assert_allclose(np.exp(alone_BA).sum(1), 1.0, atol=1e-5)
     tree = list(batches(PromptDataset(targets, prior.compiler), prior.collator, 4))
-    forced_T = exact_log_prob(prior.model, tree, prior.calibration, constant_LH=prior.constant_hidden)
+    forced_T = exact_log_prob(prior.model, tree, prior.calibration, constant_LH=prior.constant_hidden, own_history=True)
     np.testing.assert_allclose(alone_BA[targets.row, targets.item], forced_T, atol=1e-4)
     constant_BA = constant_log_probs(prior, targets.user, targets.period)
     forced_T = exact_log_prob(prior.model, tree, prior.calibration, constant_LH=prior.constant_LH)
