@@ -219,7 +219,7 @@ class IdHead(nn.Module):
     ) -> None:
         super().__init__()
         self.hidden_size, self.dropout = hidden_size, nn.Dropout(dropout)
-        self.history = IdHead(codebooks, history_size, kind, dropout=dropout) if history_size else None
+        self.history = HistoryHead(codebooks, history_size, kind, dropout=dropout) if history_size else None
         self.tied, self.free = "tied" in kind, "free" in kind
         self.n_levels, self.level_sizes = len(codebooks), [len(codes_VD) for codes_VD in codebooks]
         for level, codes_VD in enumerate(codebooks):
@@ -291,8 +291,16 @@ class IdHead(nn.Module):
         if str(level) in self.rows:
             scores_NV = scores_NV + unit_NH @ self.rows[str(level)].T
         if self.history is not None and history_NF.shape[1]:
-            scores_NV = scores_NV + self.history(history_NF, level) * history_NF.any(-1, keepdim=True)
+            scores_NV = scores_NV + self.history(history_NF, level)
         return scores_NV
+
+
+class HistoryHead(IdHead):
+    """The part of an :class:`IdHead` that reads history vectors; it says nothing of who bought nothing yet."""
+
+    def forward(self, state_NS: Tensor, level: int) -> Tensor:
+        """Scores ``(N, V_level)`` in float32; zeros where a history vector is."""
+        return super().forward(state_NS, level) * state_NS.any(-1, keepdim=True)
 
 
 class PriorLM(nn.Module):

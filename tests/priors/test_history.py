@@ -21,7 +21,7 @@ from priors.artifact import PriorModel
 from priors.config import HistoryConfig, ProbeConfig
 from priors.dataset import PromptDataset
 from priors.evaluate import another_user, constant_log_probs, exact_log_prob
-from priors.fit import batches, fit_prior, sample_rows
+from priors.fit import _load_start, _select_nll, batches, fit_prior, sample_rows
 from priors.history import HistoryVectors, fit_history, history_size
 from priors.probe import LevelStates, fit_levels
 from semantic_ids.advertiser_ids import AdvertiserIds
@@ -132,6 +132,34 @@ def test_decisions_that_share_a_row_learn_as_those_with_a_row_each() -> None:
     assert reports[0]["nll_after"][0] < reports[0]["nll_before"][0] - 0.1
     for name, value in reports[0].items():
         assert value == pytest.approx(reports[1][name]), name
+
+
+@pytest.mark.parametrize("probe", [0, 16])
+def test_a_fit_starts_from_what_it_says_with_users_who_bought_nothing_yet(
+    fitted: Fitted, tmp_path: Path, probe: int
+) -> None:
+    """What is told of the start is the NLL of the forecaster as it is served."""
+    log = fitted.log
+    # A third of the users come in the last period to learn from, another third in the selection span.
+    comes_U = np.array([0, log.split.prior_fit[1], log.split.prior_select[0]])[np.arange(len(log.user_ids)) % 3]
+    early = log.events.period < comes_U[log.events.user]
+    events = replace(log.events, advertiser=np.where(early, -1, log.events.advertiser).astype(np.int32))
+    thin = replace(log, events=events)
+    history = HistoryConfig(epochs=20, learning_rate=0.05, dropout=0.0, batch_size=32)
+    cfg = tiny_prior_config(history=history, probe=ProbeConfig(prompts=probe, epochs=2))
+    prior, metrics = fit_prior(thin, fitted.ids, cfg, work_dir=tmp_path)
+    vectors = prior.compiler.history
+    assert vectors is not None
+    for targets in (thin.advertiser_targets(thin.split.prior_fit), thin.advertiser_targets("prior_select")):
+        assert 0.05 < (~vectors(targets.user, targets.period).any(1)).mean() < 0.95
+    start: Any = metrics["start"]
+    model = prior.model
+    _load_start(model, tmp_path)
+    select = PromptDataset(
+        sample_rows(thin.advertiser_targets("prior_select"), cfg.select_prompts, cfg.seed), prior.compiler
+    )
+    served = _select_nll(model, select, prior.collator, cfg).mean()
+    assert start["select_nll"] == pytest.approx(served, abs=1e-4)
 
 
 def test_it_is_fitted_first_and_then_left_as_it_is(fitted: Fitted, tmp_path: Path) -> None:
