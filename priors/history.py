@@ -36,6 +36,8 @@ from semantic_ids.advertiser_ids import AdvertiserIds
 
 _AT_ONCE = 64
 """Prompts of a batch."""
+_PATIENCE = 3
+"""Passes without a gain after which a level is left."""
 
 
 class HistoryVectors:
@@ -109,7 +111,8 @@ def fit_history(
         reader.standardise_by([level.state_RS[level.state_RS.any(-1)] for level in levels])
     probe = ProbeConfig(epochs=cfg.epochs, weight_decay=cfg.weight_decay, batch_size=cfg.batch_size)
     rates = HeadConfig(learning_rate=cfg.learning_rate, period_learning_rate=head.period_learning_rate)
-    report = fit_levels(of_train, [levels for _, levels in of_select], probe, rates, seed=seed)
+    select_levels = [levels for _, levels in of_select]
+    report = fit_levels(of_train, select_levels, probe, rates, seed=seed, patience=_PATIENCE)
     freeze_history(model)
     return report
 

@@ -37,9 +37,6 @@ from models.prior_lm import Decisions, HeadConfig, IdHead, PriorLM, TreeBatch
 from priors.config import ProbeConfig
 from priors.dataset import PromptDataset, TreeCollator
 
-_PATIENCE = 3
-"""Passes without a gain after which a level is left."""
-
 
 @dataclass(frozen=True)
 class LevelStates:
@@ -192,6 +189,7 @@ def fit_levels(
     rates: HeadConfig,
     *,
     seed: int,
+    patience: int | None = None,
 ) -> dict[str, Any]:
     """Fit heads level by level; those without trainable weights are left out.
 
@@ -201,6 +199,7 @@ def fit_levels(
         cfg: passes.
         rates: of the head and of the period effects.
         seed: of the order of the decisions.
+        patience: passes without a gain after which a level is left; None makes them all.
 
     Returns:
         As of :func:`fit_probe`.
@@ -212,7 +211,7 @@ def fit_levels(
         if not any(weight.requires_grad for weight in fitted.parameters()):
             continue
         for level, states in enumerate(of_train):
-            before, after, epoch = _fit_level(fitted, level, states, stop_by[level], cfg, rates)
+            before, after, epoch = _fit_level(fitted, level, states, stop_by[level], cfg, rates, patience)
             for name, value in (("nll_before", before), ("nll_after", after), ("epoch", epoch)):
                 reports[-1][name].append(value)
     report = reports[0]
@@ -237,7 +236,13 @@ def levels_by_head(model: PriorLM, states: list[LevelStates]) -> list[tuple[IdHe
 
 
 def _fit_level(
-    head: IdHead, level: int, train: LevelStates, select: LevelStates, cfg: ProbeConfig, rates: HeadConfig
+    head: IdHead,
+    level: int,
+    train: LevelStates,
+    select: LevelStates,
+    cfg: ProbeConfig,
+    rates: HeadConfig,
+    patience: int | None,
 ) -> tuple[float, float, int]:
     named = head.named_parameters()
     weights = [weight for name, weight in named if name.endswith(f".{level}") and weight.requires_grad]
@@ -265,7 +270,7 @@ def _fit_level(
         nll = _nll(head, level, select, device)
         if nll < best:
             best, best_epoch, kept = nll, epoch, [weight.detach().clone() for weight in weights]
-        elif epoch - best_epoch >= _PATIENCE:
+        elif patience is not None and epoch - best_epoch >= patience:
             break
     with torch.no_grad():
         for weight, value in zip(weights, kept, strict=True):
