@@ -1,7 +1,7 @@
 """How good the forecast is, on the evaluated span: LM, tuned anchor, controls and baselines.
 
 *Likelihood* is exact: the targets are forced through the tree of their own prompt, as of the start of
-their own period. The two controls (DESIGN §5) answer whether the LM has read anything: ``other prompt`` shows another
+their own period. The controls (DESIGN §5) answer whether the LM has read anything: ``other prompt`` shows another
 user's prompt, and history, with one's own anchor, ``constant hidden`` gives the head the mean of what it reads. Where
 there are history vectors (`priors.history`), ``history alone`` gives it the user's own beside the mean hidden state:
 what the forecaster says without the LM. *Lists* are those that retrieval and ranking get: the newest forecast of the

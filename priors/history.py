@@ -12,8 +12,8 @@ that shares codes with what a user bought gains, whoever bought it before; a new
 colliding IDs apart have no vectors and no part in it.
 
 The weights that read the vector are fitted first, on all user-periods of the fit span, which needs no LM and takes
-seconds; then they stay as they are, and the LM learns what is left. So its own share is told apart: forecasts by
-anchor and history alone are a control of their own.
+about a minute; then they stay as they are, and the LM learns what is left. So its own share is told apart: forecasts
+by anchor and history alone are a control of their own.
 
 Shapes: B user-periods, F features, L levels with vectors, V codes and D features of a level.
 """

@@ -2,8 +2,8 @@
 
 It trains what the fine-tuning will train below the head: the adapters (all weights with ``prior.train=full``), and the
 ID tokens' input rows where ``prior.base.train_input_rows`` lets them learn. The head that it needs for words ─► ID is
-thrown away after: the forecaster's has to start at zero, where the forecast is the anchor. There is no anchor here
-either, for there is no user: all legal children are equally likely before the LM has spoken.
+thrown away after: the forecaster's has to start at zero, where the forecast is anchor and history. There is no anchor
+here either, for there is no user: all legal children are equally likely before the LM has spoken.
 
 Some advertisers are held out, to tell whether a *new* ID means something: both losses on them are reported before and
 after.
