@@ -17,6 +17,7 @@ from data.errors import UserError
 from pipeline.forecasts import open_prior
 from pipeline.prompts import period_of, user_of
 from priors.decode import TreeDecoder
+from priors.evaluate import constant_log_probs
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class ExplainedAdvertiser:
         id_tokens, token_ids: its semantic ID, by name and as the model reads it.
         log_prob: its exact log-probability.
         anchor_log_prob: what the tuned anchor alone gives it.
-        lm_share: log_prob - anchor_log_prob: what the LM makes of it.
+        history_log_prob: what anchor and history vector give it without the LM; None without such vectors.
+        lm_share: log_prob less that of the line above, or else the anchor's: what the LM makes of it.
     """
 
     advertiser_id: Any
@@ -37,6 +39,7 @@ class ExplainedAdvertiser:
     token_ids: list[int]
     log_prob: float
     anchor_log_prob: float
+    history_log_prob: float | None
     lm_share: float
 
 
@@ -65,7 +68,9 @@ class Explanation:
         mass: probability of the advertisers listed.
         certified: whether they are proven to be the most probable ones.
         anchor_share: how much of the list's mass the anchor alone gives to the same advertisers.
-        divergence: Kullback-Leibler divergence of the listed part from the anchor, in nats: what the LM has changed.
+        divergence: Kullback-Leibler divergence of the listed part from the anchor, in nats: what history and LM have
+            changed.
+        lm_divergence: the same from anchor and history, in nats: what the LM alone has changed.
         advertisers: best first.
         interests: the likeliest ones, best first; none where the forecaster has none.
     """
@@ -79,6 +84,7 @@ class Explanation:
     certified: bool
     anchor_share: float
     divergence: float
+    lm_divergence: float
     advertisers: list[ExplainedAdvertiser]
     interests: list[ExplainedInterest]
 
@@ -114,6 +120,9 @@ def explain(run: Path, user: str, as_of: str, top_k: str = "10", overrides: Sequ
     else:
         advertisers, log_prob_K, anchor_K = one.advertiser_K, one.log_prob_K, one.anchor_log_prob_K
         certified = one.certified
+    without_lm_K, has_history = anchor_K, prior.compiler.history is not None
+    if has_history:
+        without_lm_K = constant_log_probs(prior, *asked[1:], own_history=True)[0, advertisers]
     tables, ids, offset = log.tables.advertisers, prior.compiler.ids, np.cumsum([0, *trie.level_sizes[:-1]])
     names = tables["name"].to_list() if "name" in tables.columns else [None] * trie.n_advertisers
     listed = [
@@ -124,9 +133,12 @@ def explain(run: Path, user: str, as_of: str, top_k: str = "10", overrides: Sequ
             token_ids=(prior.compiler.first_id_token + offset + ids.codes_AL[advertiser]).tolist(),
             log_prob=float(log_prob),
             anchor_log_prob=float(anchor),
-            lm_share=float(log_prob - anchor),
+            history_log_prob=float(without_lm) if has_history else None,
+            lm_share=float(log_prob - without_lm),
         )
-        for advertiser, log_prob, anchor in zip(advertisers, log_prob_K, anchor_K, strict=True)
+        for advertiser, log_prob, anchor, without_lm in zip(
+            advertisers, log_prob_K, anchor_K, without_lm_K, strict=True
+        )
     ]
     categories = () if prior.interests is None else prior.interests.space.names
     interests = [
@@ -146,6 +158,7 @@ def explain(run: Path, user: str, as_of: str, top_k: str = "10", overrides: Sequ
         certified=certified,
         anchor_share=float(np.exp(anchor_K).sum()),
         divergence=float((prob_K * (log_prob_K - anchor_K)).sum()),
+        lm_divergence=float((prob_K * (log_prob_K - without_lm_K)).sum()),
         advertisers=listed,
         interests=interests,
     )
@@ -153,14 +166,16 @@ def explain(run: Path, user: str, as_of: str, top_k: str = "10", overrides: Sequ
 
 def to_console(explained: Explanation) -> Group:
     """The forecast for people."""
-    table = Table("advertiser", "name", "ID", "probability", "anchor", "LM / anchor")
+    factors = ("history", "LM") if any(one.history_log_prob is not None for one in explained.advertisers) else ("LM",)
+    table = Table("advertiser", "name", "ID", "probability", "anchor", *(f"× {factor}" for factor in factors))
     for column in table.columns[3:]:
         column.justify = "right"
     for one in explained.advertisers:
         prob, anchor = np.exp(one.log_prob), np.exp(one.anchor_log_prob)
-        ratio = f"{np.exp(one.lm_share):.2f}"
+        shares = [one.log_prob - one.lm_share - one.anchor_log_prob, one.lm_share][-len(factors) :]
+        ratios = [f"{np.exp(share):.2f}" for share in shares]
         table.add_row(
-            str(one.advertiser_id), one.name or "-", " ".join(one.id_tokens), f"{prob:.4f}", f"{anchor:.4f}", ratio
+            str(one.advertiser_id), one.name or "-", " ".join(one.id_tokens), f"{prob:.4f}", f"{anchor:.4f}", *ratios
         )
     interests = Table("interest", "probability", "anchor")
     for column in interests.columns[1:]:
@@ -176,7 +191,8 @@ def to_console(explained: Explanation) -> Group:
         table,
         Text(
             f"{len(explained.advertisers)} advertisers, {proven}: {explained.mass:.3f} of the probability "
-            f"({explained.anchor_share:.3f} by the anchor alone; the LM moves it by {explained.divergence:.4f} nat)"
+            f"({explained.anchor_share:.3f} by the anchor alone). It is {explained.divergence:.4f} nat off the anchor; "
+            f"the LM's part is {explained.lm_divergence:.4f} nat."
         ),
         *((Text(), interests) if explained.interests else ()),
     )

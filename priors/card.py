@@ -20,6 +20,11 @@ weighs both as `prior.json` says (`calibration`), and normalises over the codes 
 (`ids/`). The adapters are merged and all weights are in float32."""
 
 
+_NOT_THE_HISTORY = """
+
+What the history vector adds (`prior.json`, `history`) is no function of the tokens and is not in these logits. A
+forecast by this model and the anchor alone is the forecaster's without it; for the whole, load the artifact."""
+
 _TAKEN = {
     "none": "its result is not used",
     "lists": "its lists serve retrieval (`reward/`); probabilities and ranking features are those from before it",
@@ -63,6 +68,7 @@ def model_card(
     how = "all weights" if prior.get("train") == "full" else f"LoRA of rank {prior['lora']['rank']}"
     nll = metrics.get("select_nll_by_part") or []
     split = ", ".join(f"{name} {data['split'][name]}" for name in ("prior_fit", "prior_select"))
+    history = plain.get("history")
     facts = {
         "Base model": f"`{base['name']}`, from {weights}",
         "Trained": f"{how}, and a head of kind `{plain['head']['kind']}` over semantic IDs",
@@ -71,12 +77,15 @@ def model_card(
         "Steps": metrics.get("steps"),
         "NLL on the selection span, after each part": ", ".join(f"{value:.4f}" for value in nll),
         "NLL of the anchor on the same prompts": f"{metrics.get('select_nll_anchor', float('nan')):.4f}",
-        "History vector": _history(plain.get("history"), metrics.get("start")),
+        "History vector": _history(history, metrics.get("start")),
         "Interests": _interests(plain.get("interests"), metrics.get("interests")),
         "Reward stage": _reward(metrics.get("reward")),
         "Advertiser IDs": f"version `{plain['ids_version'][:12]}`",
         "Packages": ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
     }
+    use = "`priors.artifact.PriorModel.load`; `adsid priors export` writes a plain causal LM of it."
+    if exported:
+        use = _USE + (_NOT_THE_HISTORY if history and history["prompts"] else "")
     command = "adsid priors export --run <run directory> --out <this directory>"
     made = f"`{command}`, of the stage `prior`" if exported else "the stage `prior` (`python train.py stage=prior`)"
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
@@ -91,7 +100,7 @@ A causal LM that reads a prompt about a user and scores the tokens of advertiser
 
 ## Use
 
-{_USE if exported else "`priors.artifact.PriorModel.load`; `adsid priors export` writes a plain causal LM of it."}
+{use}
 
 ## Configuration
 

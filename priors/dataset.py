@@ -85,8 +85,14 @@ class PromptDataset(Dataset[Example]):
 
 
 def history_of(read: Sequence[Prompt | Example]) -> torch.Tensor | None:
-    """History vectors of some prompts, ``(B, F)``; None where they have none."""
+    """History vectors of some prompts, ``(B, F)``; None where they have none.
+
+    Raises:
+        ValueError: some have one and some have none.
+    """
     vectors = [one.history_F for one in read if one.history_F is not None]
+    if vectors and len(vectors) < len(read):
+        raise ValueError(f"{len(vectors)} of {len(read)} prompts with a history vector: all or none have one")
     return torch.from_numpy(np.stack(vectors)) if vectors else None
 
 

@@ -24,6 +24,7 @@ from pipeline.engine import locked
 from pipeline.forecasts import JobConfig, generate, open_prior
 from priors.base_model import load_base_model
 from priors.config import BaseModelConfig, DecodeConfig
+from priors.decode import TreeDecoder
 from priors.fit import fit_prior
 from priors.lookup import PriorLookup
 from priors.table import shard_files
@@ -223,6 +224,27 @@ def test_interests_agree_with_the_head_by_hand(run: Path) -> None:
     best = np.argsort(-log_prob_C)[:5]
     assert [one["interest"] for one in explained["interests"]] == [plain["interests"]["names"][c] for c in best]
     np.testing.assert_allclose([one["log_prob"] for one in explained["interests"]], log_prob_C[best], atol=1e-4)
+
+
+def test_explain_tells_the_lms_part_from_the_historys(run: Path) -> None:
+    """The anchor, times the history, times the LM; where the head reads the history alone, the LM has no part."""
+    explained = json.loads(
+        adsid("explain", "--run", run, "--user", "u003", "--as-of", 9, "--top-k", "all", "--json").stdout
+    )
+    config, log, prior = open_prior(run)
+    user = log.user_ids.tolist().index("u003")
+    asked = np.array([user]), np.array([9])
+    with torch.no_grad():
+        for name, weight in prior.model.head.named_parameters():
+            weight.mul_(1.0 if name.startswith("history") else 0.0)
+    compiled = [prior.compiler.compile(user, 9)]
+    decoder = TreeDecoder(prior.model, prior.base, prior.calibration, config.prior.decode)
+    without_lm_A = decoder.score(compiled, *asked, [np.arange(30)])[0][0]
+    for one in explained["advertisers"]:
+        assert one["history_log_prob"] == pytest.approx(without_lm_A[one["advertiser_id"] - 100], abs=0.02)
+        assert one["lm_share"] == pytest.approx(one["log_prob"] - one["history_log_prob"])
+    assert any(abs(one["history_log_prob"] - one["anchor_log_prob"]) > 1e-3 for one in explained["advertisers"])
+    assert explained["lm_divergence"] < explained["divergence"]
 
 
 def test_explain_shows_words_ids_and_whether_the_list_is_proven(run: Path) -> None:

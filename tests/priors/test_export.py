@@ -106,6 +106,7 @@ def test_the_card_says_what_the_manifest_says(fitted: Fitted, exported: Path) ->
     assert f"{fitted.metrics['select_nll_anchor']:.4f}" in card
     assert "adsid priors export" in card
     assert "nan" not in card
+    assert "What the history vector adds" in card  # a forecast by these logits alone is not the forecaster's
 
 
 def test_what_is_no_artifact_is_told(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from models.prior_lm import HeadConfig, IdHead, with_history
 from priors.anchor import Counts
 from priors.artifact import PriorModel
 from priors.config import HistoryConfig, ProbeConfig
-from priors.dataset import PromptDataset
+from priors.dataset import PromptDataset, history_of
 from priors.evaluate import another_user, constant_log_probs, exact_log_prob
 from priors.fit import _load_start, _select_nll, batches, fit_prior, sample_rows
 from priors.history import HistoryVectors, fit_history, history_size
@@ -210,6 +210,12 @@ def test_the_control_by_history_alone_is_exact_and_not_the_constant_one(fitted: 
     forced_T = exact_log_prob(prior.model, tree, prior.calibration, constant_LH=prior.constant_LH)
     np.testing.assert_allclose(constant_BA[targets.row, targets.item], forced_T, atol=1e-4)
     assert np.abs(alone_BA - constant_BA).max() > 0.01
+
+
+def test_prompts_of_which_some_have_no_vector_are_told(fitted: Fitted) -> None:
+    compiled = [fitted.prior.compiler.compile(user, 6) for user in (0, 1)]
+    with pytest.raises(ValueError, match="1 of 2 prompts with a history vector"):
+        history_of([compiled[0], replace(compiled[1], history_F=None)])
 
 
 def test_a_forecaster_without_it_has_no_such_control(fitted: Fitted, tmp_path: Path) -> None:
