@@ -20,9 +20,13 @@ from priors.interests import TOP_INTERESTS
 from priors.judge import CONTROLS, Measure, RequestValues, load_requests
 
 STAGE = "forecasts"
-FORECASTS = ("lm", "anchor")
-EXACT = ("nll", "interest_nll", "interest_recall")
-"""Measures of the evaluation prompts that have no like among those of all user-periods."""
+FORECASTS, START = ("lm", "anchor"), "start"
+EXACT = ("nll", "interest_nll", "interest_recall", "select_nll")
+"""Measures of the evaluation prompts, or the selection prompts, that have no like among those of all user-periods.
+``select_nll`` is of the LM as it was trained, also where the forecaster went back to its ``start``, and a little
+flattering: the best part of the training was chosen on the same prompts."""
+LISTS = 2
+"""Place of the figures of all user-periods."""
 
 Float = NDArray[np.float64]
 
@@ -40,15 +44,18 @@ def compare_forecasts(runs: Mapping[str, Sequence[Path]]) -> list[Row]:
         UserError: arms were judged on different user-periods.
     """
     first = next(iter(runs))
-    seeds = {arm: [load_requests(run / STAGE) for run in of_seeds] for arm, of_seeds in runs.items()}
+    seeds = {
+        arm: [[*load_requests(run / "prior"), *load_requests(run / STAGE)] for run in of_seeds]
+        for arm, of_seeds in runs.items()
+    }
     rows: list[Row] = []
     for arm, of_seeds in seeds.items():
-        for number, _ in enumerate(of_seeds[0]):  # of the evaluation prompts, and of all user-periods
+        for number, _ in enumerate(of_seeds[0]):  # selection prompts, evaluation prompts, all user-periods
             own = [requests[number] for requests in of_seeds]
             others = [requests[number] for requests in seeds[first]]
             if arm != first:
                 _check_same(arm, own, first, others)
-            rows += _rows(arm, own, first, others, exact=number == 0)
+            rows += _rows(arm, own, first, others, exact=number < LISTS)
     return rows
 
 
@@ -67,12 +74,12 @@ def _rows(
         values = [one.values[measure] for one in own]
         # The evaluation prompts' lists are there to be compared with those of the controls alone.
         leads = not exact or measure.metric in EXACT or forecast in CONTROLS
-        if forecast in (*FORECASTS, *CONTROLS) and leads:
+        if forecast in (*FORECASTS, START, *CONTROLS) and leads:
             row(values, measure, f"{arm} / {forecast}")
         if forecast in FORECASTS and leads and arm != first and all(measure in one.values for one in others):
             differences = [a - one.values[measure] for a, one in zip(values, others, strict=True)]
             row(differences, measure, f"{arm} / {forecast}{DIFFERENCE}{first} / {forecast}")
-        for against in ("anchor", *CONTROLS) if forecast == "lm" else ():
+        for against in ("anchor", START, *CONTROLS) if forecast == "lm" else ():
             base = measure._replace(arm=against)
             if (leads or against in CONTROLS) and base in own[0].values:
                 differences = [a - one.values[base] for a, one in zip(values, own, strict=True)]
@@ -87,7 +94,7 @@ def _check_same(arm: str, own: Sequence[RequestValues], first: str, others: Sequ
             raise UserError(
                 f"arms {arm} and {first}, judged on {len(one.user_R)} and {len(other.user_R)} other user-periods",
                 expected="the same user-periods in all arms",
-                action="leave data, prior.panel and prior.evaluation_prompts the same in all arms",
+                action="leave data and prior.panel, evaluation_prompts and select_prompts the same in all arms",
             )
 
 
@@ -108,10 +115,12 @@ PRIOR = Kind(
         Shown("new recall@10", "recall", segment="new", k=10),
         Shown("active recall@10", "recall", segment="active", k=10),
         Shown("anchor's NLL", "nll", of="anchor"),
+        Shown("selection NLL, as trained", "select_nll"),
         Shown("interests' NLL", "interest_nll"),
         Shown("interests' recall@5", "interest_recall", k=TOP_INTERESTS),
     ),
     within=(
+        Shown("selection NLL, as trained − start", "select_nll", of="lm - start"),
         Shown("NLL, LM − anchor", "nll", of="lm - anchor"),
         Shown("NLL, LM − other prompt", "nll", of="lm - lm, other prompt"),
         Shown("NLL, LM − constant hidden", "nll", of="lm - lm, constant hidden"),

@@ -43,7 +43,7 @@ from priors.evaluate import evaluate_forecast
 from priors.fit import fit_prior
 from priors.forecast import Forecast, TableForecast
 from priors.generate import generate_priors
-from priors.judge import save_requests
+from priors.judge import REQUESTS, save_requests
 from priors.reward import fit_reward
 from priors.table import PriorTable
 from ranking.ablation import ORACLE, TRUE_CHANCE, compare, grid, predictions_of, run_ablation
@@ -97,7 +97,7 @@ def stages() -> list[Stage[AdsidConfig]]:
             lambda cfg: {"data": cfg.data, "prior": _fitting(cfg)},
             make_prior,
             ("prompts", "select_nll_by_part"),
-            version=4,
+            version=5,
         ),
         Stage(
             "forecasts",
@@ -193,6 +193,7 @@ def make_prior(context: Work) -> dict[str, Any]:
     prior, metrics = fit_prior(log, _ids(context), cfg, work_dir=context.work)
     prior, metrics["reward"] = fit_reward(prior, log, cfg, work_dir=context.work / "reward")
     prior.save(context.output)
+    shutil.copy2(context.work / REQUESTS, context.output)
     config = {"data": to_plain(context.config.data), "prior": _fitting(context.config)}
     card = model_card(config, metrics, package_versions(), read_plain(context.output), exported=False)
     (context.output / "README.md").write_text(card, encoding="utf-8")

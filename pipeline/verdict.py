@@ -56,6 +56,7 @@ class Metric:
 
 METRICS: dict[str, Metric] = {
     "nll": Metric("NLL", "lower", unit="nat"),
+    "select_nll": Metric("NLL of the selection prompts", "lower", unit="nat"),
     "listed_nll": Metric("NLL of the list", "lower", unit="nat"),
     "ece": Metric("ECE", "lower", digits=4),
     "recall": Metric("recall", "higher"),

@@ -51,6 +51,7 @@ from priors.config import AnchorConfig, PriorConfig
 from priors.dataset import PromptDataset, TreeCollator
 from priors.history import fit_history, freeze_history, history_size, history_states
 from priors.interests import Interests, InterestSpace, fit_interest_anchor, interest_column
+from priors.judge import Measure, RequestValues, save_requests
 from priors.probe import LevelStates, fit_probe, levels_by_head, nll_by_level, read_states
 from priors.prompt import PromptCompiler
 from priors.warm_up import warm_up
@@ -58,6 +59,7 @@ from semantic_ids.advertiser_ids import AdvertiserIds
 from semantic_ids.trie import Trie
 
 START = "start.safetensors"
+_SELECT = 0
 _STANDARDISE = 32
 """Prompts that the head's constants are taken from where there is no probe."""
 
@@ -69,7 +71,8 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
         log: only periods of ``prior_fit`` and ``prior_select`` are read.
         ids: the advertiser IDs.
         cfg: everything else.
-        work_dir: checkpoints; an interrupted fit goes on from there.
+        work_dir: checkpoints; an interrupted fit goes on from there. At the end it also holds the NLL of each selection
+            prompt, at the start and after the best part, as of :func:`priors.judge.load_requests`.
 
     Returns:
         The forecaster, and its metrics: the trials of the anchor, the NLL by part, the calibration.
@@ -85,7 +88,8 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
     fit_targets = log.advertiser_targets(cfg.prompt_span(log.split.prior_fit))
     train_rows = sample_rows(fit_targets, cfg.prompts, cfg.seed)
     select = log.advertiser_targets("prior_select")
-    select_rows = sample_rows(select, cfg.select_prompts, cfg.seed)
+    # Drawn by a seed of its own: fits of other training seeds are chosen, and compared, on the same prompts.
+    select_rows = sample_rows(select, cfg.select_prompts, _SELECT)
     for name, rows in (("prior_fit", train_rows), ("prior_select", select_rows)):
         if not len(rows):
             raise UserError(
@@ -360,7 +364,7 @@ def fit_lm(
     Returns:
         What the fit did (``best_epoch`` -1: it ends where it started), the sampler of its batches, and what it started
         from: ``select_nll``, with ``history`` and ``probe``, of each level, the NLL before and after and the epoch
-        chosen, and under ``select_change`` what the best part is over it, with its interval, where it is lower at all.
+        chosen, and under ``select_change`` what the best part is over it, with its interval over users.
 
     Raises:
         UserError: a prompt with its tree is longer than a batch may be.
@@ -390,32 +394,28 @@ def fit_lm(
             module, train_loader, batches(select, collator, cfg.batch_size), cfg.trainer,
             work_dir=work_dir, seed=cfg.seed, monitor="select_nll", callbacks=callbacks, describe=describe,
         )  # fmt: skip
-    change = _judge_best(model, select, collator, cfg, result, start, work_dir=work_dir)
-    if change is not None:
-        start["select_change"] = to_plain(change)
-    if change is None or not change.high < 0:
+    change = _judge_best(model, select, collator, cfg, work_dir=work_dir)
+    start["select_change"] = to_plain(change)
+    if not change.high < 0:
         result = replace(result, best_epoch=-1)
     return result, sampler, start
 
 
 def _judge_best(
-    model: PriorLM,
-    select: PromptDataset,
-    collator: TreeCollator,
-    cfg: PriorConfig,
-    result: FitResult,
-    start: dict[str, Any],
-    *,
-    work_dir: Path,
-) -> Interval | None:
+    model: PriorLM, select: PromptDataset, collator: TreeCollator, cfg: PriorConfig, *, work_dir: Path
+) -> Interval:
     """What training changed in the selection prompts' NLL; the model ends with its weights, or those of the start.
 
+    Args:
+        model: with the weights of the best part.
+        select: the selection prompts.
+        collator: makes their trees.
+        cfg: batches.
+        work_dir: has the start, and gets the NLL of each prompt, before and after.
+
     Returns:
-        The change and its interval over users; None where the mean is not even lower.
+        The change and its interval over users.
     """
-    if result.best_score is None or result.best_score >= start["select_nll"]:
-        _load_start(model, work_dir)
-        return None
     trained = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
     of_trained_R = _select_nll(model, select, collator, cfg)
     _load_start(model, work_dir)
@@ -423,13 +423,13 @@ def _judge_best(
     change = paired_bootstrap(of_trained_R, of_start_R, select.targets.user)
     if change.high < 0:
         model.load_state_dict(trained, strict=False)
+    values = {Measure("select_nll", "lm"): of_trained_R, Measure("select_nll", "start"): of_start_R}
+    save_requests([RequestValues(select.targets.user, select.targets.period, values)], work_dir)
     return change
 
 
 @torch.inference_mode()
-def _select_nll(
-    model: PriorLM, select: PromptDataset, collator: TreeCollator, cfg: PriorConfig
-) -> NDArray[np.floating]:
+def _select_nll(model: PriorLM, select: PromptDataset, collator: TreeCollator, cfg: PriorConfig) -> NDArray[np.float64]:
     """NLL of each selection prompt, ``(R,)``."""
     model.eval()
     device = next(model.parameters()).device
@@ -437,7 +437,7 @@ def _select_nll(
     for batch in batches(select, collator, cfg.batch_size):
         on_device = batch.to(device)
         nll.append(row_nll(on_device, target_log_prob(on_device, model.log_probs(on_device))).cpu())
-    return torch.cat(nll).numpy()
+    return torch.cat(nll).double().numpy()
 
 
 def _start(

@@ -92,6 +92,16 @@ def test_differences_are_those_of_the_same_requests(result: Result, out: Path) -
     assert row.value == pytest.approx((tied - values("tied", Measure("nll", "anchor"), 0)).mean())
 
 
+def test_what_was_trained_is_shown_where_the_forecaster_went_back_to_its_start(result: Result, out: Path) -> None:
+    rows = {(row.metric, row.arm): row for row in result.rows}
+    runs = [out / "tied" / f"seed={seed}" / "prior" for seed in STUDY.seeds]
+    changes = [Manifest.read(run).metrics["start"]["select_change"]["value"] for run in runs]
+    row = rows["select_nll", "tied / lm - tied / start"]
+    assert row.value == pytest.approx(np.mean(changes), abs=1e-5)
+    assert row.value != 0
+    assert any(Manifest.read(run).metrics["best_part"] == -1 for run in runs), "an arm that keeps its start"
+
+
 def test_tables_page_and_json_say_the_same(result: Result, out: Path) -> None:
     document = json.loads((out / JSON).read_text())
     assert document["arms"] == {arm: list(own) for arm, own in STUDY.arms.items()}
