@@ -26,7 +26,7 @@ from rich.console import Console
 
 from data.artifacts import Manifest
 from data.errors import UserError
-from data.statistics import Row
+from data.statistics import Interval, Row
 from pipeline import config as configuration
 from pipeline.config import CONFIG_FILE, CONFIGS, STUDIES, AdsidConfig, compose, nearest
 from pipeline.console import ConsoleObserver
@@ -66,6 +66,7 @@ class Kind:
             ``<arm> / <forecast>`` and differences of two such.
         levels: figures of each arm, and their differences with the first arm.
         within: differences within each arm.
+        recommend: from the same run directories, which arm to take; None where that is no question.
     """
 
     name: str
@@ -75,6 +76,25 @@ class Kind:
     compare: Callable[[Mapping[str, Sequence[Path]]], list[Row]]
     levels: tuple[Shown, ...]
     within: tuple[Shown, ...]
+    recommend: Callable[[Mapping[str, Sequence[Path]]], Recommendation | None] = lambda runs: None
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """Which arm to take, by selection prompts and length.
+
+    Attributes:
+        arm: the one with the shortest prompts of those that are not shown to be worse than the best; None where no
+            arm's prompts are short enough.
+        max_tokens: how long prompts may be on average; None: any length.
+        tokens: mean length of each arm's prompts.
+        less_best: NLL of the selection prompts of each arm that is short enough, less the best one's, paired.
+    """
+
+    arm: str | None
+    max_tokens: float | None
+    tokens: dict[str, float]
+    less_best: dict[str, Interval]
 
 
 @dataclass(frozen=True)
@@ -112,6 +132,7 @@ class Result:
         overrides: of the command line.
         rows: figures and differences.
         costs: of each arm.
+        recommendation: which arm to take, where that is a question.
     """
 
     study: Study
@@ -119,6 +140,7 @@ class Result:
     overrides: tuple[str, ...]
     rows: list[Row]
     costs: dict[str, Cost]
+    recommendation: Recommendation | None = None
 
 
 def load_study(name: str) -> Study:
@@ -237,7 +259,8 @@ def run_study(
         done.append(directory)
     directories = {arm: [_directory(out, arm, seed) for seed in study.seeds] for arm in study.arms}
     costs = {arm: _cost(kind, runs) for arm, runs in directories.items()}
-    return Result(study, kind, tuple(overrides), kind.compare(directories), costs)
+    rows, recommendation = kind.compare(directories), kind.recommend(directories)
+    return Result(study, kind, tuple(overrides), rows, costs, recommendation)
 
 
 def arm_configs(study: Study, kind: Kind, out: Path, overrides: Sequence[str]) -> dict[tuple[str, int], AdsidConfig]:

@@ -18,9 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from data.artifacts import atomic_write_text, to_plain
-from data.statistics import LEVEL, Row
+from data.statistics import LEVEL, Interval, Row
 from pipeline import figures, verdict
-from pipeline.ablation import Result, Shown
+from pipeline.ablation import Recommendation, Result, Shown, Study
 from pipeline.grids import NONE, Grid, Section, console_parts
 from pipeline.pages import template
 from pipeline.verdict import DIFFERENCE, Outcome, number
@@ -125,9 +125,37 @@ def sections(result: Result) -> tuple[Section, ...]:
         found.append(Section("against", f"Less {first}", (note,), grids(kind.levels, arms[1:], first)))
     if kind.within:
         found.append(Section("within", "Within each arm", ("Paired in the same way.",), grids(kind.within, arms)))
+    if result.recommendation is not None:
+        found.append(_recommendation(result.recommendation, result.study))
     note = "Seconds of each stage, a mean over seeds; a stage taken over from another run costs what it cost there."
     found.append(Section("cost", "Cost", (note,), (Grid(("arm", *kind.stages), cost),)))
     return tuple(found)
+
+
+def _recommendation(found: Recommendation, study: Study) -> Section:
+    limit = "" if found.max_tokens is None else f" with at most {found.max_tokens:g} tokens on average"
+    if found.arm is None:
+        notes: tuple[str, ...] = (f"No arm has prompts{limit}.",)
+    else:
+        overrides = " ".join((*study.overrides, *study.arms[found.arm])) or "no overrides: the prompt as it is"
+        notes = (
+            f"Take {found.arm}{limit}: {overrides}",
+            "The shortest prompts of those whose interval does not lie above the best one's, by the NLL of the "
+            "selection prompts as trained. What these prompts do not tell apart is not shown to be the same.",
+        )
+    lines = tuple(
+        (
+            ("→ " if arm == found.arm else "") + arm,
+            number(tokens, 1),
+            _difference(None if arm not in found.less_best else _row_of(found.less_best[arm])),
+        )
+        for arm, tokens in found.tokens.items()
+    )
+    return Section("prompt", "Which prompt", notes, (Grid(("arm", "tokens", "selection NLL − best"), lines),))
+
+
+def _row_of(interval: Interval) -> Row:
+    return Row.of(interval, section="forecast", metric="select_nll", arm=f"lm{DIFFERENCE}best")
 
 
 def forests(result: Result) -> list[Forest]:
@@ -188,6 +216,7 @@ def _document(result: Result) -> dict[str, Any]:
         "overrides": [*study.overrides, *result.overrides],
         "arms": study.arms,
         "seeds": study.seeds,
+        "recommendation": result.recommendation,
         "seconds": {arm: cost.seconds for arm, cost in result.costs.items()},
         "rows": result.rows,
     }

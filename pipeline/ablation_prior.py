@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from data.artifacts import Manifest
 from data.errors import UserError
 from data.statistics import Interval, Row, bootstrap_over_seeds
-from pipeline.ablation import Kind, Shown
+from pipeline.ablation import Kind, Recommendation, Shown
 from pipeline.verdict import DIFFERENCE
 from priors.interests import TOP_INTERESTS
 from priors.judge import CONTROLS, Measure, RequestValues, load_requests
@@ -25,6 +26,7 @@ EXACT = ("nll", "interest_nll", "interest_recall", "select_nll")
 """Measures of the evaluation prompts, or the selection prompts, that have no like among those of all user-periods.
 ``select_nll`` is of the LM as it was trained, also where the forecaster went back to its ``start``, and a little
 flattering: the best part of the training was chosen on the same prompts."""
+SELECT_NLL = Measure("select_nll", "lm")
 LISTS = 2
 """Place of the figures of all user-periods."""
 
@@ -57,6 +59,40 @@ def compare_forecasts(runs: Mapping[str, Sequence[Path]]) -> list[Row]:
                 _check_same(arm, own, first, others)
             rows += _rows(arm, own, first, others, exact=number < LISTS)
     return rows
+
+
+def recommend_prompt(runs: Mapping[str, Sequence[Path]], max_tokens: float | None = None) -> Recommendation | None:
+    """The prompt to take: the shortest one that is not shown to be worse than the best.
+
+    Judged by the NLL of the selection prompts as trained, so nothing of the evaluated span has a say. Which sections a
+    prompt should have under a budget is what the paper leaves to future work as automated prompt design
+    (arXiv 2605.27856).
+
+    Args:
+        runs: run directories of each arm, one a seed, the same seeds in all.
+        max_tokens: how long prompts may be on average; None: any length.
+
+    Returns:
+        The recommendation; None where all arms have the same prompts and no length is asked for.
+    """
+    tokens = {
+        arm: float(np.mean([Manifest.read(run / "prior").metrics["prompt_tokens_mean"] for run in of_seeds]))
+        for arm, of_seeds in runs.items()
+    }
+    if max_tokens is None and len(set(tokens.values())) == 1:
+        return None
+    short = [arm for arm in runs if max_tokens is None or tokens[arm] <= max_tokens]
+    if not short:
+        return Recommendation(None, max_tokens, tokens, {})
+    found = {arm: [load_requests(run / "prior")[0] for run in runs[arm]] for arm in short}
+    nll = {arm: [one.values[SELECT_NLL] for one in of_seeds] for arm, of_seeds in found.items()}
+    best = min(short, key=lambda arm: float(np.mean(nll[arm])))
+    users = [one.user_R for one in found[best]]
+    less_best = {
+        arm: bootstrap_over_seeds([a - b for a, b in zip(nll[arm], nll[best], strict=True)], users) for arm in short
+    }
+    as_good = [arm for arm in short if arm == best or not less_best[arm].low > 0]
+    return Recommendation(min(as_good, key=tokens.__getitem__), max_tokens, tokens, less_best)
 
 
 def _rows(
@@ -129,4 +165,5 @@ PRIOR = Kind(
         Shown("recall@10, LM − anchor", "recall", of="lm - anchor", k=10),
         Shown("recall@10, LM − other prompt", "recall", of="lm - lm, other prompt", k=10),
     ),
+    recommend=recommend_prompt,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -43,12 +44,19 @@ Reuse = Annotated[
 ]
 
 
+MaxTokens = Annotated[
+    float | None,
+    typer.Option(min=1, help="Recommend a prompt of at most so many tokens on average.", show_default=False),
+]
+
+
 @app.command(
     "prior",
     epilog="Examples:\n\n"
     "  adsid ablate prior prior_head\n\n"
     "  adsid ablate prior prior_anchor --seeds 3 --reuse runs/full experiment=full\n\n"
     "  adsid ablate prior my_study.yaml prior.prompts=2000 --out runs/mine\n\n"
+    "  adsid ablate prior prior_sections --max-tokens 60\n\n"
     "The same command goes on where it was interrupted; a finished arm is not trained again.",
 )
 def ablate_prior(
@@ -58,14 +66,16 @@ def ablate_prior(
     seeds: Seeds = None,
     out: Out = None,
     reuse: Reuse = None,
+    max_tokens: MaxTokens = None,
     debug: Debug = False,
 ) -> None:
     """Train the forecaster in several arms and compare what they forecast."""
 
     def work() -> None:
-        from pipeline.ablation_prior import PRIOR
+        from pipeline.ablation_prior import PRIOR, recommend_prompt
 
-        ablate(PRIOR, study, overrides or [], seeds=seeds, out=out, reuse=reuse or [])
+        kind = replace(PRIOR, recommend=partial(recommend_prompt, max_tokens=max_tokens))
+        ablate(kind, study, overrides or [], seeds=seeds, out=out, reuse=reuse or [])
 
     guarded(work, debug=debug or bool(context.obj))
 

@@ -15,11 +15,11 @@ import cli
 from data.artifacts import Manifest
 from data.errors import UserError
 from data.writer import write_tables
-from pipeline.ablation import Result, Study, arm_configs, load_study, run_study
+from pipeline.ablation import Cost, Result, Study, arm_configs, load_study, run_study
 from pipeline.ablation_page import JSON, MARKDOWN, PAGE, render, to_markdown, write_ablation
-from pipeline.ablation_prior import PRIOR
+from pipeline.ablation_prior import PRIOR, recommend_prompt
 from pipeline.commands.terminal import USER_MISTAKE
-from priors.judge import Measure, load_requests
+from priors.judge import Measure, RequestValues, load_requests, save_requests
 from tests.logs import tiny_tables
 from tests.pipeline.test_stages import TINY
 
@@ -118,6 +118,33 @@ def test_tables_page_and_json_say_the_same(result: Result, out: Path) -> None:
     assert markdown.count("| NLL |") == 2, "of every arm, and less the first"
     assert "<svg" in page
     assert "<b>rows</b>" not in page, "texts of a study are escaped"
+
+
+def test_the_shortest_prompt_that_is_not_worse_is_recommended(tmp_path: Path) -> None:
+    rng, user_R = np.random.default_rng(0), np.arange(200)
+    base_R = rng.normal(5, 1, 200)
+    noise = {"long": np.zeros(200), "middle": rng.normal(0.001, 0.1, 200), "short": rng.normal(0.2, 0.1, 200)}
+    tokens = {"long": 90.0, "middle": 60.0, "short": 30.0}
+    for arm, noise_R in noise.items():
+        directory = tmp_path / arm / "prior"
+        directory.mkdir(parents=True)
+        save_requests([RequestValues(user_R, user_R, {Measure("select_nll", "lm"): base_R + noise_R})], directory)
+        Manifest("prior", "", metrics={"prompt_tokens_mean": tokens[arm]}).write(directory)
+    runs = {arm: [tmp_path / arm] for arm in noise}
+    chosen = {limit: recommend_prompt(runs, limit) for limit in (None, 60, 59, 29)}
+    assert {limit: found and found.arm for limit, found in chosen.items()} == {
+        None: "middle", 60: "middle", 59: "short", 29: None
+    }  # fmt: skip
+    found = chosen[None]
+    assert found is not None
+    assert found.less_best["short"].low > 0
+    study = Study("s", "which", (), {arm: (f"prior.prompt.next={arm}",) for arm in noise})
+    markdown = to_markdown(
+        Result(study, PRIOR, (), [], {arm: Cost({"prior": 1, "forecasts": 1}) for arm in noise}, found)
+    )
+    assert "Take middle: prior.prompt.next=middle" in markdown
+    assert "| → middle | 60.0 |" in markdown
+    assert recommend_prompt({"long": runs["long"]}) is None, "no question where there is one length"
 
 
 def test_all_arms_are_checked_before_any_runs(tmp_path: Path) -> None:
