@@ -21,38 +21,46 @@ from pipeline.config import AdsidConfig, compose, recompose, run_directory
 from pipeline.engine import Context
 from pipeline.run import run_stages
 from pipeline.stages import TRAINED, retrieval_bench
-from retrieval.benchmark import RetrievalBenchmark
+from retrieval.benchmark import PARTS, RetrievalBenchmark, check_parts
 from retrieval.config import RetrievalConfig
 
 FOLDER, JSON_FILE, PAGE = "bench", "retrieval.json", "retrieval.html"
 GROUP = "retrieval"
 
 
-def bench_of_configuration(overrides: Sequence[str], *, console: Console) -> tuple[AdsidConfig, RetrievalBenchmark]:
+def bench_of_configuration(
+    overrides: Sequence[str], *, console: Console, parts: Sequence[str] = PARTS
+) -> tuple[AdsidConfig, RetrievalBenchmark]:
     """Bring the stages that retrieval reads up to date, then measure.
 
     Args:
         overrides: of the whole configuration, as `adsid run` takes them.
         console: told what the stages do.
+        parts: what is measured.
 
     Raises:
-        UserError: as of `pipeline.run.run_stages`.
+        UserError: no such part; as of `pipeline.run.run_stages`.
     """
+    check_parts(parts)
     config, shared = compose(overrides), dict[Any, Any]()
     run_stages(config, console=console, until=_needed(config), shared=shared)
-    return config, _measure(config, shared)
+    return config, _measure(config, shared, parts)
 
 
-def bench_of_run(run: Path, overrides: Sequence[str]) -> tuple[AdsidConfig, RetrievalBenchmark]:
+def bench_of_run(
+    run: Path, overrides: Sequence[str], parts: Sequence[str] = PARTS
+) -> tuple[AdsidConfig, RetrievalBenchmark]:
     """Measure a retrieval configuration beside the artifacts of a finished run.
 
     Args:
         run: the run directory; nothing in it is changed.
         overrides: ``retrieval=choice`` and ``retrieval.key=value``; what the towers were trained by stays.
+        parts: what is measured.
 
     Raises:
-        UserError: no such run, an artifact is missing, or an override that would need training.
+        UserError: no such part or run, an artifact is missing, or an override that would need training.
     """
+    check_parts(parts)
     config = config_beside(run, overrides)
     missing = [stage for stage in _artifacts(config) if not (run / stage / MANIFEST).exists()]
     if missing:
@@ -61,7 +69,7 @@ def bench_of_run(run: Path, overrides: Sequence[str]) -> tuple[AdsidConfig, Retr
             expected=f"finished artifacts of {', '.join(_artifacts(config))}",
             action="make them with `adsid run`, or take channels that need none: retrieval=counts",
         )
-    return config, _measure(config, {})
+    return config, _measure(config, {}, parts)
 
 
 def config_beside(run: Path, overrides: Sequence[str]) -> AdsidConfig:
@@ -125,10 +133,10 @@ def _artifacts(config: AdsidConfig) -> list[str]:
     return ["data", "semantic_ids", "two_tower", *forecasting]
 
 
-def _measure(config: AdsidConfig, shared: dict[Any, Any]) -> RetrievalBenchmark:
+def _measure(config: AdsidConfig, shared: dict[Any, Any], parts: Sequence[str]) -> RetrievalBenchmark:
     directory = run_directory(config)
     inputs = {name: directory / name for name in _artifacts(config)}
-    return retrieval_bench(Context(config, inputs, directory, directory / ".work", shared))
+    return retrieval_bench(Context(config, inputs, directory, directory / ".work", shared), parts)
 
 
 def swapped(cfg: RetrievalConfig) -> str:

@@ -18,8 +18,9 @@ from pipeline.grids import NONE, Grid, Plot, Section, console_parts, count
 from pipeline.pages import template
 from pipeline.report import DATASET_NOTES
 from pipeline.verdict import DIFFERENCE, arm_label, figure, is_known, judge, number
-from retrieval.benchmark import ALL, ALONE, BLEND, RIVALS, WITHOUT, RetrievalBenchmark
+from retrieval.benchmark import ADVERTISERS, ALL, ALONE, BLEND, PRODUCT, RIVALS, WITHOUT, RetrievalBenchmark
 from retrieval.evaluate import SECTION, TIERS
+from retrieval.factors import RANKED, TOP
 
 Key = tuple[str, str, str, str, int | None]
 
@@ -63,6 +64,7 @@ def sections(found: RetrievalBenchmark) -> tuple[Section, ...]:
         _alone(found, rows),
         _without(found, rows),
         _blends(found, rows),
+        _factors(found, rows),
         _plans(found),
         _latency(found),
     )
@@ -153,6 +155,25 @@ def _blends(found: RetrievalBenchmark, rows: _Rows) -> Section:
     return Section(
         "blends", "Blends", notes, (_study(found, rows, BLEND, names, lambda name: f"{name}{DIFFERENCE}{chosen}"),)
     )
+
+
+def _factors(found: RetrievalBenchmark, rows: _Rows) -> Section:
+    arms, budget = rows.arms(ADVERTISERS), found.facts["budget"]
+    advertisers = tuple(
+        (arm_label(arm), *(rows.interval(ADVERTISERS, RANKED, arm, segment, TOP) for segment in ("all", "new")))
+        for arm in arms
+    )
+    products = tuple((arm_label(arm), rows.interval(PRODUCT, "recall", arm, k=budget)) for arm in rows.arms(PRODUCT))
+    notes = (
+        "Advertisers of a visit among those active there: by each forecast, and by the two-tower's scores, summed by "
+        "advertiser, which know the market and what runs. Below, ads by P(advertiser) · P(ad | advertiser), the second "
+        "a softmax of the two-tower's scores; then the same with either factor known.",
+    )
+    grids = (
+        Grid(("", f"recall@{TOP} of advertisers", "of new"), advertisers or ((NONE,) * 3,)),
+        Grid(("", f"recall@{budget} of ads"), products or ((NONE,) * 2,)),
+    )
+    return Section("factors", "Advertiser, and ad of the advertiser", notes, grids)
 
 
 def _study(

@@ -50,7 +50,7 @@ from ranking.ablation import ORACLE, TRUE_CHANCE, compare, grid, predictions_of,
 from ranking.features import FeatureBuilder
 from ranking.oracle import OracleForecast, true_chance
 from ranking.ranker import Ranker, RankerSpans
-from retrieval.benchmark import RetrievalBenchmark, bench_retrieval
+from retrieval.benchmark import PARTS, RetrievalBenchmark, bench_retrieval
 from retrieval.evaluate import NONE, evaluate_retrieval
 from retrieval.retriever import Retriever
 from retrieval.tuning import Plan
@@ -345,11 +345,11 @@ def make_report(context: Work) -> dict[str, Any]:
     return {"rows": len(rows)}
 
 
-def retrieval_bench(context: Work) -> RetrievalBenchmark:
-    """The benchmark of the configured retrieval; forecasts are read only where a channel follows one."""
+def retrieval_bench(context: Work, parts: Sequence[str] = PARTS) -> RetrievalBenchmark:
+    """Parts of the benchmark of the configured retrieval; forecasts are read only where a channel follows one."""
     cfg = context.config.retrieval
     arms: dict[str, Forecast | None] = _list_forecasts(context) if cfg.forecast_channels else {NONE: None}
-    return bench_retrieval(_retriever(context), arms, users=_panel(context))
+    return bench_retrieval(_retriever(context), arms, users=_panel(context), parts=parts)
 
 
 @dataclass(frozen=True)

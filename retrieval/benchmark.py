@@ -6,10 +6,12 @@
     without   all channels but one, tuned again: what that one adds beside the others
     blends    quota, rrf, calibrated, each tuned: what the way of merging is worth
     sweep     recall and concentration by the forecast channels' quota
+    factors   whether a forecast's ads are lost in the advertiser or in its ad, see `retrieval.factors`
     latency   one request at a time, from the user's vector to the list
 
-``alone``, ``without`` and ``blends`` are of the *head arm*, the one with the best-informed forecast. Everything that is
-chosen is chosen before the evaluated span; every difference is of the same requests, with an interval over users.
+``alone``, ``without``, ``blends`` and the product in ``factors`` are of the *head arm*, the one with the best-informed
+forecast. Everything that is chosen is chosen before the evaluated span; every difference is of the same requests, with
+an interval over users.
 
 Shapes: R requests.
 """
@@ -26,16 +28,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from data.errors import UserError
 from data.statistics import Row
 from priors.forecast import Forecast
 from retrieval.blend import QuotaBlend, merge
 from retrieval.channels import Ads
 from retrieval.config import ADVERTISER, BLENDS, FORECAST, POPULARITY, RetrievalConfig
 from retrieval.evaluate import Arms, Values
+from retrieval.factors import TOWER, Factors
 from retrieval.retriever import Retriever, with_forecast
 from retrieval.tuning import Plan, tuning_span
 
 ALONE, WITHOUT, BLEND, ALL = "alone", "without", "blends", "all channels"
+ADVERTISERS, PRODUCT = "factors", "product"
+PARTS = ("latency", "arms", "channels", "blends", "factors")
+"""Latency first, while no look-up is warm."""
 RIVALS = (FORECAST, ADVERTISER)
 """Channels of one rule: what a language model's forecast finds beyond the towers' own."""
 PERCENTILES = (50, 95, 99)
@@ -47,7 +54,8 @@ class RetrievalBenchmark:
     """Figures of one configuration.
 
     Attributes:
-        rows: tidy rows; their section is ``retrieval`` for arms, or ``alone``, ``without``, ``blends``.
+        rows: tidy rows; their section is ``retrieval`` for arms, or ``alone``, ``without``, ``blends``, ``factors``
+            and ``product``.
         plans: blend, quota and prior weight of each arm, and of each channel left out, in plain types.
         sweep: recall and concentration by quota and arm.
         latency: milliseconds of each step by percentile, and requests a second in all.
@@ -62,7 +70,11 @@ class RetrievalBenchmark:
 
 
 def bench_retrieval(
-    retriever: Retriever, forecasts: Mapping[str, Forecast | None], *, users: NDArray[np.integer]
+    retriever: Retriever,
+    forecasts: Mapping[str, Forecast | None],
+    *,
+    users: NDArray[np.integer],
+    parts: Sequence[str] = PARTS,
 ) -> RetrievalBenchmark:
     """Measure a configuration.
 
@@ -70,13 +82,29 @@ def bench_retrieval(
         retriever: channels and configuration.
         forecasts: forecast of each arm, the head arm last; None for the arm without.
         users: whose requests are measured.
+        parts: what is measured, out of `PARTS`.
     """
     bench = _Bench(Arms(retriever, forecasts, users))
-    bench.time_requests()  # first, while no look-up is warm
-    bench.compare_arms()
-    bench.compare_channels()
-    bench.compare_blends()
+    measures = (
+        bench.time_requests,
+        bench.compare_arms,
+        bench.compare_channels,
+        bench.compare_blends,
+        bench.compare_factors,
+    )
+    for part, measure in zip(PARTS, measures, strict=True):
+        if part in parts:
+            measure()
     return bench.found
+
+
+def check_parts(parts: Sequence[str]) -> None:
+    """Raise UserError for a part that there is not."""
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        raise UserError(
+            f"--part {' '.join(unknown)}", expected=f"some of {', '.join(PARTS)}", action="name one of these."
+        )
 
 
 class _Bench:
@@ -137,6 +165,23 @@ class _Bench:
             for kind in BLENDS
         }
         self._add(BLEND, values, [(kind, chosen) for kind in BLENDS if kind != chosen])
+
+    def compare_factors(self) -> None:
+        """Of the forecasts' advertisers and ads; nothing where no arm has a forecast."""
+        arms = self.arms
+        forecasts = {arm: forecast for arm, forecast in arms.forecasts.items() if forecast is not None}
+        if not forecasts:
+            return
+        scores = arms.retriever.scores
+        factors = Factors(arms.retriever.log, scores, arms.evaluated.requests, arms.targets, self.cfg.budget)
+        names = [TOWER, *forecasts]
+        differences = [(a, b) for place, a in enumerate(names) for b in names[:place]]
+        studies = (
+            (ADVERTISERS, factors.advertisers(forecasts), differences),
+            (PRODUCT, factors.product(self.head, forecasts[self.head]), []),
+        )
+        for section, values, pairs in studies:
+            self.found.rows += [replace(row, section=section) for row in arms.judge.mean_rows(values, pairs)]
 
     def _kept(self, name: str, cfg: RetrievalConfig) -> Values:
         """Values of the head arm under a variation, whose plan is kept under a name."""

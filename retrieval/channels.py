@@ -139,7 +139,7 @@ class TowerScores:
             among = np.sort(found[found != NO_AD])
         else:
             among = among[self.index.holds(among)]
-        return _best(among, self.of(request, among), k)
+        return best(among, self.of(request, among), k)
 
 
 class TwoTowerChannel:
@@ -159,7 +159,7 @@ class PopularityChannel:
         self.popularity = popularity
 
     def candidates(self, request: Request, k: int) -> Ads:
-        return _best(request.active, self.popularity(request.active, request.market, request.period), k)
+        return best(request.active, self.popularity(request.active, request.market, request.period), k)
 
 
 class OwnChannel:
@@ -200,7 +200,7 @@ class OwnChannel:
             popular_M = self.popularity(request.active, request.market, request.period) + UNSEEN
             total_A = np.bincount(own_M, popular_M, minlength=len(advertisers))
             score_M += self.advertiser_weight * known_A[own_M] * popular_M / total_A[own_M]
-        return _best(request.active, score_M, k, above=0.0)
+        return best(request.active, score_M, k, above=0.0)
 
 
 class ItemKnnChannel:
@@ -220,7 +220,7 @@ class ItemKnnChannel:
         bought = self.purchases.of(request.user, request.period)
         rows = np.flatnonzero(bought.ad >= 0)[-self.history :]
         ads, similarity = self.neighbours.scores(bought.ad[rows], self.decay ** bought.ago[rows].astype(float))
-        return _best(request.active, sum_at(request.active, ads, similarity), k, above=0.0)
+        return best(request.active, sum_at(request.active, ads, similarity), k, above=0.0)
 
 
 class ForecastChannel:
@@ -267,7 +267,7 @@ class ForecastChannel:
         part_M = np.exp(score_M - top) if self.by_score else None
         total_A = np.bincount(own, part_M, minlength=len(request.log_prob_A))
         share = request.log_prob_A[own] - np.log(np.maximum(total_A[own], 1e-30))
-        return _best(among, score_M + request.prior_weight * share, k)
+        return best(among, score_M + request.prior_weight * share, k)
 
 
 class AdvertiserChannel:
@@ -422,7 +422,7 @@ def forecast_advertisers(request: Request, ad_advertiser: NDArray[np.int32], n: 
     return active[np.argsort(-request.log_prob_A[active], kind="stable")[:n]]
 
 
-def _best(ads_M: Ads, score_M: NDArray[np.floating], k: int, *, above: float = -np.inf) -> Ads:
+def best(ads_M: Ads, score_M: NDArray[np.floating], k: int, *, above: float = -np.inf) -> Ads:
     """The ``k`` ads with the highest scores, the first of equal ones; those at or below ``above`` never."""
     if above > -np.inf:
         kept = score_M > above

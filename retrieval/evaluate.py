@@ -73,12 +73,16 @@ class Requests:
     def __init__(self, retriever: Retriever, targets: Targets, forecasts: Mapping[str, Forecast | None]) -> None:
         self.retriever, self.targets, self.forecasts = retriever, targets, forecasts
         self.requests: list[Request] = retriever.requests(targets)
-        self.base = retriever.lists(self.requests)
         self._asked: dict[str, list[Request]] = {}
         self._lists: dict[tuple[str, float | None], list[dict[str, Ads]]] = {}
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    @cached_property
+    def base(self) -> list[dict[str, Ads]]:
+        """Lists of the channels without a forecast."""
+        return self.retriever.lists(self.requests)
 
     def lists(self, arm: str, prior_weight: float = 0.0) -> list[dict[str, Ads]]:
         """Lists of all channels of an arm, by name, one dict a request."""

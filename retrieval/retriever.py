@@ -36,14 +36,14 @@ class Retriever:
     def __init__(self, log: Log, two_tower: TrainedTwoTower, codes_AL: NDArray[np.int64], cfg: RetrievalConfig) -> None:
         self.log, self.cfg, self.limits = log, cfg, limits_of(cfg, log)
         self.embed = two_tower.embedder(log, cfg.pairs)
-        scores = TowerScores(
+        self.scores = TowerScores(
             two_tower.index,
             temperature=two_tower.cfg.temperature,
             weight=two_tower.popularity_weight,
             popularity=log_popularity(log, cfg.pairs),
         )
         self.channels = build_channels(
-            Sources(log, scores, codes_AL, cfg, lambda: two_tower.advertiser_scores(log, cfg.pairs))
+            Sources(log, self.scores, codes_AL, cfg, lambda: two_tower.advertiser_scores(log, cfg.pairs))
         )
 
     def requests(self, targets: Targets) -> list[Request]:

@@ -32,6 +32,7 @@ def _group() -> None:
     "  adsid bench retrieval experiment=quickstart                        what it needs is made first\n\n"
     "  adsid bench retrieval --run runs/quickstart                        of artifacts that are there\n\n"
     "  adsid bench retrieval --run runs/quickstart retrieval=paper        another choice of channels and blend\n\n"
+    "  adsid bench retrieval --run runs/quickstart --part factors         where the forecast's ads are lost\n\n"
     "  adsid bench retrieval --run runs/quickstart retrieval.channels=[own,popularity,forecast]\n\n"
     "  adsid bench retrieval --run runs/quickstart retrieval.blend.per_advertiser=10 retrieval.index.kind=hnsw",
 )
@@ -53,6 +54,10 @@ def bench_retrieval(
             show_default=False,
         ),
     ] = None,
+    part: Annotated[
+        list[str] | None,
+        typer.Option(help="Measure this alone: latency, arms, channels, blends or factors; may be repeated."),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON instead of the table.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -63,13 +68,15 @@ def bench_retrieval(
 
         from pipeline.bench import bench_of_configuration, bench_of_run, default_folder, to_json, write_bench
         from pipeline.bench_page import to_console
+        from retrieval.benchmark import PARTS
 
-        console = Console(soft_wrap=True)
+        console, parts = Console(soft_wrap=True), part or PARTS
         if run is None:
             progress = Console(soft_wrap=True, stderr=json)
-            config, found = bench_of_configuration([*terminal_overrides(), *(overrides or [])], console=progress)
+            asked = [*terminal_overrides(), *(overrides or [])]
+            config, found = bench_of_configuration(asked, console=progress, parts=parts)
         else:
-            config, found = bench_of_run(run.expanduser().absolute(), overrides or [])
+            config, found = bench_of_run(run.expanduser().absolute(), overrides or [], parts)
         page = write_bench(config, found, (out or default_folder(config)).expanduser().absolute())
         if json:
             typer.echo(to_json(config, found), nl=False)

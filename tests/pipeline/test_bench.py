@@ -78,6 +78,7 @@ def test_the_same_figures_twice(run: Path, tmp_path: Path) -> None:
 REFUSED = [
     (["--run", "/nowhere"], "config.yaml"),
     (["--run", "RUN", "prior.prompts=3"], "prior.prompts=3"),
+    (["--run", "RUN", "--part", "blend"], "latency, arms, channels, blends, factors"),
     (["--run", "RUN", "retrieval.model.dim=8"], "retrieval.model.dim=8"),
     (["--run", "RUN", "retrieval.channels=[forecast,own]"], "without prior, forecasts"),
     (["--run", "RUN", "retrieval.channels=[tower]"], "two_tower"),

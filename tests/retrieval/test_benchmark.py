@@ -10,7 +10,7 @@ import pytest
 from data.log import Log
 from models.two_tower import TwoTowerConfig
 from retrieval import evaluate
-from retrieval.benchmark import ALL, ALONE, BLEND, WITHOUT, RetrievalBenchmark, bench_retrieval
+from retrieval.benchmark import ADVERTISERS, ALL, ALONE, BLEND, PRODUCT, WITHOUT, RetrievalBenchmark, bench_retrieval
 from retrieval.channels import Request
 from retrieval.config import CHANNELS, POPULARITY, AdvertiserChannelConfig
 from retrieval.retriever import Retriever
@@ -76,6 +76,15 @@ def test_plans_and_the_sweep_are_there(found: RetrievalBenchmark) -> None:
     assert [point["quota"] for point in found.sweep] == tiny_retrieval().quotas
     assert found.facts["requests"] > 0
     assert found.facts["tuned_on"] == [7, 9]
+
+
+def test_parts_are_measured_alone(log: Log, towers: TrainedTwoTower) -> None:
+    retriever, arms = retriever_of(log, towers, EVERYTHING), {"none": None, "lm": tastes(log)}
+    found = bench_retrieval(retriever, arms, users=np.arange(30), parts=["factors"])
+    assert {row.section for row in found.rows} == {ADVERTISERS, PRODUCT}
+    assert {row.arm for row in found.rows} >= {"two_tower", "lm", "lm - two_tower"}
+    assert found.latency == {}
+    assert found.plans == {}
 
 
 def test_an_arm_is_planned_and_judged_once(log: Log, towers: TrainedTwoTower, monkeypatch: pytest.MonkeyPatch) -> None:
