@@ -176,7 +176,7 @@ class _Bench:
         factors = Factors(arms.retriever.log, scores, arms.evaluated.requests, arms.targets, self.cfg.budget)
         names = [TOWER, *forecasts]
         differences = [(a, b) for place, a in enumerate(names) for b in names[:place]]
-        studies = (
+        studies: tuple[tuple[str, dict[str, Values], list[tuple[str, str]]], ...] = (
             (ADVERTISERS, factors.advertisers(forecasts), differences),
             (PRODUCT, factors.product(self.head, forecasts[self.head]), []),
         )
