@@ -8,10 +8,7 @@
                   without a language model
     forecast      of the ads of the forecast's first advertisers those with the best two-tower score, the
                   paper's rule (arXiv 2605.27856); with a prior weight w > 0 its soft form, in which an ad's
-                  share of the forecast counts too:  score + w · log(P(advertiser) / its active ads).  Its product form
-                  shares an advertiser's probability among its active ads by their scores instead of evenly:
-                  score + w · log(P(advertiser) / Σ exp(scores of its active ads)),  at w = 1 the logarithm of
-                  P(advertiser) · softmax(scores within it)
+                  share of the forecast counts too:  score + w · log(P(advertiser) / its active ads)
     seeded        ads nearest to the forecast advertisers' own vectors, or those of advertisers with their ID
                   prefix, in turn, the likeliest first: it also reaches advertisers that the forecast does not name
 
@@ -230,27 +227,12 @@ class ForecastChannel:
         scores: of the two-tower.
         ad_advertiser: advertiser of every ad, -1 for none.
         n_advertisers: how many active advertisers of the forecast.
-        by_score: the product form: an advertiser's probability is shared among its ads by their scores.
-        skip: purchases of users, whose advertisers are left to other channels; None leaves none.
     """
 
-    def __init__(
-        self,
-        scores: TowerScores,
-        ad_advertiser: NDArray[np.int32],
-        n_advertisers: int,
-        *,
-        by_score: bool = False,
-        skip: Purchases | None = None,
-    ) -> None:
+    def __init__(self, scores: TowerScores, ad_advertiser: NDArray[np.int32], n_advertisers: int) -> None:
         self.scores, self.ad_advertiser, self.n_advertisers = scores, ad_advertiser, n_advertisers
-        self.by_score, self.skip = by_score, skip
 
     def candidates(self, request: Request, k: int) -> Ads:
-        if self.skip is not None and request.log_prob_A is not None:
-            known = self.skip.of(request.user, request.period).advertiser
-            active = request.active
-            request = replace(request, active=active[~np.isin(self.ad_advertiser[active], known)])
         chosen = forecast_advertisers(request, self.ad_advertiser, self.n_advertisers)
         if request.vector_D is None or request.log_prob_A is None:
             return request.active[:0]
@@ -260,14 +242,9 @@ class ForecastChannel:
         if request.prior_weight == 0:
             return self.scores.best(request, k, among)
         among = among[self.scores.index.holds(among)]
-        if not len(among):
-            return among
-        own, score_M = self.ad_advertiser[among], self.scores.of(request, among)
-        top = score_M.max()
-        part_M = np.exp(score_M - top) if self.by_score else None
-        total_A = np.bincount(own, part_M, minlength=len(request.log_prob_A))
-        share = request.log_prob_A[own] - np.log(np.maximum(total_A[own], 1e-30))
-        return best(among, score_M + request.prior_weight * share, k)
+        own = self.ad_advertiser[among]
+        share = request.log_prob_A[own] - np.log(np.bincount(own, minlength=len(request.log_prob_A))[own])
+        return best(among, self.scores.of(request, among) + request.prior_weight * share, k)
 
 
 class AdvertiserChannel:
@@ -375,10 +352,8 @@ def _advertiser(s: Sources, *_: object) -> Channel:
     return AdvertiserChannel(s.advertisers(), rule, cfg.prior_weight)
 
 
-def _forecast(s: Sources, purchases: Purchases, _: Popularity) -> Channel:
-    cfg = s.cfg.forecast
-    skip = purchases if cfg.new_only else None
-    return ForecastChannel(s.scores, s.log.ad_advertiser, cfg.advertisers, by_score=cfg.by_score, skip=skip)
+def _forecast(s: Sources, *_: object) -> Channel:
+    return ForecastChannel(s.scores, s.log.ad_advertiser, s.cfg.forecast.advertisers)
 
 
 def _seeded(s: Sources, *_: object) -> Channel:

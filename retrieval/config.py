@@ -169,8 +169,6 @@ class ForecastChannelConfig:
         advertisers: the forecast's first so many advertisers among those active in the market.
         prior_weights: weights of the forecast in the score of its ads, the best is chosen with the quota; 0 is
             the paper's rule, by two-tower score alone.
-        by_score: share an advertiser's probability among its ads by their two-tower scores, not evenly.
-        new_only: leave out advertisers that the user bought from.
         seed_advertisers: the first so many of them seed the channel ``seeded``.
         seed_prefix_levels: it looks among ads whose advertiser shares so many codes of its ID with a seed; 0 looks
             among all, by vector alone.
@@ -179,8 +177,6 @@ class ForecastChannelConfig:
 
     advertisers: int = 300
     prior_weights: list[float] = field(default_factory=lambda: [0.0, 0.3, 0.6])
-    by_score: bool = False
-    new_only: bool = False
     seed_advertisers: int = 20
     seed_prefix_levels: int = 0
     seeded_share: float = 0.1
