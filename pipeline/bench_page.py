@@ -98,7 +98,10 @@ def _arms(found: RetrievalBenchmark, rows: _Rows) -> Section:
     top = found.facts["k"]
     lines = [
         *((f"recall@{k}", *(rows.interval(SECTION, "recall", arm, k=k) for arm in arms)) for k in ks),
-        *((f"NDCG@{k}", *(rows.interval(SECTION, "ndcg", arm, k=k) for arm in arms)) for k in (ks[0], ks[-1])),
+        *(
+            (f"NDCG@{k}", *(rows.interval(SECTION, "ndcg", arm, k=k) for arm in arms))
+            for k in sorted({*ks[:1], *ks[-1:]})
+        ),
         ("MRR", *(rows.interval(SECTION, "mrr", arm, k=found.facts["budget"]) for arm in arms)),
         (f"value-weighted recall@{top}", *(rows.interval(SECTION, "value_recall", arm, k=top) for arm in arms)),
         (f"recall@{top} of new advertisers", *(rows.interval(SECTION, "recall", arm, "new", top) for arm in arms)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,14 @@ from typer.testing import CliRunner, Result
 import cli
 from data.artifacts import Manifest
 from data.split import TimeSplit
+from data.statistics import Row
 from data.writer import write_tables
+from pipeline.bench_page import render
 from pipeline.commands.terminal import USER_MISTAKE
+from pipeline.config import compose
+from pipeline.verdict import figure
+from retrieval.benchmark import ADVERTISERS, PRODUCT, RetrievalBenchmark
+from retrieval.factors import RANKED, TOP
 from tests.logs import tiny_config, tiny_tables
 
 TINY = [
@@ -73,6 +80,25 @@ def test_configurations_swap_beside_the_same_towers(
 def test_the_same_figures_twice(run: Path, tmp_path: Path) -> None:
     shown = bench("--run", str(run), "--out", str(tmp_path), "--json")
     assert json.loads(shown.stdout)["rows"] == json.loads((run / "bench" / "retrieval.json").read_text())["rows"]
+
+
+def test_a_part_alone_has_a_page_too(run: Path, tmp_path: Path) -> None:
+    shown = bench("--run", str(run), "--out", str(tmp_path), "--part", "blends", "--json")
+    assert shown.exit_code == 0, shown.output
+    assert {row["section"] for row in json.loads(shown.stdout)["rows"]} == {"blends"}
+    assert "Blends" in (tmp_path / "retrieval.html").read_text()
+
+
+def test_the_page_shows_both_factors() -> None:
+    facts = {"periods": [10, 12], "tuned_on": [7, 9], "budget": 20, "k": 20, "blend": "quota", "evaluate": "validation"}
+    row = Row(ADVERTISERS, RANKED, "lm - two_tower", "new", TOP, -0.125, -0.25, -0.0625, 9)
+    found = RetrievalBenchmark(
+        rows=[row, replace(row, section=PRODUCT, metric="recall", arm="lm, ads known", segment="all", k=20, value=0.5)],
+        facts=facts | {"requests": 9, "users": 5},
+    )
+    page = render(compose(["experiment=smoke"]), found)
+    assert figure(row, 3) in page
+    assert "lm, ads known" in page
 
 
 REFUSED = [

@@ -83,8 +83,7 @@ def test_parts_are_measured_alone(log: Log, towers: TrainedTwoTower) -> None:
     found = bench_retrieval(retriever, arms, users=np.arange(30), parts=["factors"])
     assert {row.section for row in found.rows} == {ADVERTISERS, PRODUCT}
     assert {row.arm for row in found.rows} >= {"two_tower", "lm", "lm - two_tower"}
-    assert found.latency == {}
-    assert found.plans == {}
+    assert found.latency == found.plans == {}
 
 
 def test_an_arm_is_planned_and_judged_once(log: Log, towers: TrainedTwoTower, monkeypatch: pytest.MonkeyPatch) -> None:
