@@ -98,7 +98,7 @@ def test_the_page_shows_both_factors() -> None:
     )
     page = render(compose(["experiment=smoke"]), found)
     assert figure(row, 3) in page
-    assert "lm, ads known" in page
+    assert figure(found.rows[1], 3) in page
 
 
 REFUSED = [
