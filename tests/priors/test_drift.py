@@ -135,11 +135,10 @@ def test_a_forecast_that_is_too_sharp_is_mended(fitted: Fitted, prior: PriorMode
 
 
 def test_figures_are_those_of_the_measures(fitted: Fitted, prior: PriorModel) -> None:
-    targets = fitted.log.advertiser_targets((7, 9))
-    arms = frozen(prior)
+    targets, arms = fitted.log.advertiser_targets((7, 9)), frozen(prior)
     rows = {(row.metric, row.arm): row for row in measure(arms, targets)}
     for arm, score in arms.items():
-        log_prob_RA = score(targets.user, targets.period)
+        log_prob_RA = np.asarray(score(targets.user, targets.period), dtype=np.float64)
         expected = expected_calibration_error(reliability(log_prob_RA, targets))
         assert rows["ece", arm].value == pytest.approx(expected)
         nll_R = mean_target_nll(log_prob_RA[targets.row, targets.item], targets)
