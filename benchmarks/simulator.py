@@ -35,7 +35,7 @@ from priors.config import PriorConfig
 from priors.dataset import PromptDataset
 from priors.fit import fit_anchor, sample_rows
 from priors.metrics import recall_at_k, target_ranks
-from priors.prompt import Prompt, PromptCompiler
+from priors.prompt import Wordless
 from semantic_ids.tokenize import build_ids
 from semantic_ids.trie import Trie
 
@@ -75,17 +75,6 @@ def _anchor(log: Log, config: AdsidConfig, work_dir: Path) -> TunedAnchor:
     prompts = Wordless()
     tuned, _ = fit_anchor(counts, trie, PromptDataset(train, prompts), PromptDataset(select, prompts), prior.anchor)
     return tuned
-
-
-class Wordless(PromptCompiler):
-    """Prompts for a forecaster that reads none."""
-
-    def __init__(self) -> None:
-        self._prompt = Prompt(np.zeros(1, np.int64))
-
-    def compile(self, user: int, period: int) -> Prompt:
-        """The same for all."""
-        return self._prompt
 
 
 def _compare(log: Log, truth: Truth, tuned: TunedAnchor) -> None:

@@ -27,7 +27,10 @@ Key = tuple[str, str, str, str, int | None]
 
 def render(config: AdsidConfig, found: RetrievalBenchmark) -> str:
     """The text of the page."""
-    return template("bench.html.j2").render(
+    return template("sections.html.j2").render(
+        title="adsid bench: retrieval",
+        heading="Retrieval, part by part",
+        json="adsid bench retrieval --json",
         scope=scope(config, found),
         caveats=DATASET_NOTES.get(config.data.source, ())[:1],
         sections=sections(found),

@@ -290,6 +290,36 @@ def learning_curve(points: Sequence[LearningPoint]) -> Markup | None:
     return svg(680, 374, "NLL of LM and anchor over training", _all_parts([level, gap]))
 
 
+def ageing(
+    series: Mapping[str, Sequence[tuple[float, float, float, float]]], style: Mapping[str, str]
+) -> Markup | None:
+    """Differences from a common base over time, each with its interval; None without a point.
+
+    Args:
+        series: of each arm.
+        style: class of each arm's marks.
+    """
+    points = [point for own in series.values() for point in own]
+    if not points:
+        return None
+    x_span, x_ticks = round_axis((min(point[0] for point in points), max(point[0] for point in points)))
+    y_span, y_ticks = round_axis((min(0.0, *(p[2] for p in points)), max(0.0, *(p[3] for p in points))))
+    panel = Panel(56, 30, 470, 240, x_span, y_span)
+    panel.axes("period", f"NLL {MINUS} that of the frozen anchor, nat", x_ticks, y_ticks)
+    panel.line(panel.left, panel.py(0), panel.left + panel.width, panel.py(0), "zero")
+    labels = []
+    for arm, own in series.items():
+        if len(own) > 1:
+            panel.band([(x, low, high) for x, _, low, high in own], style[arm])
+        panel.path([(x, value) for x, value, _, _ in own], style[arm])
+        for x, value, _, _ in own:
+            panel.dot(x, value, style[arm])
+        if own:
+            labels.append((panel.py(own[-1][1]), arm, style[arm]))
+    _end_labels(panel, labels)
+    return svg(700, 318, "NLL of each arm less the frozen anchor's, over time", panel.parts)
+
+
 def reliability_diagram(arms: Mapping[str, ReliabilityCurve]) -> Markup | None:
     """Observed share against forecast probability, logarithmic; the diagonal is perfect. None without a point."""
     points = {arm: list(zip(curve["predicted"], curve["observed"], strict=True)) for arm, curve in arms.items()}

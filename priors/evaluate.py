@@ -21,7 +21,7 @@ Shapes: R user-periods, T targets, A advertisers, B user-periods of one chunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -137,9 +137,9 @@ def _likelihood(
         "lm": exact_log_prob(prior.model, tree_batches, prior.calibration),
         OTHER_PROMPT: exact_log_prob(prior.model, other_batches, prior.calibration),
         CONSTANT_HIDDEN: exact_log_prob(prior.model, tree_batches, prior.calibration, constant_LH=prior.constant_LH),
-        "anchor": _base_log_prob(prior.base, targets),
-        "anchor, untuned": _base_log_prob(untuned, targets),
-        "popularity": _base_log_prob(popularity, targets),
+        "anchor": anchor_log_prob(prior.base, targets),
+        "anchor, untuned": anchor_log_prob(untuned, targets),
+        "popularity": anchor_log_prob(popularity, targets),
     }
     if prior.compiler.history is not None:
         log_prob_T[HISTORY_ALONE] = exact_log_prob(
@@ -153,7 +153,6 @@ def _likelihood(
     }
 
 
-@torch.inference_mode()
 def exact_log_prob(
     model: PriorLM,
     tree_batches: list[TreeBatch],
@@ -165,14 +164,32 @@ def exact_log_prob(
     """Calibrated log-probability of each target by teacher forcing.
 
     Args:
-        model: the LM.
-        tree_batches: prompts with their targets.
+        model, tree_batches, constant_LH, own_history: as of :func:`head_logits`.
         calibration: weights of logits and base.
-        constant_LH: what to give the head at each level instead of what it reads.
-        own_history: the constants stand for hidden states alone, with the prompts' own history vectors beside them.
 
     Returns:
         ``(T,)``, in the order of the prompts' targets.
+    """
+    logits = head_logits(model, tree_batches, constant_LH=constant_LH, own_history=own_history)
+    weight, exponent = torch.tensor(calibration.lm_weight), torch.tensor(calibration.base_exponent)
+    return torch.cat(calibrated_log_prob(tree_batches, logits, weight, exponent)).double().numpy()
+
+
+@torch.no_grad()  # not inference_mode: calibrations are fitted on it
+def head_logits(
+    model: PriorLM,
+    tree_batches: Iterable[TreeBatch],
+    *,
+    constant_LH: torch.Tensor | None = None,
+    own_history: bool = False,
+) -> list[list[torch.Tensor]]:
+    """The head's scores at the decisions of prompts with their targets, ``(N, V)`` a level, for each batch.
+
+    Args:
+        model: the LM.
+        tree_batches: the prompts.
+        constant_LH: what to give the head at each level instead of what it reads.
+        own_history: the constants stand for hidden states alone, with the prompts' own history vectors beside them.
     """
     model.eval()
     logits = []
@@ -187,8 +204,7 @@ def exact_log_prob(
                 for level, d in enumerate(batch.levels)
             ]
         logits.append([model.head(state_NS, level) for level, state_NS in enumerate(at)])
-    weight, exponent = torch.tensor(calibration.lm_weight), torch.tensor(calibration.base_exponent)
-    return torch.cat(calibrated_log_prob(tree_batches, logits, weight, exponent)).double().numpy()
+    return logits
 
 
 def _same_for_all(constant_H: torch.Tensor, n: int, history_NF: torch.Tensor | None) -> torch.Tensor:
@@ -232,8 +248,9 @@ def another_user(targets: Targets) -> NDArray[np.int64]:
     return users[(np.searchsorted(users, targets.user) + 1) % len(users)].astype(np.int64)
 
 
-def _base_log_prob(base: TunedAnchor, targets: Targets) -> Float:
-    parts = [base.log_probs(part.user, part.period)[part.row, part.item] for part in _chunks(targets)]
+def anchor_log_prob(base: TunedAnchor, targets: Targets) -> Float:
+    """Log-probability of each target by an anchor alone, ``(T,)``."""
+    parts = [base.log_probs(part.user, part.period)[part.row, part.item] for part in chunks(targets)]
     return np.concatenate(parts) if parts else np.zeros(0)
 
 
@@ -269,7 +286,6 @@ def _control_lists(prior: PriorModel, targets: Targets, cfg: PriorConfig) -> dic
     }
 
 
-@torch.inference_mode()
 def constant_log_probs(
     prior: PriorModel,
     user_B: NDArray[np.integer],
@@ -279,10 +295,30 @@ def constant_log_probs(
 ) -> Float:
     """Log-probabilities where the head is given the mean of what it reads, ``(B, A)``: a bias a code on the anchor.
 
+    Args, Raises:
+        As of :func:`constant_scores`.
+    """
+    trie, scores = prior.base.trie, constant_scores(prior, user_B, period_B, own_history=own_history)
+    return path_log_probs(trie, scores)[-1][:, trie.advertiser_leaf]
+
+
+@torch.inference_mode()
+def constant_scores(
+    prior: PriorModel,
+    user_B: NDArray[np.integer],
+    period_B: NDArray[np.integer],
+    *,
+    own_history: bool = False,
+) -> list[Float]:
+    """Score of every node given its parent, before the softmax, where the head is given the mean of what it reads.
+
     Args:
         prior: the forecaster.
         user_B, period_B: whose anchor is the base, and as of when.
         own_history: give it the users' own history vectors beside the mean hidden state.
+
+    Returns:
+        ``(B, N_{d+1})`` for each depth d.
 
     Raises:
         ValueError: it is asked for history vectors, and the forecaster has none.
@@ -298,7 +334,7 @@ def constant_log_probs(
         logit_BV = prior.model.head(state_BS, level).double().numpy()
         bias_BN = calibration.lm_weight[level] * logit_BV[:, trie.child_code[level]]
         scores.append(calibration.base_exponent[level] * base_BN + bias_BN)
-    return path_log_probs(trie, scores)[-1][:, trie.advertiser_leaf]
+    return scores
 
 
 class _Schedule:
@@ -322,6 +358,7 @@ class _Schedule:
         return score
 
 
-def _chunks(targets: Targets) -> Iterator[Targets]:
+def chunks(targets: Targets) -> Iterator[Targets]:
+    """Some user-periods at a time, for distributions over all advertisers."""
     for start in range(0, len(targets), _CHUNK):
         yield targets.select(np.arange(start, min(start + _CHUNK, len(targets))))

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -123,6 +124,13 @@ def freeze_history(model: PriorLM) -> None:
         if head is not None and head.history is not None:
             head.history.requires_grad_(False)
             head.history.dropout.p = 0.0
+
+
+def forget_history(model: PriorLM) -> None:
+    """Weights of zeros where the head of advertisers reads history vectors, free to learn once more."""
+    if model.head.history is not None:
+        for weight in model.head.history.parameters():
+            torch.nn.init.zeros_(weight).requires_grad_(True)
 
 
 def history_states(dataset: PromptDataset, collator: TreeCollator) -> list[LevelStates]:

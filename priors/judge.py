@@ -102,7 +102,7 @@ def judge_lists(
                 log_prob.setdefault(name, []).append(within_BA[chunk.row, chunk.item])
                 wanted = chunk if allowed_BA is None else chunk.keep(allowed_BA[chunk.row, chunk.item])
                 kept = np.flatnonzero(np.diff(wanted.ptr))
-                pairs.setdefault(name, []).append(calibration_pairs(within_BA[kept], wanted.select(kept)))
+                pairs.setdefault(name, []).append(calibration_pairs(within_BA[kept], wanted.select(kept))[:2])
         for segment, (_, allowed_by) in segments.masks.items():
             rank_T, log_prob_T = np.concatenate(rank[allowed_by]), np.concatenate(log_prob[allowed_by])
             of_segment = segments.targets_of(segment)

@@ -67,17 +67,18 @@ def reliability(log_prob_RA: NDArray[np.floating], targets: Targets) -> dict[str
         log_prob_RA: the forecast.
         targets: each target's observed share is 1 / number of targets of its row.
     """
-    return reliability_of_pairs(*calibration_pairs(log_prob_RA, targets), n_rows=len(targets))
+    predicted, observed, _ = calibration_pairs(log_prob_RA, targets)
+    return reliability_of_pairs(predicted, observed, n_rows=len(targets))
 
 
-def calibration_pairs(log_prob_RA: NDArray[np.floating], targets: Targets) -> tuple[Float, Float]:
-    """Predicted and observed share of every pair of a row and an advertiser above `FLOOR`, in no order."""
+def calibration_pairs(log_prob_RA: NDArray[np.floating], targets: Targets) -> tuple[Float, Float, NDArray[np.integer]]:
+    """Predicted and observed share, and row, of every pair of a row and an advertiser above `FLOOR`, in no order."""
     probability = np.exp(np.asarray(log_prob_RA, dtype=np.float64))
     share = np.zeros(log_prob_RA.shape)
     size_R = np.diff(targets.ptr)
     share[targets.row, targets.item] = 1 / size_R[targets.row]
     pairs = probability > FLOOR
-    return probability[pairs], share[pairs]
+    return probability[pairs], share[pairs], np.nonzero(pairs)[0]
 
 
 def reliability_of_pairs(predicted: Float, observed: Float, *, n_rows: int) -> dict[str, list[float]]:
@@ -94,14 +95,42 @@ def reliability_of_pairs(predicted: Float, observed: Float, *, n_rows: int) -> d
         return {"predicted": [], "observed": [], "mass": []}
     order = np.argsort(predicted, kind="stable")
     predicted, observed = predicted[order], observed[order]
-    cumulative = np.cumsum(predicted)
-    edge = np.searchsorted(cumulative, np.linspace(0, cumulative[-1], BINS + 1)[1:-1])
+    edge = _edges(predicted)
     parts = [part for part in zip(np.split(predicted, edge), np.split(observed, edge), strict=True) if len(part[0])]
     return {
         "predicted": [float(p.mean()) for p, _ in parts],
         "observed": [float(o.mean()) for _, o in parts],
         "mass": [float(p.sum() / n_rows) for p, _ in parts],
     }
+
+
+def _edges(rising: Float) -> NDArray[np.integer]:
+    """Where bins of the same mass end, all but the last, in pairs in rising order."""
+    cumulative = np.cumsum(rising)
+    return np.searchsorted(cumulative, np.linspace(0, cumulative[-1], BINS + 1)[1:-1])
+
+
+def mass_by_bin(predicted: Float, observed: Float, group: NDArray[np.integer], *, n_groups: int) -> tuple[Float, Float]:
+    """Predicted and observed mass of groups of pairs in the bins of :func:`reliability_of_pairs`, ``(G, BINS)`` each.
+
+    Args:
+        predicted, observed: of :func:`calibration_pairs`, at least one pair.
+        group: of each pair, such as its user.
+        n_groups: G.
+
+    Returns:
+        Sums, from which :func:`error_of_mass` makes the error of any draw of groups.
+    """
+    order = np.argsort(predicted, kind="stable")
+    place = np.searchsorted(_edges(predicted[order]), np.arange(len(order)), side="right")
+    cell, n = group[order] * BINS + place, n_groups * BINS
+    sums = [np.bincount(cell, side[order], n).reshape(-1, BINS).astype(np.float64) for side in (predicted, observed)]
+    return sums[0], sums[1]
+
+
+def error_of_mass(predicted_B: Float, observed_B: Float) -> float:
+    """:func:`expected_calibration_error` of the masses in each bin."""
+    return float(np.abs(predicted_B - observed_B).sum() / predicted_B.sum())
 
 
 def expected_calibration_error(curve: dict[str, list[float]]) -> float:

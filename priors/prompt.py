@@ -184,3 +184,19 @@ def _section(cfg: SectionConfig, log: Log, catalogue: Catalogue, encode: InertTo
         return ProfileSection(log, encode, cfg)
     assert isinstance(cfg, EventsConfig)
     return EventsSection(log, catalogue, encode, cfg)
+
+
+class Wordless(PromptCompiler):
+    """Prompts without words, for what reads none: fits and figures by counts and history alone.
+
+    Args:
+        history: gives the history vector beside each; None: there are none.
+    """
+
+    def __init__(self, history: HistoryReader | None = None) -> None:
+        self.history, self._no_words = history, np.zeros(1, np.int64)
+
+    def compile(self, user: int, period: int) -> Prompt:
+        """One token, the same for all, and the user's history vector."""
+        history = None if self.history is None else self.history(np.array([user]), np.array([period]))[0]
+        return Prompt(self._no_words, history_F=history)

@@ -214,3 +214,52 @@ def priors_monitor(
         Console(soft_wrap=True).print(to_console(found), highlight=False)
 
     guarded(work, debug=debug or bool(context.obj))
+
+
+@app.command(
+    "drift",
+    epilog="Examples:\n\n"
+    "  adsid priors drift --run runs/quickstart\n\n"
+    "  adsid priors drift --run runs/full --every 2 --lm 200 prior.panel=null\n\n"
+    "Every step is served by what was learned from the periods before it; the test span is never read.",
+)
+def priors_drift(
+    context: typer.Context,
+    run: FittedRun,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="key=value, e.g. prior.panel=null for all users, beside the run's config.yaml."),
+    ] = None,
+    every: Annotated[int, typer.Option(metavar="N", help="Periods of a step, after which it is learned again.")] = 4,
+    lm: Annotated[
+        int, typer.Option(metavar="N", help="Prompts of each step that the LM is asked with; 0 leaves it out.")
+    ] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of drift.json and drift.html; drift in the run directory where none is given.",
+            show_default=False,
+        ),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON instead of the tables.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Follow the frozen forecaster through the periods after its fit, and what recalibration and refit recover."""
+
+    def work() -> None:
+        from rich.console import Console
+
+        from pipeline.drift import FOLDER, follow_run, to_console, write_drift
+
+        folder = run.expanduser()
+        found = follow_run(folder, overrides or [], every=every, lm_prompts=lm)
+        page = write_drift(found, (out.expanduser() if out else folder / FOLDER).absolute())
+        if json:
+            print_json(found)
+            return
+        console = Console(soft_wrap=True)
+        console.print(to_console(found))
+        console.print(f"page: {page}", highlight=False)
+
+    guarded(work, debug=debug or bool(context.obj))

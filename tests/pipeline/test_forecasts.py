@@ -266,6 +266,21 @@ def test_monitor_compares_a_table_with_what_happened(run: Path, table: Path) -> 
     assert "no period is farther off than chance" in shown.output
 
 
+def test_drift_shows_writes_and_draws_how_the_forecaster_ages(run: Path, tmp_path: Path) -> None:
+    result = adsid("drift", "--run", run, "--every", 5, "--out", tmp_path, "prior.history.epochs=2")
+    assert result.exit_code == 0, result.output
+    assert "Calibration error" in result.output
+    found = json.loads((tmp_path / "drift.json").read_text())
+    assert [step["periods"] for step in found["steps"]] == [[6, 6], [7, 11]]
+    page = (tmp_path / "drift.html").read_text()
+    assert "<svg" in page
+    assert "7–11" in page
+    assert "forecast, refit − forecast" in page
+    bad = adsid("drift", "--run", run, "--every", 0, "--out", tmp_path)
+    assert bad.exit_code == 2
+    assert "--every 0" in bad.stderr
+
+
 @pytest.mark.slow
 def test_ray_makes_the_same_table(run: Path, table: Path, tmp_path: Path) -> None:
     ray = pytest.importorskip("ray")
