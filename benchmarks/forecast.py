@@ -57,7 +57,11 @@ def main(arguments: list[str]) -> None:
         if not folders:
             tables.mkdir()
             prepare(config.data, tables)
-        measure(load_log(tables, config.data, evaluate=config.evaluate), config, Path(temporary))
+        measure(
+            load_log(tables, config.data, evaluate=config.evaluate, entity=config.semantic_ids.entity),
+            config,
+            Path(temporary),
+        )
 
 
 def _config(folder: Path | None, overrides: list[str]) -> AdsidConfig:
