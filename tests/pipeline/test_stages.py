@@ -172,7 +172,7 @@ def test_items_are_forecast_as_advertisers_are(source: str, tmp_path: Path) -> N
     figures = {(row["metric"], row["arm"]) for row in json.loads((tmp_path / "forecasts" / ROWS).read_text())}
     assert {("recall", arm) for arm in ("lm", "anchor", "lm - anchor", "item_knn")} <= figures
     prompts = [prior.compiler.compile(int(user), 10) for user in users]
-    told = [prior.compiler.tokenizer.decode(prompt.token_ids) for prompt in prompts]
+    told = [str(prior.compiler.tokenizer.decode(prompt.token_ids)) for prompt in prompts]
     assert any(re.search(r"advertiser \d+, ", text) for text in told)  # whose item it is, before what it is
 
 
