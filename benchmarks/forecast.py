@@ -3,9 +3,12 @@
     python -m benchmarks.forecast                                        The Complete Journey, in a temporary folder
     python -m benchmarks.forecast runs/data/complete_journey             tables prepared before
     python -m benchmarks.forecast /data/beauty prior.baselines.names=[ease]    with any overrides of the configuration
+    python -m benchmarks.forecast runs/beauty                            a run whose stage prior is done
 
 Popularity, the counting anchors of each `prior.anchor.kind` with their constants chosen on the selection span, own
-frequency, EASE, item-kNN and SASRec: all user-periods, the same as-of rule, the same measures. Prints one JSON
+frequency, EASE, item-kNN and SASRec: all user-periods, the same as-of rule, the same measures. Of a run, whose own
+configuration holds, it is the run's tuned anchor instead, and the forecast by anchor and history vector alone, of which
+the probabilities of everything are as cheap as the anchor's: those of the users of ``prior.panel``. Prints one JSON
 object a row, and on the error stream what was chosen and the table of `docs/results/forecast.md`.
 """
 
@@ -14,6 +17,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,28 +26,32 @@ from benchmarks.measure import row
 from data.log import Log, load_log
 from data.prepare import prepare
 from data.statistics import Row
-from pipeline.config import AdsidConfig, compose
+from pipeline.config import CONFIG_FILE, AdsidConfig, compose
 from pipeline.dataset import config_of
+from pipeline.forecasts import open_prior
 from pipeline.quiet import quiet_libraries
 from priors.anchor import Anchor, Counts, choose_constants
+from priors.artifact import PriorModel
 from priors.baselines import fit_baselines
 from priors.config import ANCHORS, BASELINES
-from priors.fit import sample_rows
+from priors.evaluate import constant_log_probs
+from priors.fit import rows_of, sample_rows
 from priors.judge import Measure, RequestValues, Scorer, compared, judge_lists
 
 SHOWN = (
     *(Measure("recall", "", "all", k) for k in (1, 5, 10, 20, 50)),
+    Measure("ndcg", "", "all", 10),
     Measure("ndcg", "", "all", 20),
     Measure("listed_nll", ""),
     Measure("ece", ""),
     *(Measure("recall", "", "new", k) for k in (10, 20, 50)),
+    Measure("ndcg", "", "new", 10),
     Measure("listed_nll", "", "new"),
     Measure("recall", "", "active", 10),
     Measure("listed_nll", "", "active"),
     Measure("recall", "", "sparse users", 10),
     Measure("recall", "", "busy users", 10),
 )
-BEST = ANCHORS[-1]
 
 
 def main(arguments: list[str]) -> None:
@@ -52,12 +60,16 @@ def main(arguments: list[str]) -> None:
     folders = [argument for argument in arguments if "=" not in argument]
     overrides = [argument for argument in arguments if "=" in argument]
     with tempfile.TemporaryDirectory() as temporary:
+        if folders and (Path(folders[0]) / CONFIG_FILE).exists():
+            config, log, prior = open_prior(Path(folders[0]), overrides)
+            return measure(log, config, Path(temporary), prior)
         config = _config(Path(folders[0]) if folders else None, overrides)
         tables = Path(folders[0]) if folders else Path(temporary) / "tables"
         if not folders:
             tables.mkdir()
             prepare(config.data, tables)
-        measure(load_log(tables, config.data, evaluate=config.evaluate), config, Path(temporary))
+        entity = config.semantic_ids.entity
+        return measure(load_log(tables, config.data, evaluate=config.evaluate, entity=entity), config, Path(temporary))
 
 
 def _config(folder: Path | None, overrides: list[str]) -> AdsidConfig:
@@ -75,20 +87,27 @@ def _config(folder: Path | None, overrides: list[str]) -> AdsidConfig:
     return config
 
 
-def measure(log: Log, config: AdsidConfig, work_dir: Path) -> None:
-    """All forecasters, one after the other."""
+def measure(log: Log, config: AdsidConfig, work_dir: Path, run: PriorModel | None = None) -> None:
+    """All forecasters, one after the other; those of a run in place of the anchors where there is one."""
     prior, targets = config.prior, log.advertiser_targets(log.evaluate)
     seconds: dict[str, float] = {}
     scorers: dict[str, Scorer] = {}
-    counts = Counts.of(log)
-    select = sample_rows(log.advertiser_targets("prior_select"), prior.anchor.select_rows, prior.seed)
-    for kind in ANCHORS[1:]:
-        began = time.perf_counter()
-        prior.anchor.kind = kind
-        anchor = Anchor(counts, choose_constants(counts, select, prior.anchor)[0])
-        scorers[kind] = _log_of(anchor)
-        seconds[kind] = time.perf_counter() - began
-        print(f"{kind}: {anchor.constants}", file=sys.stderr)
+    if run is None:
+        counts = Counts.of(log)
+        select = sample_rows(log.advertiser_targets("prior_select"), prior.anchor.select_rows, prior.seed)
+        for kind in ANCHORS[1:]:
+            began = time.perf_counter()
+            prior.anchor.kind = kind
+            anchor = Anchor(counts, choose_constants(counts, select, prior.anchor)[0])
+            scorers[kind] = _log_of(anchor)
+            seconds[kind] = time.perf_counter() - began
+            print(f"{kind}: {anchor.constants}", file=sys.stderr)
+    else:
+        targets, anchor = rows_of(targets, log.panel(prior.panel, prior.seed)), run.base.anchor
+        scorers = {"popularity": _log_of(anchor.popularity_alone()), "anchor": run.base.log_probs}
+        if run.compiler.history is not None:
+            scorers["history alone"] = partial(constant_log_probs, run, own_history=True)
+    best = list(scorers)[-1]
     popularity = anchor.popularity_alone()
     for name in list(prior.baselines.names):
         began = time.perf_counter()
@@ -98,14 +117,15 @@ def measure(log: Log, config: AdsidConfig, work_dir: Path) -> None:
         seconds[name] = time.perf_counter() - began
         print(f"{name}: {chosen[name]}", file=sys.stderr)
     lists, _, errors = judge_lists(scorers, log, targets)
-    _print(lists, [*compared(lists, BEST, tuple(scorers)), *errors], list(scorers), seconds, len(targets))
+    rows = [*compared(lists, best, tuple(scorers)), *errors]
+    _print(lists, rows, list(scorers), best=best, seconds=seconds)
 
 
 def _log_of(anchor: Anchor) -> Scorer:
     return lambda user_B, period_B: np.log(anchor.probabilities(user_B, period_B))
 
 
-def _print(lists: RequestValues, rows: list[Row], scorers: list[str], seconds: dict[str, float], n: int) -> None:
+def _print(lists: RequestValues, rows: list[Row], scorers: list[str], *, best: str, seconds: dict[str, float]) -> None:
     values = {(one.metric, one.arm, one.segment, one.k): one for one in rows}
     lines = [["", *map(_title, SHOWN)], ["---"] * (1 + len(SHOWN))]
     for arm in scorers:
@@ -114,12 +134,13 @@ def _print(lists: RequestValues, rows: list[Row], scorers: list[str], seconds: d
         for measure, one in zip(SHOWN, found, strict=True):
             if one is not None:
                 row(f"{arm}: {_title(measure)}", one.value, "nat" if "nll" in measure.metric else "share")
-            difference = values.get((measure.metric, f"{BEST} - {arm}", measure.segment, measure.k))
+            difference = values.get((measure.metric, f"{best} - {arm}", measure.segment, measure.k))
             if difference is not None:
                 low, high = difference.ci_low, difference.ci_high
-                row(f"{BEST} - {arm}: {_title(measure)} [{low:+.4f}, {high:+.4f}]", difference.value, "difference")
-        row(f"{arm}: fit", seconds[arm], "s")
-    print(f"\n{n} user-periods of {len(set(lists.user_R.tolist()))} users\n", file=sys.stderr)
+                row(f"{best} - {arm}: {_title(measure)} [{low:+.4f}, {high:+.4f}]", difference.value, "difference")
+        if arm in seconds:
+            row(f"{arm}: fit", seconds[arm], "s")
+    print(f"\n{len(lists.user_R)} user-periods of {len(set(lists.user_R.tolist()))} users\n", file=sys.stderr)
     print("\n".join(f"| {' | '.join(line)} |" for line in lines), file=sys.stderr)
 
 

@@ -26,7 +26,7 @@ from data.config import DataConfig
 from data.errors import UserError
 from data.sampling import hash_ids
 from data.split import EVALUATE, Calendar, Span, TimeSplit
-from data.tables import KINDS, Tables
+from data.tables import ENTITIES, KINDS, Tables
 
 __all__ = ["KINDS", "Before", "Events", "Log", "Placements", "Prices", "Requests", "Targets", "load_log"]
 
@@ -205,6 +205,7 @@ class Log:
         split: the spans.
         calendar: timestamps to periods.
         evaluate: ``"validation"`` or ``"test"``.
+        entity: what its advertisers are, one of `data.tables.ENTITIES`.
         user_ids, ad_ids, advertiser_ids, market_ids: id of each index, rising.
         ad_advertiser: advertiser of each ad, -1 for none, shape ``(I,)``.
         ad_features, user_features: codes of the config's categorical columns, 0 = missing.
@@ -220,6 +221,7 @@ class Log:
     split: TimeSplit
     calendar: Calendar
     evaluate: str
+    entity: str
     user_ids: NDArray[Any]
     ad_ids: NDArray[Any]
     advertiser_ids: NDArray[Any]
@@ -457,24 +459,30 @@ class Before:
         return np.power(decay, self.period - self.log.events.period[rows].astype(np.float64))
 
 
-def load_log(tables_dir: Path, cfg: DataConfig, *, evaluate: str) -> Log:
+def load_log(tables_dir: Path, cfg: DataConfig, *, evaluate: str, entity: str = ENTITIES[0]) -> Log:
     """Reads a directory of tables into arrays.
 
     Args:
         tables_dir: holds the five Parquet files that ``data.prepare.prepare`` wrote.
         cfg: the config they were prepared with.
         evaluate: ``"validation"``, or ``"test"`` to open the test span.
+        entity: ``"item"`` makes every ad an advertiser of its own, see `Tables.of_items`; nothing else changes.
 
     Returns:
         The log; without ``evaluate="test"`` its events and placements end before the test span.
 
     Raises:
-        UserError: files or columns are missing, an id is dangling, or ``evaluate`` is unknown.
+        UserError: files or columns are missing, an id is dangling, ``evaluate`` or ``entity`` is unknown, or items are
+            asked of a log whose conversions name none.
     """
     if evaluate not in EVALUATE:
         raise UserError(f"evaluate={evaluate}", expected=f"one of {', '.join(EVALUATE)}", action="set evaluate")
+    if entity not in ENTITIES:
+        raise UserError(f"entity={entity}", expected=f"one of {', '.join(ENTITIES)}", action="set entity")
     tables = Tables.open(tables_dir)
     cfg.check_columns(tables)
+    if entity == "item":
+        tables = tables.of_items()
     calendar, split = cfg.timeline(tables.labels(cfg.label_kinds))
     tables = replace(
         tables,
@@ -494,6 +502,13 @@ def load_log(tables_dir: Path, cfg: DataConfig, *, evaluate: str) -> Log:
     display, mailer = _vocabulary(tables, "display"), _vocabulary(tables, "mailer")
     category = _vocabulary(replace(tables, placements=tables.placements.limit(0)), "category")
     events = _load_events(tables, calendar, market_ids, display=display, mailer=mailer, category=category)
+    label_kinds = tuple(KINDS.index(kind) for kind in cfg.label_kinds)
+    if entity == "item" and not (np.isin(events.kind, label_kinds) & (events.ad >= 0)).any():
+        raise UserError(
+            f"semantic_ids.entity=item for {tables_dir}, where no {' or '.join(cfg.label_kinds)} names an ad",
+            expected="conversions with an ad_id: an item is an ad",
+            action="set semantic_ids.entity=advertiser",
+        )
     last = split.test[0] - 1 if evaluate != "test" else split.test[1]
     ad_features, ad_vocabularies = _features(tables.ads, cfg.ad_columns)
     user_features, user_vocabularies = _features(tables.users, cfg.profile_columns)
@@ -502,6 +517,7 @@ def load_log(tables_dir: Path, cfg: DataConfig, *, evaluate: str) -> Log:
         split=split,
         calendar=calendar,
         evaluate=evaluate,
+        entity=entity,
         user_ids=tables.users["user_id"].to_numpy(),
         ad_ids=ad_ids.to_numpy(),
         advertiser_ids=advertiser_ids.to_numpy(),
@@ -516,7 +532,7 @@ def load_log(tables_dir: Path, cfg: DataConfig, *, evaluate: str) -> Log:
         category_names=(MISSING, *category),
         events=events,
         user_ptr=np.searchsorted(events.user, np.arange(len(tables.users) + 1)).astype(np.int64),
-        label_kinds=tuple(KINDS.index(kind) for kind in cfg.label_kinds),
+        label_kinds=label_kinds,
         placements=_load_placements(tables, calendar, market_ids, ad_ids, display=display, mailer=mailer, last=last),
     )
 

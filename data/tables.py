@@ -20,7 +20,7 @@ are categorical or text features, which the data config names before anything re
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
@@ -40,6 +40,10 @@ KINDS = (
     "coupon",
     "campaign",
 )
+ENTITIES = ("advertiser", "item")
+"""What later stages take for an advertiser: the advertisers of the tables, or every ad (`Tables.of_items`)."""
+NAME_LETTERS = 60
+"""Of an ad's text, that an item is called by."""
 EARLIEST, LATEST = datetime(1990, 1, 1), datetime(2100, 1, 1)
 
 Family = Literal["id", "text", "category", "number", "timestamp", "kind"]
@@ -196,6 +200,26 @@ class Tables:
     def rows(self) -> dict[str, int]:
         """Number of rows of each table."""
         return {schema.name: int(frame.select(pl.len()).collect().item()) for schema, frame in self}
+
+    def of_items(self) -> Tables:
+        """The same log, with every ad an advertiser of its own.
+
+        Its text is the ad's, behind the name of who advertises it, which is told nowhere else any more; its name is the
+        beginning of the ad's text. An event without an ad has no advertiser.
+        """
+        own = pl.col("ad_id").alias("advertiser_id")
+        owner, text = (pl.col(name).cast(pl.String).replace("", None) for name in ("name", "text"))
+        owners = self.advertisers.select("advertiser_id", owner.alias("owner"))
+        return replace(
+            self,
+            advertisers=self.ads.join(owners, on="advertiser_id", how="left", maintain_order="left").select(
+                own,
+                text.fill_null("").str.head(NAME_LETTERS).alias("name"),
+                pl.concat_str("owner", text, separator=", ", ignore_nulls=True).alias("text"),
+            ),
+            ads=self.ads.with_columns(own),
+            events=self.events.with_columns(own),
+        )
 
     def labels(self, kinds: Sequence[str]) -> pl.LazyFrame:
         """Events of the kinds that are conversions."""

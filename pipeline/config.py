@@ -122,6 +122,14 @@ class AdsidConfig:
             errors.append(
                 UserError(f"seed={self.seed}", expected="a whole number, at least 0", action="set another seed")
             )
+        if self.semantic_ids.entity == "item" and self.data.source == "simulator":
+            errors.append(
+                UserError(
+                    "semantic_ids.entity=item with data=simulator",
+                    expected="advertisers: they are what the simulator knows the truth of",
+                    action="set semantic_ids.entity=advertiser, or forecast the items of another log",
+                )
+            )
         if errors:
             raise UserError.collect(errors)
 

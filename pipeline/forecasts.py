@@ -179,7 +179,7 @@ def open_prior(run: Path, overrides: Sequence[str] = ()) -> tuple[AdsidConfig, L
             expected="a run whose stage prior is done",
             action="adsid run run.until=prior, with the configuration of the run",
         )
-    log = load_log(run / "data", config.data, evaluate=config.evaluate)
+    log = load_log(run / "data", config.data, evaluate=config.evaluate, entity=config.semantic_ids.entity)
     ids = AdvertiserIds.load(run / "semantic_ids")
     return config, log, PriorModel.load(run / "prior", log, ids, config.prior)
 

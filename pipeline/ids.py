@@ -82,7 +82,7 @@ def refit_directory(
     data_cfg = config_of(data, of_data).data
     plain = {"semantic_ids": to_plain(IdArtifact.load(ids).cfg)}
     cfg = recompose(plain, [one for one in overrides if one not in of_data]).semantic_ids
-    log = load_log(data, data_cfg, evaluate="validation")
+    log = load_log(data, data_cfg, evaluate="validation", entity=cfg.entity)
 
     def work(output: Path, scratch: Path) -> dict[str, Any]:
         return refit(ids, log, output, work_dir=scratch, cfg=cfg, tolerance=tolerance, cache_dir=scratch)

@@ -95,7 +95,7 @@ def prompt_of(run: Path, user: str, as_of: str, overrides: Sequence[str] = ()) -
             expected="a run whose stage data is done",
             action="adsid run run.until=semantic_ids",
         )
-    log = load_log(run / DATA, config.data, evaluate=config.evaluate)
+    log = load_log(run / DATA, config.data, evaluate=config.evaluate, entity=config.semantic_ids.entity)
     index, period = user_of(log, user), period_of(log, as_of)
     ids = AdvertiserIds.load(ids_directory(run))
     transformers.utils.logging.disable_progress_bar()

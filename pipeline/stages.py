@@ -440,9 +440,10 @@ def _log(context: Work) -> Log:
     cfg = context.config
 
     def log() -> Log:
-        return load_log(context.inputs["data"], cfg.data, evaluate=cfg.evaluate)
+        entity = cfg.semantic_ids.entity
+        return load_log(context.inputs["data"], cfg.data, evaluate=cfg.evaluate, entity=entity)
 
-    return _once(context, log, "data", settings=[cfg.data, cfg.evaluate])
+    return _once(context, log, "data", settings=[cfg.data, cfg.evaluate, cfg.semantic_ids.entity])
 
 
 def _ids(context: Work) -> AdvertiserIds:

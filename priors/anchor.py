@@ -1,10 +1,10 @@
 """The anchor: how often, and how lately, users have converted with advertisers (DESIGN §4).
 
-    q_u(a) = λ · own(a) + μ · co(a) + (1 - λ - μ) · pop(a)    pop alone where the user has no history
+    q_u(a) = λ · own(a) + μ · co(a) + the rest · pop(a)       pop alone where the user has no history
     pop(a) ∝ s + Σ over promoted conversions with a before t of  ρ^(periods ago)
     own(a) ∝ g(a) · Σ over the user's purchases of a before t of  δ^(periods ago)
     g(a)   = sqrt(a's share of promoted conversions / a's share of all purchases)
-    co(a)    co-conversions with what the user bought, see `priors.coconversions`
+    co(a)    co-conversions with what the user bought, the less the fewer were seen: `priors.coconversions`
 
 ``prior.anchor.kind`` says which terms there are: λ and μ are 0 for ``popularity``, μ is 0 for
 ``popularity+history``, and ``none`` is uniform over the legal children of every prefix.
@@ -23,8 +23,9 @@ Shapes: B user-periods, A advertisers, N_d trie nodes of depth d, V codes of a l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -49,6 +50,8 @@ class AnchorConstants:
         popularity_decay: ρ.
         smoothing: s.
         co_weight: μ.
+        co_decay: by which a purchase's weight falls a period, for what it says of others.
+        co_shrinkage: κ.
     """
 
     own_weight: float = 0.5
@@ -56,6 +59,8 @@ class AnchorConstants:
     popularity_decay: float = 1.0
     smoothing: float = 0.3
     co_weight: float = 0.0
+    co_decay: float = 0.97
+    co_shrinkage: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -163,7 +168,7 @@ class Anchor:
         floor = 0.5 / np.maximum(promoted_PA.sum(1, keepdims=True), 1.0)
         ratio_PA = np.where(np.isfinite(ratio_PA), np.maximum(ratio_PA, floor), 1.0)
         self._promotion_PA = np.vstack([np.ones((1, n_advertisers)), np.sqrt(ratio_PA)])
-        self.co_conversions = CoConversions(counts, decay=constants.own_decay)  # counted when first asked for
+        self.co_conversions = CoConversions(counts, decay=constants.co_decay)  # counted when first asked for
 
     def popularity_alone(self) -> Anchor:
         """The anchor without what it knows of the user."""
@@ -185,6 +190,10 @@ class Anchor:
         total_B1 = mass_BA.sum(1, keepdims=True)
         return np.divide(mass_BA, total_B1, out=np.zeros_like(mass_BA), where=total_B1 > 0)
 
+    def co(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> Float:
+        """co(a) of each user at the start of each period, ``(B, A)``; rows of sums below 1."""
+        return self.co_conversions.mass(user_B, period_B, shrinkage=self.constants.co_shrinkage)
+
     def probabilities(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> Float:
         """q_u(a) at the start of each period.
 
@@ -198,7 +207,7 @@ class Anchor:
         constants = self.constants
         popularity_BA = self.popularity(period_B)
         own_BA = self.own(user_B, period_B) if constants.own_weight > 0 else np.zeros((1, 1))
-        co_BA = self.co_conversions.shares(user_B, period_B) if constants.co_weight > 0 else np.zeros((1, 1))
+        co_BA = self.co(user_B, period_B) if constants.co_weight > 0 else np.zeros((1, 1))
         return mixture(own_BA, co_BA, popularity_BA, constants.own_weight, constants.co_weight)
 
     def _clip(self, period_B: NDArray[np.integer]) -> NDArray[np.int64]:
@@ -206,10 +215,9 @@ class Anchor:
 
 
 def mixture(own: Float, co: Float, popularity: Float, own_weight: float, co_weight: float) -> Float:
-    """q_u of its parts; a part that knows nothing of a user, a row of zeros, leaves its weight to popularity."""
-    own_B1 = np.where(own.any(-1, keepdims=True), own_weight, 0.0)
-    co_B1 = np.where(co.any(-1, keepdims=True), co_weight, 0.0)
-    return own_B1 * own + co_B1 * co + (1 - own_B1 - co_B1) * popularity
+    """q_u of its parts; what a part leaves of its weight, all where it knows nothing of a user, is popularity's."""
+    known = own_weight * own + co_weight * co
+    return known + (1 - known.sum(-1, keepdims=True)) * popularity
 
 
 @dataclass(frozen=True)
@@ -313,8 +321,8 @@ def choose_constants(
 ) -> tuple[AnchorConstants, list[dict[str, float]]]:
     """The constants with the lowest NLL on the given targets.
 
-    Popularity's constants are chosen first, for themselves; then λ and δ over it; then λ and μ together. The
-    grid's order settles ties.
+    Popularity's constants are chosen first, for themselves; then λ and δ over it; then λ, μ, κ and the decay of
+    co-conversions together. The grid's order settles ties.
 
     Args:
         counts: of the log; each row of targets uses those before its period only.
@@ -353,26 +361,34 @@ def choose_constants(
     )
     if "cooccurrence" not in cfg.kind:
         return best, trials
-    own_T, co_T = own[best.own_decay], _at_targets(Anchor(counts, best).co_conversions.shares, targets)
+    own_T = own[best.own_decay]
     weights = [(own, co) for own, co in product(cfg.own_weight, cfg.co_weight) if own + co < 1]
-    return best_of(
-        (replace(best, own_weight=own, co_weight=co), _mixed(own_T, co_T, popularity_T, own, co)) for own, co in weights
-    ), trials
+
+    def with_co() -> Iterator[tuple[AnchorConstants, Float]]:
+        for decay in cfg.co_decay:
+            co = CoConversions(counts, decay=decay)
+            for shrinkage in cfg.co_shrinkage:
+                co_T = _at_targets(partial(co.mass, shrinkage=shrinkage), targets)
+                of_co = replace(best, co_decay=decay, co_shrinkage=shrinkage)
+                for own_weight, co_weight in weights:
+                    constants = replace(of_co, own_weight=own_weight, co_weight=co_weight)
+                    yield constants, _mixed(own_T, co_T, popularity_T, own_weight, co_weight)
+
+    return best_of(with_co()), trials
 
 
 def _at_targets(values: Callable[[NDArray, NDArray], Float], targets: Targets) -> Float:
-    """Values of a ``(B, A)`` function at every target, and whether its row has any: ``(T, 2)``."""
+    """Values of a ``(B, A)`` function at every target, and the sum of its row: ``(T, 2)``."""
     row_T, picked = targets.row, []
     for rows in np.array_split(np.arange(len(targets)), max(1, len(targets) // 256)):
         inside = (row_T >= rows[0]) & (row_T <= rows[-1])
         dense_BA = values(targets.user[rows], targets.period[rows])
         row_B = row_T[inside] - rows[0]
-        known_B = dense_BA.sum(1) > 0
-        picked.append(np.stack([dense_BA[row_B, targets.item[inside]], known_B[row_B]], axis=1))
+        picked.append(np.stack([dense_BA[row_B, targets.item[inside]], dense_BA.sum(1)[row_B]], axis=1))
     return np.concatenate(picked)
 
 
 def _mixed(own_T2: Float, co_T2: Float, popularity_T: Float, own_weight: float, co_weight: float) -> Float:
     """:func:`mixture` at targets alone."""
-    own_T, co_T = own_weight * own_T2[..., 1], co_weight * co_T2[..., 1]
-    return own_T * own_T2[..., 0] + co_T * co_T2[..., 0] + (1 - own_T - co_T) * popularity_T
+    known_T2 = own_weight * own_T2 + co_weight * co_T2
+    return known_T2[..., 0] + (1 - known_T2[..., 1]) * popularity_T

@@ -14,6 +14,10 @@ from models.sasrec import SasRecConfig
 from models.training import TrainerConfig
 from priors.prompt_config import PromptConfig
 
+ANCHOR_GRID = (
+    "own_weight", "co_weight", "own_decay", "co_decay", "co_shrinkage", "popularity_decay", "smoothing", "bias_penalty",
+)  # fmt: skip
+"""Keys of ``prior.anchor`` that hold values to choose from."""
 ANCHORS = ("none", "popularity", "popularity+history", "popularity+history+cooccurrence")
 
 
@@ -159,6 +163,8 @@ class AnchorConfig:
         own_weight: values of λ, the weight of the user's own history against popularity.
         co_weight: values of μ, the weight of co-conversions with what the user bought.
         own_decay: values of δ, by which a purchase's weight falls a period.
+        co_decay: the same for what a purchase says of others.
+        co_shrinkage: values of κ, conversions that an advertiser must have been followed by to be believed.
         popularity_decay: values of ρ, the same for popularity.
         smoothing: values of s, added to every advertiser's count.
         bias_penalty: values of the L2 penalty on the bias a code; the bias is fitted on the LM's own prompts.
@@ -169,6 +175,8 @@ class AnchorConfig:
     own_weight: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
     co_weight: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
     own_decay: list[float] = field(default_factory=lambda: [0.94, 0.97, 0.99])
+    co_decay: list[float] = field(default_factory=lambda: [0.94, 0.97])
+    co_shrinkage: list[float] = field(default_factory=lambda: [1.0, 10.0, 100.0])
     popularity_decay: list[float] = field(default_factory=lambda: [0.8, 0.9, 0.97, 1.0])
     smoothing: list[float] = field(default_factory=lambda: [0.03, 0.1, 0.3, 1.0, 3.0])
     bias_penalty: list[float] = field(default_factory=lambda: [0.003, 0.03, 0.3])
@@ -184,7 +192,7 @@ class AnchorConfig:
                     action="set prior.anchor.kind to one of them",
                 )
             )
-        for name in ("own_weight", "co_weight", "own_decay", "popularity_decay", "smoothing", "bias_penalty"):
+        for name in ANCHOR_GRID:
             if not getattr(self, name):
                 errors.append(
                     UserError(

@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from data.errors import UserError
+from data.tables import ENTITIES
 from semantic_ids.unique import n_shared
 
 FORMAT_VERSION = 2
 """2: with ``extra_level`` and ``entity``, which the version covers."""
-ENTITIES = ("advertiser", "item")
 _AGAIN = "make the IDs again: train.py stage=semantic_ids"
 
 

@@ -612,7 +612,7 @@ def refit(
         raise UserError(f"tolerance={tolerance}", expected="a number of at least 0", action="give another tolerance")
     old = IdArtifact.load(directory)
     cfg = cfg or old.cfg
-    today = entities(log, cfg.entity)
+    today = entities(log)
     row_of = {id_: row for row, id_ in enumerate(old.ids.advertiser_ids.tolist())}
     before_A = np.array([row_of.get(id_, -1) for id_ in today[ID].to_list()], dtype=np.int64)
     common_C = np.flatnonzero(before_A >= 0)

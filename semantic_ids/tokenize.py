@@ -40,17 +40,12 @@ from semantic_ids.unique import resolve_collisions, sizes_that_hold
 
 VECTORS, FACTS, ENTITIES, TOKENIZER = "embeddings.safetensors", "embeddings.json", "entities.parquet", "tokenizer"
 _ID_COLUMNS = {"advertiser": "advertiser_id", "item": "ad_id"}
-_NAME_LETTERS = 60
 logger = logging.getLogger(__name__)
 
 
-def entities(log: Log, entity: str) -> pl.DataFrame:
+def entities(log: Log) -> pl.DataFrame:
     """What has IDs, in the log's order: ``advertiser_id`` (of an item the id of the ad), ``name`` and ``text``."""
-    if entity == "advertiser":
-        return log.tables.advertisers.select("advertiser_id", "name", pl.col("text").fill_null(""))
-    text = pl.col("text").fill_null("")
-    name = text.str.head(_NAME_LETTERS).alias("name")
-    return log.tables.ads.select(pl.col("ad_id").alias("advertiser_id"), name, text)
+    return log.tables.advertisers.select("advertiser_id", "name", pl.col("text").fill_null(""))
 
 
 def entity_embeddings(log: Log, cfg: SemanticIdsConfig, *, cache_dir: Path | None = None) -> Embeddings:
@@ -68,19 +63,22 @@ def entity_embeddings(log: Log, cfg: SemanticIdsConfig, *, cache_dir: Path | Non
     Raises:
         UserError: a precomputed source or the encoder cannot be read, or values are no numbers.
     """
-    embedding, frame, sources = cfg.embedding, entities(log, cfg.entity), {}
+    embedding, frame, sources = cfg.embedding, entities(log), {}
     if embedding.text_weight > 0:
         vectors = text_embeddings(frame["text"].to_list(), embedding.encoder, cache_dir=cache_dir)
         sources[TEXT] = (vectors, embedding.text_weight)
-    ids_A, items = (log.ad_ids, True) if cfg.entity == "item" else (log.advertiser_ids, False)
-    sources |= _precomputed(ids_A, embedding, _ID_COLUMNS[cfg.entity], {})
+    sources |= _precomputed(log.advertiser_ids, embedding, _ID_COLUMNS[log.entity], {})
     if embedding.collaborative_weight > 0:
-        entity_N = log.events.ad if items else log.events.advertiser
-        known_N = log.is_purchase & (entity_N >= 0) & (log.events.period <= log.split.prior_fit[1])
+        advertiser_N = log.events.advertiser
+        known_N = log.is_purchase & (advertiser_N >= 0) & (log.events.period <= log.split.prior_fit[1])
         vectors = collaborative_embeddings(
-            log.events.user[known_N], entity_N[known_N], n_advertisers=len(ids_A), dim=embedding.collaborative_dim,
-            context_smoothing=embedding.context_smoothing, cache_dir=cache_dir,
-        )  # fmt: skip
+            log.events.user[known_N],
+            advertiser_N[known_N],
+            n_advertisers=len(log.advertiser_ids),
+            dim=embedding.collaborative_dim,
+            context_smoothing=embedding.context_smoothing,
+            cache_dir=cache_dir,
+        )
         sources[COLLABORATIVE] = (vectors, embedding.collaborative_weight)
     return join_sources(sources)
 
@@ -173,7 +171,7 @@ class BuiltIds:
         """Write the IDs, their tokenizer and, for reports, their embeddings and words, into an existing directory."""
         self.ids.save(directory)
         self.tokenizer.save(directory / TOKENIZER)
-        frame = entities(log, cfg.entity)
+        frame = entities(log)
         save_embeddings(directory, self.embeddings, self.greedy_AL, self.reconstruction_AD, cfg=cfg, frame=frame)
 
 
@@ -216,7 +214,7 @@ def build_ids(log: Log, cfg: SemanticIdsConfig, *, work_dir: Path, cache_dir: Pa
     """Train the tokenizer and give every advertiser, or item, its ID.
 
     Args:
-        log: the entities and the fit span.
+        log: the entities, and the fit span.
         cfg: entity, embeddings, tokenizer, training.
         work_dir: checkpoints of the training.
         cache_dir: folder of earlier embeddings.
@@ -227,12 +225,14 @@ def build_ids(log: Log, cfg: SemanticIdsConfig, *, work_dir: Path, cache_dir: Pa
     Raises:
         UserError: none of the entities or more than the code space holds, embeddings that are no numbers, or a
             source that cannot be read.
+        ValueError: the log was loaded with another entity.
 
     With fewer entities than codes a level, the codes left over stay unused (a warning says so, the report counts them
     as dead). Equal embeddings, those of entities nothing is known about among them, get neighbouring IDs.
     """
-    ids_A = log.ad_ids if cfg.entity == "item" else log.advertiser_ids
-    _check_sizes(len(ids_A), cfg)
+    if log.entity != cfg.entity:
+        raise ValueError(f"IDs of {cfg.entity}s from a log of {log.entity}s; load it with entity={cfg.entity!r}")
+    _check_sizes(len(log.advertiser_ids), cfg)
     embeddings = entity_embeddings(log, cfg, cache_dir=cache_dir)
     tokenizer = fit_tokenizer(embeddings, cfg, work_dir=work_dir)
     quantising = tokenizer.codebooks
@@ -240,7 +240,8 @@ def build_ids(log: Log, cfg: SemanticIdsConfig, *, work_dir: Path, cache_dir: Pa
     greedy_AL, quantized_AE = quantize(latent_AE, quantising)
     reconstruction_AD = tokenizer.decode(quantized_AE)
     codes_AL, codebooks = resolve_collisions(latent_AE, greedy_AL, quantising)
-    ids = AdvertiserIds(ids_A, codes_AL, codebooks, extra_level=len(codebooks) > len(quantising), entity=cfg.entity)
+    extra = len(codebooks) > len(quantising)
+    ids = AdvertiserIds(log.advertiser_ids, codes_AL, codebooks, extra_level=extra, entity=log.entity)
     sizes = [len(book) for book in quantising]
     report = quality(embeddings.vectors_AD, codes_AL, greedy_AL, reconstruction_AD, sizes, seed=cfg.seed)
     report |= {"known": embeddings.known()}

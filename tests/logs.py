@@ -157,19 +157,22 @@ def tiny_tables(
     )
 
 
-def tiny_log(tmp_path: Path, *, evaluate: str = "validation", seed: int = 0, **sizes: int) -> Log:
+def tiny_log(
+    tmp_path: Path, *, evaluate: str = "validation", entity: str = "advertiser", seed: int = 0, **sizes: int
+) -> Log:
     """Writes ``tiny_tables`` to ``tmp_path / "tables"`` and loads them.
 
     Args:
         tmp_path: an existing directory.
         evaluate: ``"test"`` opens period 12.
+        entity: ``"item"`` makes every ad an advertiser.
         seed: of the tables.
         sizes: ``n_users`` (60), ``n_advertisers`` (30), ``n_ads`` (200), ``n_markets`` (3).
     """
     directory = tmp_path / "tables"
     directory.mkdir(exist_ok=True)
     write_tables(tiny_tables(seed=seed, **sizes), directory)
-    return load_log(directory, tiny_config(), evaluate=evaluate)
+    return load_log(directory, tiny_config(), evaluate=evaluate, entity=entity)
 
 
 def _event(

@@ -58,7 +58,7 @@ def test_one_device_for_all_components_and_another_for_one() -> None:
     ("override", "parts"),
     [
         ("experiment=smok", ["experiment is one of full, quickstart, smoke", "did you mean smoke"]),
-        ("prior=smollm", ["prior is one of smollm2, tiny"]),
+        ("prior=smollm", ["prior is one of items, smollm2, tiny"]),
         ("prior.promts=3", ["unknown key prior.promts", "keys of prior: base,", "did you mean prior.prompts"]),
         ("priors.prompts=3", ["unknown key priors.prompts", "did you mean prior.prompts"]),
         ("prompts=3", ["did you mean prior.prompts"]),
@@ -83,6 +83,11 @@ def test_a_mistake_names_what_is_valid(override: str, parts: list[str]) -> None:
         compose([override])
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_the_simulator_has_no_items() -> None:
+    with pytest.raises(UserError, match="entity=item with data=simulator"):
+        compose(["data=simulator", "semantic_ids=items"])
 
 
 def test_several_mistakes_are_told_together() -> None:

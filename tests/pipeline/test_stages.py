@@ -152,6 +152,30 @@ def test_ids_are_unique_and_forecasts_are_advertisers_that_sum_to_one(finished: 
         np.testing.assert_allclose(np.exp(log_prob_BA.astype(np.float64)).sum(1), 1.0, atol=1e-3)
 
 
+def test_items_are_forecast_as_advertisers_are(source: str, tmp_path: Path) -> None:
+    """With ``semantic_ids.entity=item`` IDs, anchor, prompt, lists and figures are of ads."""
+    config = tiny(
+        tmp_path, source, "semantic_ids.entity=item", "run.until=forecasts", "prior.panel=10",
+        "prior.evaluation_prompts=8", "prior.anchor.kind=popularity+history+cooccurrence",
+        "semantic_ids.trainer.max_epochs=1",
+    )  # fmt: skip
+    execute(config)
+    log = load_log(tmp_path / "data", config.data, evaluate="validation", entity="item")
+    ids = AdvertiserIds.load(tmp_path / "semantic_ids")
+    assert (ids.entity, ids.advertiser_ids.tolist()) == ("item", log.ad_ids.tolist())
+    prior = PriorModel.load(tmp_path / "prior", log, ids, config.prior)
+    table = PriorTable.load(tmp_path / "forecasts", log)
+    users = log.panel(10)
+    log_prob_BA = TableForecast(table, prior.base, arm="lm").log_probs(users, np.full(len(users), 10))
+    assert log_prob_BA.shape == (10, len(log.ad_ids))
+    np.testing.assert_allclose(np.exp(log_prob_BA).sum(1), 1.0, atol=1e-4)
+    figures = {(row["metric"], row["arm"]) for row in json.loads((tmp_path / "forecasts" / ROWS).read_text())}
+    assert {("recall", arm) for arm in ("lm", "anchor", "lm - anchor", "item_knn")} <= figures
+    prompts = [prior.compiler.compile(int(user), 10) for user in users]
+    told = [str(prior.compiler.tokenizer.decode(prompt.token_ids)) for prompt in prompts]
+    assert any(re.search(r"advertiser \d+, ", text) for text in told)  # whose item it is, before what it is
+
+
 def test_only_what_depends_on_a_value_runs_again(finished: Path, source: str) -> None:
     statuses = {outcome.stage: outcome.status for outcome in execute(tiny(finished, source, "ranker.draws=60"))}
     assert [name for name, status in statuses.items() if status == "done"] == ["ranker", "report"]

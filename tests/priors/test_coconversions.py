@@ -7,11 +7,11 @@ import pytest
 
 from data.log import Log
 from priors.anchor import Anchor, AnchorConstants, Counts, choose_constants
-from priors.coconversions import SHRINKAGE, CoConversions
+from priors.coconversions import REVERSE, CoConversions
 from priors.config import AnchorConfig
 from tests.logs import tiny_log
 
-DECAY = 0.8
+DECAY, SHRINKAGE = 0.8, 3.0
 
 
 @pytest.fixture(scope="module")
@@ -35,17 +35,25 @@ def by_hand(log: Log, user: int, period: int) -> np.ndarray:
         before_A = history(log, int(targets.user[row]), int(targets.period[row]))
         for a in targets.of(row):
             pairs_AA[:, a] += before_A / len(targets.of(row))
+    pairs_AA = pairs_AA + REVERSE * pairs_AA.T
     np.fill_diagonal(pairs_AA, 0.0)
-    share_AA = pairs_AA / (pairs_AA.sum(1, keepdims=True) + SHRINKAGE)
-    mass_A = history(log, user, period) @ share_AA
-    return mass_A / max(mass_A.sum(), 1e-12)
+    return history(log, user, period) @ (pairs_AA / (pairs_AA.sum(1, keepdims=True) + SHRINKAGE))
 
 
-def test_shares_follow_the_formula(log: Log) -> None:
+def test_mass_follows_the_formula(log: Log) -> None:
     users, periods = np.array([0, 3, 7, 3]), np.array([4, 8, 8, 5])
-    shares_BA = CoConversions(Counts.of(log), decay=DECAY).shares(users, periods)
+    mass_BA = CoConversions(Counts.of(log), decay=DECAY).mass(users, periods, shrinkage=SHRINKAGE)
     expected = [by_hand(log, user, period) for user, period in zip(users, periods, strict=True)]
-    np.testing.assert_allclose(shares_BA, expected, atol=1e-12)
+    np.testing.assert_allclose(mass_BA, expected, atol=1e-12)
+    assert (mass_BA.sum(1) < 1).all()
+
+
+def test_what_was_seldom_seen_says_less(log: Log) -> None:
+    """The more a pair must have been seen, and the fewer pairs were, the more is popularity's."""
+    co, users = CoConversions(Counts.of(log), decay=DECAY), np.arange(20)
+    little, much = (co.mass(users, np.full(20, 8), shrinkage=kappa).sum(1) for kappa in (100.0, 1.0))
+    assert (little[little > 0] < much[little > 0]).all()
+    assert co.mass(users, np.full(20, 3), shrinkage=10.0).sum() < co.mass(users, np.full(20, 8), shrinkage=10.0).sum()
 
 
 def test_what_is_asked_for_is_not_known(log: Log) -> None:
@@ -61,14 +69,15 @@ def test_what_is_asked_for_is_not_known(log: Log) -> None:
 def test_only_the_nearest_are_kept(log: Log) -> None:
     counts, users, periods = Counts.of(log), np.arange(20), np.full(20, 8)
     few = CoConversions(counts, decay=DECAY, neighbours=1)
-    assert max(np.diff(few._neighbours_of(8).indptr)) == 1
-    all_BA = CoConversions(counts, decay=DECAY).shares(users, periods)
-    assert (few.shares(users, periods) > 0).sum() < (all_BA > 0).sum()
+    all_BA = CoConversions(counts, decay=DECAY).mass(users, periods, shrinkage=SHRINKAGE)
+    few_BA = few.mass(users, periods, shrinkage=SHRINKAGE)
+    assert (few_BA > 0).sum() < (all_BA > 0).sum()
+    assert (few_BA <= all_BA).all()
 
 
 def test_nothing_is_known_in_the_first_period(log: Log) -> None:
-    shares_BA = CoConversions(Counts.of(log), decay=DECAY).shares(np.arange(5), np.full(5, 1))
-    assert not shares_BA.any()
+    mass_BA = CoConversions(Counts.of(log), decay=DECAY).mass(np.arange(5), np.full(5, 1), shrinkage=SHRINKAGE)
+    assert not mass_BA.any()
     constants = AnchorConstants(0.3, 0.9, 0.9, 0.5, co_weight=0.4)
     anchor = Anchor(Counts.of(log), constants)
     first = np.full(5, 1)
@@ -80,12 +89,12 @@ def test_weights_are_the_best_of_the_grid(log: Log, kind: str) -> None:
     targets, counts = log.advertiser_targets("prior_select"), Counts.of(log)
     grid = AnchorConfig(
         kind=kind, own_weight=[0.2, 0.6], co_weight=[0.1, 0.3, 0.5], own_decay=[0.9], popularity_decay=[0.9],
-        smoothing=[0.1, 1.0],
+        smoothing=[0.1, 1.0], co_decay=[0.6, 0.9], co_shrinkage=[1.0, 10.0],
     )  # fmt: skip
     chosen, trials = choose_constants(counts, targets, grid)
     q = Anchor(counts, chosen).probabilities(targets.user, targets.period)
     nll = -np.bincount(targets.row, np.log(q[targets.row, targets.item])) / np.diff(targets.ptr)
-    last = {"popularity": 2, "popularity+history": 2, "popularity+history+cooccurrence": 5}[kind]
+    last = {"popularity": 2, "popularity+history": 2, "popularity+history+cooccurrence": 4 * 5}[kind]
     assert nll.mean() == pytest.approx(min(trial["nll"] for trial in trials[-last:]))
     assert (chosen.own_weight > 0) == ("history" in kind)
     assert (chosen.co_weight > 0) == ("cooccurrence" in kind)

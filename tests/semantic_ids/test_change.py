@@ -134,7 +134,7 @@ def make(log: Log, cfg: SemanticIdsConfig, directory: Path) -> Path:
     directory.mkdir()
     built = build_ids(log, cfg, work_dir=directory.with_suffix(".work"))
     built.save(directory, log, cfg)
-    texts = entities(log, cfg.entity)["text"].to_list()
+    texts = entities(log)["text"].to_list()
     save_file({"text_AE": bag(texts, cfg.embedding.encoder)}, directory / change.TEXT_VECTORS)
     return directory
 
@@ -358,7 +358,7 @@ def test_ids_as_text_keep_their_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("id_column", ["advertiser_id", "ad_id"])
 def test_items_grow_too(id_column: str, tmp_path: Path) -> None:
-    log = tiny_log(tmp_path)
+    log = tiny_log(tmp_path, entity="item")
     directory = make(log, config(sizes=(8, 8, 8), entity="item"), tmp_path / "ids")
     frame = NEW.rename({"advertiser_id": id_column})
     report = assigned(directory, frame, tmp_path / "grown")

@@ -187,7 +187,7 @@ def test_embeddings_that_are_no_numbers_are_refused(tmp_path: Path, monkeypatch:
 
 
 def test_items_have_ids_from_the_texts_and_co_conversions_of_ads(tmp_path: Path) -> None:
-    log = tiny_log(tmp_path)
+    log = tiny_log(tmp_path, entity="item")
     built = build_ids(log, replace(config(sizes=(8, 8, 16)), entity="item"), work_dir=tmp_path / "work")
     assert built.ids.entity == "item"
     assert built.ids.advertiser_ids.tolist() == log.ad_ids.tolist()
@@ -198,10 +198,15 @@ def test_items_have_ids_from_the_texts_and_co_conversions_of_ads(tmp_path: Path)
     assert 0 < known["collaborative"] <= (bought >= 0).sum() / len(log.ad_ids)
 
 
+def test_ids_of_items_are_not_made_from_a_log_of_advertisers(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="IDs of items from a log of advertisers"):
+        build_ids(tiny_log(tmp_path), replace(config(), entity="item"), work_dir=tmp_path / "work")
+
+
 @pytest.mark.parametrize("entity", ["advertiser", "item"])
 @pytest.mark.parametrize("tokenizer", ["rqvae", "rqkmeans"])
 def test_the_artifact_encodes_and_tells_what_it_was_made_of(entity: str, tokenizer: str, tmp_path: Path) -> None:
-    log = tiny_log(tmp_path)
+    log = tiny_log(tmp_path, entity=entity)
     cfg = replace(config(sizes=(8, 8, 16)), entity=entity, tokenizer=tokenizer)
     built = build_ids(log, cfg, work_dir=tmp_path / "work")
     (tmp_path / "out").mkdir()
