@@ -50,6 +50,7 @@ from ranking.ablation import ORACLE, TRUE_CHANCE, compare, grid, predictions_of,
 from ranking.features import FeatureBuilder
 from ranking.oracle import OracleForecast, true_chance
 from ranking.ranker import Ranker, RankerSpans
+from ranking.simulated_ab import Market, SimulatedAB, Stack, run_ab
 from retrieval.benchmark import RetrievalBenchmark, bench_retrieval
 from retrieval.evaluate import NONE, evaluate_retrieval
 from retrieval.retriever import Retriever
@@ -144,7 +145,7 @@ def stages() -> list[Stage[AdsidConfig]]:
         Stage(
             "report",
             ("data", "semantic_ids", "prior", "forecasts", "two_tower", "retrieval", "ranker"),
-            lambda cfg: {key: value for key, value in to_plain(cfg).items() if key != "run"},
+            lambda cfg: {key: value for key, value in to_plain(cfg).items() if key not in ("run", "auction")},
             make_report,
             ("rows",),
         ),
@@ -352,6 +353,35 @@ def retrieval_bench(context: Work) -> RetrievalBenchmark:
     return bench_retrieval(_retriever(context), arms, users=_panel(context))
 
 
+def ab_bench(context: Work) -> SimulatedAB:
+    """The stacks of a run, and those that know the true chance, before the same simulated users.
+
+    Raises:
+        UserError: the log is not a simulated one, or a ranker is missing.
+    """
+    cfg, log = context.config, _log(context)
+    if not (context.inputs["data"] / TRUTH).exists():
+        raise UserError(
+            f"a run on data={cfg.data.source}",
+            expected="simulated data, whose true chance of a conversion is known",
+            action="make a run with `adsid run data=simulator` and give its folder",
+        )
+    truth = Truth.load(context.inputs["data"] / TRUTH)
+    market = Market.of(log, truth, _panel(context))
+    plans = _read_facts(context.inputs["retrieval"])["plans"]
+    forecasts, lists, retriever = _forecasts(context), _list_forecasts(context), _retriever(context)
+    stacks = {
+        arm: Stack(
+            retriever.answers(market.requests, Plan.of(plans[arm]), lists[arm]),
+            forecasts[arm],
+            [_ranker_of(context.inputs["ranker"], arm, seed) for seed in cfg.ranker.seeds],
+        )
+        for arm in forecasts
+    }
+    quotas = {arm: plan["quota"] for arm, plan in plans.items()}
+    return run_ab(market, stacks, _ids(context), cfg.auction, facts={"quotas": quotas})
+
+
 @dataclass(frozen=True)
 class OpenRanker:
     """A ranker of a run with what it reads.
@@ -382,7 +412,12 @@ def load_ranker(directory: Path, *, arm: str, seed: int) -> Ranker:
     """
     for name in ("data", "semantic_ids", "prior", "forecasts", "ranker"):
         Manifest.read(directory / name)
-    rankers = directory / "ranker" / RANKERS
+    return _ranker_of(directory / "ranker", arm, seed)
+
+
+def _ranker_of(directory: Path, arm: str, seed: int) -> Ranker:
+    """Of the ranker stage's artifact."""
+    rankers = directory / RANKERS
     trained = sorted(path.name for path in rankers.iterdir())
     if f"{arm}-{seed}" not in trained:
         raise UserError(

@@ -115,8 +115,13 @@ def true_chance(truth: Truth, log: Log, rows: Rows, *, tasks: Sequence[str] = (L
             advertiser,
             position_D[rows.display],
             rows.period,
-            kinds=tuple(KINDS[kind] for kind in kinds_of(task, log)),
+            kinds=kinds_of_truth(log, task),
         )
         for task in tasks
     ]
     return np.stack(chances, axis=1).astype(np.float64)
+
+
+def kinds_of_truth(log: Log, task: str = LABEL) -> tuple[str, ...]:
+    """A task's kinds of events by their names, as the truth knows them."""
+    return tuple(KINDS[kind] for kind in kinds_of(task, log))
