@@ -33,7 +33,19 @@ from numpy.typing import NDArray
 from data.config import DataConfig
 from data.errors import UserError
 from data.tables import KINDS
-from data.truth import AGES, TRUTH, VALUE_SPREAD, Audience, Float, Int, Segments, SimulatorConfig, Truth, generator, pick_taste
+from data.truth import (
+    AGES,
+    TRUTH,
+    VALUE_SPREAD,
+    Audience,
+    Float,
+    Int,
+    Segments,
+    SimulatorConfig,
+    Truth,
+    generator,
+    pick_taste,
+)
 from data.writer import TableWriter
 
 ORIGIN = datetime(2024, 1, 1)

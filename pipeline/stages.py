@@ -46,7 +46,16 @@ from priors.generate import generate_priors
 from priors.judge import REQUESTS, save_requests
 from priors.reward import fit_reward
 from priors.table import PriorTable
-from ranking.ablation import ORACLE, TRUE_CHANCE, compare, grid, predictions_of, run_ablation
+from ranking.ablation import (
+    ORACLE,
+    TRUE_CHANCE,
+    arms,
+    compare,
+    grid,
+    predictions_of,
+    run_ablation,
+    trained_rankers,
+)
 from ranking.features import FeatureBuilder
 from ranking.oracle import OracleForecast, true_chance
 from ranking.ranker import Ranker, RankerSpans
@@ -353,33 +362,42 @@ def retrieval_bench(context: Work) -> RetrievalBenchmark:
     return bench_retrieval(_retriever(context), arms, users=_panel(context))
 
 
-def ab_bench(context: Work) -> SimulatedAB:
-    """The stacks of a run, and those that know the true chance, before the same simulated users.
+def ab_bench(context: Work, rankers: Path) -> SimulatedAB:
+    """The stacks of a run, its control, and stacks that know the truth, before the same simulated users.
+
+    Args:
+        context: with the artifacts of a finished run.
+        rankers: folder for those that are trained on the exact forecast.
 
     Raises:
         UserError: the log is not a simulated one, or a ranker is missing.
     """
-    cfg, log = context.config, _log(context)
+    cfg, log, ids = context.config, _log(context), _ids(context)
     if not (context.inputs["data"] / TRUTH).exists():
         raise UserError(
             f"a run on data={cfg.data.source}",
             expected="simulated data, whose true chance of a conversion is known",
             action="make a run with `adsid run data=simulator` and give its folder",
         )
-    truth = Truth.load(context.inputs["data"] / TRUTH)
-    market = Market.of(log, truth, _panel(context))
-    plans = _read_facts(context.inputs["retrieval"])["plans"]
-    forecasts, lists, retriever = _forecasts(context), _list_forecasts(context), _retriever(context)
-    stacks = {
-        arm: Stack(
-            retriever.answers(market.requests, Plan.of(plans[arm]), lists[arm]),
-            forecasts[arm],
-            [_ranker_of(context.inputs["ranker"], arm, seed) for seed in cfg.ranker.seeds],
+    truth, forecasts = Truth.load(context.inputs["data"] / TRUTH), dict(_forecasts(context))
+    if cfg.auction.oracle:
+        forecasts[ORACLE] = OracleForecast(truth, log, ids, anchor=forecasts["anchor"], top=cfg.prior.decode.beam)  # type: ignore[arg-type]
+    builder = FeatureBuilder(log, ids, cfg.ranker.features)
+    spans = RankerSpans.of(builder, _panel(context), evaluation=cfg.evaluate, tasks=cfg.ranker.tasks)
+    market, retriever, lists = Market.of(log, truth, _panel(context)), _retriever(context), _list_forecasts(context)
+    plans = {arm: Plan.of(plan) for arm, plan in _read_facts(context.inputs["retrieval"])["plans"].items()}
+    stacks = {}
+    for variant in arms(spans, forecasts, cfg.ranker):
+        name = variant.name
+        trained = (
+            trained_rankers(variant, spans, cfg.ranker.seeds, rankers)
+            if name == ORACLE
+            else [_ranker_of(context.inputs["ranker"], variant.slug, seed) for seed in cfg.ranker.seeds]
         )
-        for arm in forecasts
-    }
-    quotas = {arm: plan["quota"] for arm, plan in plans.items()}
-    return run_ab(market, stacks, _ids(context), cfg.auction, facts={"quotas": quotas})
+        found = retriever.answers(market.requests, plans.get(name, plans["lm"]), lists.get(name, variant.forecast))
+        stacks[name] = Stack(found, variant.forecast, trained)
+    quotas = {arm: plan.quota for arm, plan in plans.items()}
+    return run_ab(market, stacks, builder, cfg.auction, facts={"quotas": quotas})
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ had to beat, were the predicted chances right (Edelman, Ostrovsky & Schwarz, Int
 Second-Price Auction, AER 2007). So an advertiser whose rivals are predicted too high pays too much.
 
 A budget is paced by one number an advertiser, by which it shades its bids: after every visit to a market in which it
-runs it falls by the rate, and rises by the rate times the price over the even spend a visit (Balseiro & Gur, Learning in
-Repeated Auctions with Budgets, Management Science 2019: adaptive pacing). No score is above what is left of the
+runs it falls by the rate, and rises by the rate times the price over the even spend a visit (Balseiro & Gur, Learning
+in Repeated Auctions with Budgets, Management Science 2019: adaptive pacing). No score is above what is left of the
 budget, and no price above its score, so no budget is overspent.
 
 Shapes: V visits, R requests (visits of one user, market and period share one), N entrants of all requests, A
@@ -42,6 +42,7 @@ class AuctionConfig:
             of the first, the others tell how much hangs on it.
         pacing_rate: step by which bids are shaded; 0: nobody paces, budgets end abruptly.
         seeds: draws of bids and of what converts.
+        oracle: also train rankers on the exact P(advertiser | user) and let them compete.
         draws: bootstrap draws over users and seeds.
 
     Raises:
@@ -52,6 +53,7 @@ class AuctionConfig:
     budgets: list[float] = field(default_factory=lambda: [1.0, 0.5, 100.0])
     pacing_rate: float = 0.01
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
+    oracle: bool = True
     draws: int = 1000
 
     def __post_init__(self) -> None:

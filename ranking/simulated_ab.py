@@ -5,8 +5,8 @@
     the simulator's true chance of each, and a conversion drawn from it ◄───────────────────────────────┘
 
 The arms differ in candidates and predicted chances alone. Bids, budgets and pacing are the same, and what is drawn is
-drawn with common random numbers: whether a user would convert with an advertiser in a visit does not depend on who shows
-it. Conversions are counted twice: as expected by the true chance, which leaves out the luck of the draw, and as drawn.
+drawn with common random numbers: whether a user would convert with an advertiser in a visit does not depend on who
+shows it. Conversions are counted twice: as expected by the true chance, without the luck of the draw, and as drawn.
 
 Histories are the log's: what an arm shows changes nothing that is known of a user later on.
 
@@ -30,6 +30,7 @@ from data.sampling import hash_ids
 from data.statistics import Row
 from data.truth import Truth, generator
 from priors.forecast import Forecast
+from ranking.ablation import ORACLE, SHUFFLED, TRUE_CHANCE
 from ranking.auction import AuctionConfig, Entrants, Floats, Ints, Sold, best_of_advertisers, sell
 from ranking.features import FeatureBuilder
 from ranking.metrics import interval
@@ -38,14 +39,16 @@ from ranking.ranker import Ranker
 from ranking.rows import Rows
 from retrieval.blend import Blended
 from retrieval.metrics import gini
-from semantic_ids.advertiser_ids import AdvertiserIds
 
 SECTION = "ab"
 FIRST_SLOT = "slot 1"
 """As the simulator names it."""
-TRUE_CHANCE, ALL_ADS = "true chance", "true chance, all ads"
-"""Upper bounds: the arm without a forecast, ranked by the true chance; and the same over every ad that runs."""
-DIFFERENCES = (("lm", "none"), ("anchor", "none"), ("lm", "anchor"), (TRUE_CHANCE, "none"), (ALL_ADS, "none"))
+ALL_ADS = "true chance, all ads"
+"""Beside `TRUE_CHANCE`, the arm without a forecast ranked by the true chance: the same over every ad that runs."""
+DIFFERENCES = (
+    *(("lm", "none"), ("anchor", "none"), ("lm", "anchor"), (SHUFFLED, "none")),
+    *((ORACLE, "none"), (TRUE_CHANCE, "none"), (ALL_ADS, "none")),
+)
 TOTALS = (
     *("impressions", "spend", "conversions", "value", "drawn_conversions", "drawn_value", "predicted"),
     *("new_impressions", "offered_predicted", "offered_conversions", "agreements", "auctions"),
@@ -64,7 +67,17 @@ RATIOS = {
 """``calibration`` is predicted over true conversions of what was shown, ``offered_calibration`` of all entrants;
 ``agreement`` the mean correlation of predicted and true chance within an auction."""
 FIGURES = ("impressions", "spend", "conversions", "value", "drawn_conversions", "drawn_value", *RATIOS)
-CHANGES = ("spend", "conversions", "value", "cpa", "roas", "drawn_conversions", "drawn_value", "drawn_cpa", "drawn_roas")
+CHANGES = (
+    "spend",
+    "conversions",
+    "value",
+    "cpa",
+    "roas",
+    "drawn_conversions",
+    "drawn_value",
+    "drawn_cpa",
+    "drawn_roas",
+)
 """Figures whose relative change is told as well, in a row ``<figure>_change``."""
 RECOVERED = ("conversions", "value", "roas")
 """Figures of which a row ``<figure>_recovered`` tells the share of the true chance's gain that an arm brings."""
@@ -194,18 +207,23 @@ class Stack:
 
 
 def run_ab(
-    market: Market, stacks: Mapping[str, Stack], ids: AdvertiserIds, cfg: AuctionConfig, *, facts: Mapping[str, Any]
+    market: Market,
+    stacks: Mapping[str, Stack],
+    builder: FeatureBuilder,
+    cfg: AuctionConfig,
+    *,
+    facts: Mapping[str, Any],
 ) -> SimulatedAB:
     """The stacks, and two that rank by the true chance: over the candidates of the arm ``none``, and over all ads.
 
     Args:
         market: what the arms share.
         stacks: by arm, ``none`` among them.
-        ids: semantic IDs of the advertisers.
+        builder: of the rankers' features.
         cfg: the auctions.
         facts: told beside the figures.
     """
-    arms = {arm: _entrants(market, stack, ids) for arm, stack in stacks.items()}
+    arms = {arm: _entrants(market, stack, builder) for arm, stack in stacks.items()}
     everybody, best = market.everybody(), arms["none"][0]
     arms |= {TRUE_CHANCE: [replace(best, chance_N=market.true_chance(best))], ALL_ADS: [everybody]}
     differ = {
@@ -233,7 +251,7 @@ def run_ab(
     return SimulatedAB(compare_stacks(market, arms, cfg), {**told, **facts})
 
 
-def _entrants(market: Market, stack: Stack, ids: AdvertiserIds) -> list[Entrants]:
+def _entrants(market: Market, stack: Stack, builder: FeatureBuilder) -> list[Entrants]:
     """Each ranker's entrants of every request; predicted as of the first slot, for slots differ by attention alone."""
     log, n_requests = market.log, len(market.user_R)
     asked = zip(stack.candidates, market.requests.user, market.requests.market, market.requests.period, strict=True)
@@ -244,7 +262,6 @@ def _entrants(market: Market, stack: Stack, ids: AdvertiserIds) -> list[Entrants
     columns = {column.name: np.concatenate([getattr(part, column.name) for part in parts]) for column in fields(Rows)}
     rows = Rows(**columns | {"display": np.full(len(columns["ad"]), log.display_names.index(FIRST_SLOT), np.int16)})
     request_N = np.repeat(np.arange(n_requests), [len(one) for one in stack.candidates])
-    builder = FeatureBuilder(log, ids, stack.rankers[0].spec.config)
     features = builder.build(rows).with_prior(stack.forecast, builder.cfg.prior)
     found = []
     for ranker in stack.rankers:
@@ -315,9 +332,7 @@ def _serve(
     return _Served(np.array(totals), shown)
 
 
-def _account(
-    market: Market, entrants: Entrants, true_N: Floats, sold: Sold, seed: int
-) -> tuple[Floats, csr_array]:
+def _account(market: Market, entrants: Entrants, true_N: Floats, sold: Sold, seed: int) -> tuple[Floats, csr_array]:
     """Totals by user, ``(U, F)``, and impressions by user and eligible advertiser."""
     users, visits = market.users, market.visits
     user_I = np.searchsorted(users, visits.user[sold.visit_I])
@@ -415,9 +430,7 @@ class _Resampled:
 
 def _rows(figures: Mapping[str, Mapping[str, Floats]], segment: str, n: int, n_rankers: int) -> list[Row]:
     def row(metric: str, arm: str, figure_D: Floats) -> Row:
-        return Row.of(
-            interval(figure_D, n), section=SECTION, metric=metric, arm=arm, segment=segment, seeds=n_rankers
-        )
+        return Row.of(interval(figure_D, n), section=SECTION, metric=metric, arm=arm, segment=segment, seeds=n_rankers)
 
     found = [row(metric, arm, of_D) for arm, of_arm in figures.items() for metric, of_D in of_arm.items()]
     for a, b in DIFFERENCES:
@@ -425,7 +438,9 @@ def _rows(figures: Mapping[str, Mapping[str, Floats]], segment: str, n: int, n_r
             continue
         name = f"{a} - {b}"
         found += [row(metric, name, figures[a][metric] - figures[b][metric]) for metric in figures[a]]
-        found += [row(f"{metric}_change", name, _ratio(figures[a][metric], figures[b][metric]) - 1) for metric in CHANGES]
+        found += [
+            row(f"{metric}_change", name, _ratio(figures[a][metric], figures[b][metric]) - 1) for metric in CHANGES
+        ]
         if TRUE_CHANCE in figures and b == "none" and a not in (TRUE_CHANCE, ALL_ADS):
             best = figures[TRUE_CHANCE]
             found += [
