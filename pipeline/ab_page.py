@@ -136,9 +136,9 @@ def _levels(figures: _Figures) -> Section:
     notes = (
         "Expected conversions are counted by the simulator's true chance, drawn ones with the same random numbers in "
         "all arms; CPA and RoAS are of expected ones. Shuffled prior: another user's forecast. Oracle: rankers that "
-        f"learned with the exact forecast. {TRUE_CHANCE.capitalize()}: the candidates of none, ranked by the true chance, "
-        "which is about the best that a ranker can do, and the same over all ads that run. Coverage and Gini are over "
-        "the advertisers that ran an ad where somebody came.",
+        f"learned with the exact forecast. {TRUE_CHANCE.capitalize()}: the candidates of none, ranked by the true "
+        "chance, which is about the best that a ranker can do, and the same over all ads that run. Coverage and Gini "
+        "are over the advertisers that ran an ad where somebody came.",
     )
     return Section("arms", "Every stack", notes, (Grid(("", *map(arm_label, figures.arms)), lines),))
 
@@ -182,8 +182,8 @@ def _calibration(figures: _Figures) -> Section:
     ranked = [arm for arm in figures.arms if arm not in (TRUE_CHANCE, ALL_ADS)]
     lines = tuple((arm_label(arm), *(figures.interval(metric, arm) for metric, _ in _CALIBRATION)) for arm in ranked)
     notes = (
-        "Prices are predicted chances of others: a stack that predicts too much makes everybody pay more, and buys fewer "
-        "conversions for the same money. The correlation is the mean over auctions, of all entrants.",
+        "Prices are predicted chances of others: a stack that predicts too much makes everybody pay more, and buys "
+        "fewer conversions for the same money. The correlation is the mean over auctions, of all entrants.",
     )
     return Section(
         "calibration", "Predicted and true chances", notes, (Grid(("", *(label for _, label in _CALIBRATION)), lines),)
