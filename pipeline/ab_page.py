@@ -37,6 +37,7 @@ _CALIBRATION = (
     ("calibration", "predicted / true, shown"),
     ("offered_calibration", "predicted / true, all entrants"),
     ("agreement", "correlation of predicted and true"),
+    ("divergence", "forecast's divergence from the truth"),
 )
 _PAIRS = tuple(f"{a}{DIFFERENCE}{b}" for a, b in DIFFERENCES)
 
@@ -183,7 +184,8 @@ def _calibration(figures: _Figures) -> Section:
     lines = tuple((arm_label(arm), *(figures.interval(metric, arm) for metric, _ in _CALIBRATION)) for arm in ranked)
     notes = (
         "Prices are predicted chances of others: a stack that predicts too much makes everybody pay more, and buys "
-        "fewer conversions for the same money. The correlation is the mean over auctions, of all entrants.",
+        "fewer conversions for the same money. The correlation is the mean over auctions, of all entrants; the "
+        "divergence (Kullback-Leibler, nat) is of the advertisers that run, the mean over visits.",
     )
     return Section(
         "calibration", "Predicted and true chances", notes, (Grid(("", *(label for _, label in _CALIBRATION)), lines),)

@@ -41,6 +41,8 @@ from retrieval.blend import Blended
 from retrieval.metrics import gini
 
 SECTION = "ab"
+_BLOCK = 512
+"""Requests whose forecasts are held at once."""
 FIRST_SLOT = "slot 1"
 """As the simulator names it."""
 ALL_ADS = "true chance, all ads"
@@ -151,7 +153,7 @@ class Market:
         sums_A = np.zeros(len(self.log.advertiser_ids))
         for request, times in enumerate(times_R):
             advertisers = self.running[request]
-            user, advertiser, period = self._ids(np.full(len(advertisers), request), advertisers)
+            user, advertiser, period = self.ids_of_truth(np.full(len(advertisers), request), advertisers)
             shown = self.truth.exposure(user, advertiser, period)
             sums_A[advertisers] += times * shown * self._chance(user, advertiser, period)
         return sums_A * self.truth.attention.sum()
@@ -159,9 +161,9 @@ class Market:
     def true_chance(self, entrants: Entrants) -> Floats:
         """Of a conversion with each entrant in the first slot, ``(N,)``."""
         request_N = np.repeat(np.arange(len(self.user_R)), np.diff(entrants.ptr_R1))
-        return self._chance(*self._ids(request_N, entrants.advertiser_N))
+        return self._chance(*self.ids_of_truth(request_N, entrants.advertiser_N))
 
-    def _ids(self, request_N: Ints, advertiser_N: NDArray[np.integer]) -> tuple[Ints, Ints, Ints]:
+    def ids_of_truth(self, request_N: Ints, advertiser_N: NDArray[np.integer]) -> tuple[Ints, Ints, Ints]:
         """User and advertiser of pairs as the truth counts them, and the period."""
         user_N = self.log.user_ids[self.user_R[request_N]].astype(np.int64)
         return user_N, self.log.advertiser_ids[advertiser_N].astype(np.int64), self.period_R[request_N]
@@ -248,7 +250,8 @@ def run_ab(
         "ranker_seeds": max(len(stack.rankers) for stack in stacks.values()),
         "other_candidates": differ,
     }
-    return SimulatedAB(compare_stacks(market, arms, cfg), {**told, **facts})
+    said = {arm: stack.forecast for arm, stack in stacks.items() if stack.forecast is not None}
+    return SimulatedAB([*compare_stacks(market, arms, cfg), *_divergence_rows(market, said, cfg)], {**told, **facts})
 
 
 def _entrants(market: Market, stack: Stack, builder: FeatureBuilder) -> list[Entrants]:
@@ -306,6 +309,42 @@ def compare_stacks(market: Market, arms: Mapping[str, Sequence[Entrants]], cfg: 
         figures = {arm: resampled.figures(one) for arm, one in served.items()}
         found += _rows(figures, segment, len(market.visits.user), resampled.n_rankers)
     return found
+
+
+def divergences(market: Market, forecast: Forecast) -> Floats:
+    """How far a forecast is from the truth among the advertisers that run.
+
+    Returns:
+        Kullback-Leibler divergence of each request in nats, ``(R,)``: the NLL that the exact forecast would save.
+    """
+    everybody, n_requests = market.everybody(), len(market.user_R)
+    advertiser_N, request_N = everybody.advertiser_N, np.repeat(np.arange(n_requests), np.diff(everybody.ptr_R1))
+    true_N = market.truth.score(*market.ids_of_truth(request_N, advertiser_N))
+    said_N = np.zeros(len(request_N))
+    for start in range(0, n_requests, _BLOCK):
+        rows = slice(*everybody.ptr_R1[[start, min(start + _BLOCK, n_requests)]])
+        part = slice(start, start + _BLOCK)
+        log_prob_BA = forecast.log_probs(market.user_R[part], market.period_R[part])
+        said_N[rows] = np.exp(log_prob_BA[request_N[rows] - start, advertiser_N[rows]].astype(np.float64))
+    true_N, said_N = (p_N / np.bincount(request_N, p_N, n_requests)[request_N] for p_N in (true_N, said_N))
+    known = true_N > 0
+    lost_N = true_N[known] * np.log(true_N[known] / said_N[known])
+    return np.bincount(request_N[known], lost_N, n_requests)
+
+
+def _divergence_rows(market: Market, forecasts: Mapping[str, Forecast], cfg: AuctionConfig) -> list[Row]:
+    resampled, n_users = _Resampled.of(len(market.users), 1, 1, cfg.draws), len(market.users)
+    times_R, user_R = np.bincount(market.request_V), np.searchsorted(market.users, market.user_R)
+    visits_D = resampled.times_DU @ np.bincount(user_R, times_R, n_users)
+    figures = {
+        arm: resampled.times_DU @ np.bincount(user_R, times_R * divergences(market, forecast), n_users) / visits_D
+        for arm, forecast in forecasts.items()
+    }
+    figures |= {f"{a} - {b}": figures[a] - figures[b] for a, b in DIFFERENCES if a in figures and b in figures}
+    return [
+        Row.of(interval(of_D, len(market.visits.user)), section=SECTION, metric="divergence", arm=arm)
+        for arm, of_D in figures.items()
+    ]
 
 
 def _serve(

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.config import DataConfig
 from data.errors import UserError
 from data.log import load_log
 from data.prepare import prepare
@@ -15,8 +16,9 @@ from data.statistics import Row
 from data.truth import TRUTH, Truth, generator
 from pipeline.config import compose
 from ranking.auction import AuctionConfig, Entrants, sell
-from ranking.simulated_ab import ALL_ADS, TRUE_CHANCE, Market, compare_stacks, correlations
+from ranking.simulated_ab import ALL_ADS, TRUE_CHANCE, Market, compare_stacks, correlations, divergences
 from retrieval.metrics import gini
+from tests.ranking.common import KnownForecast
 
 CFG = AuctionConfig(budgets=[1.0, 100.0], seeds=[0, 1], draws=50)
 
@@ -28,7 +30,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def config():  # noqa: ANN201
+def config() -> DataConfig:
     return compose(["data=simulator", "data.simulator.users=150", "data.simulator.advertisers=30"]).data
 
 
@@ -146,6 +148,16 @@ def test_values_have_the_mean_that_the_truth_tells(market: Market) -> None:
     bought = np.flatnonzero(~np.isnan(events.value))
     ratio = events.value[bought] / market.value[events.advertiser[bought]]
     assert ratio.mean() == pytest.approx(1, abs=0.03)
+
+
+def test_a_forecast_is_as_far_off_as_it_says(market: Market) -> None:
+    """The truth itself not at all, one that knows nothing by what is left of the entropy."""
+    log_prob_RA = np.full((len(market.log.user_ids), len(market.log.advertiser_ids)), -9.0, np.float32)
+    off_R = divergences(market, KnownForecast(log_prob_RA))
+    for request in (0, len(off_R) - 1):
+        running = market.running[request]
+        true = market.truth.score(market.user_R[request], running, market.period_R[request])
+        assert off_R[request] == pytest.approx(np.log(len(running)) + (true * np.log(true)).sum())
 
 
 def test_correlations_are_those_of_each_group() -> None:
