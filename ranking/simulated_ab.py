@@ -158,6 +158,11 @@ class Market:
             sums_A[advertisers] += times * shown * self._chance(user, advertiser, period)
         return sums_A * self.truth.attention.sum()
 
+    def bids(self, cfg: AuctionConfig, seed: int) -> Floats:
+        """Money that each advertiser bids for a conversion, in one draw of the market."""
+        share_A: Floats = generator(seed, "bid shares").uniform(*cfg.bid_share, size=len(self.value))
+        return share_A * self.value
+
     def true_chance(self, entrants: Entrants) -> Floats:
         """Of a conversion with each entrant in the first slot, ``(N,)``."""
         request_N = np.repeat(np.arange(len(self.user_R)), np.diff(entrants.ptr_R1))
@@ -248,6 +253,7 @@ def run_ab(
         "periods": [first, last],
         "evaluate": market.log.evaluate,
         "ranker_seeds": max(len(stack.rankers) for stack in stacks.values()),
+        "money": float(np.mean([market.logged_conversions @ market.bids(cfg, seed) for seed in cfg.seeds])),
         "other_candidates": differ,
     }
     said = {arm: stack.forecast for arm, stack in stacks.items() if stack.forecast is not None}
@@ -354,8 +360,7 @@ def _serve(
     for entrants, true_N in zip(arm, true_K, strict=True):
         of_draws = []
         for seed in cfg.seeds:
-            share_A = generator(seed, "bid shares").uniform(*cfg.bid_share, size=len(market.value))
-            bid_A = share_A * market.value
+            bid_A = market.bids(cfg, seed)
             sold = sell(
                 market.request_V,
                 entrants,

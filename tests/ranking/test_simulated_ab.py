@@ -13,7 +13,7 @@ from data.errors import UserError
 from data.log import load_log
 from data.prepare import prepare
 from data.statistics import Row
-from data.truth import TRUTH, Truth, generator
+from data.truth import TRUTH, Truth
 from pipeline.config import compose
 from ranking.auction import AuctionConfig, Entrants, sell
 from ranking.simulated_ab import ALL_ADS, TRUE_CHANCE, Market, compare_stacks, correlations, divergences
@@ -102,7 +102,9 @@ def test_the_books_balance(market: Market, rows: dict[tuple[str, str, str], Row]
     best = market.everybody()
     conversions, spend, spread = [], [], []
     for seed in CFG.seeds:
-        bid_A = generator(seed, "bid shares").uniform(*CFG.bid_share, size=len(market.value)) * market.value
+        bid_A = market.bids(CFG, seed)
+        assert (bid_A >= CFG.bid_share[0] * market.value).all()
+        assert (bid_A <= CFG.bid_share[1] * market.value).all()
         budget_A = market.logged_conversions * bid_A
         sold = sell(
             market.request_V, best, market.running, bid_A=bid_A, budget_A=budget_A,
