@@ -15,8 +15,8 @@ from pipeline.grids import NONE, Grid, Plot, Section, console_parts, count, perc
 from pipeline.pages import template
 from pipeline.report import DATASET_NOTES
 from pipeline.verdict import DIFFERENCE, SEGMENT, arm_label, is_known, number
-from ranking.ablation import TRUE_CHANCE
-from ranking.simulated_ab import ALL_ADS, DIFFERENCES, RECOVERED, SimulatedAB
+from ranking.ablation import ORACLE, TRUE_CHANCE
+from ranking.simulated_ab import ALL_ADS, RECOVERED, SimulatedAB, differences
 
 _LEVELS = (
     ("impressions", "impressions", 0),
@@ -39,13 +39,13 @@ _CALIBRATION = (
     ("agreement", "correlation of predicted and true"),
     ("divergence", "forecast's divergence from the truth"),
 )
-_PAIRS = tuple(f"{a}{DIFFERENCE}{b}" for a, b in DIFFERENCES)
 
 
 def render(config: AdsidConfig, found: SimulatedAB) -> str:
     """The text of the page."""
-    drawn = [row for pair in _PAIRS if (row := _Figures(found.rows).find("roas_change", pair))]
-    plot = intervals(drawn, reference=0.0, label="relative change of RoAS")
+    figures = _Figures(found.rows)
+    drawn = [row for pair in figures.pairs if (row := figures.find("value_change", pair))]
+    plot = intervals(drawn, reference=0.0, label="relative change of value")
     return template("bench.html.j2").render(
         title="adsid bench: simulated A/B",
         heading="Stacks before the same simulated users",
@@ -53,7 +53,7 @@ def render(config: AdsidConfig, found: SimulatedAB) -> str:
         scope=scope(config, found),
         caveats=DATASET_NOTES.get(config.data.source, ())[:1],
         sections=sections(found),
-        plots={"differences": [Plot(plot, "RoAS", "Relative change of RoAS with its interval; dashed: no change.")]},
+        plots={"differences": [Plot(plot, "value", "Relative change of the value of conversions; dashed: no change.")]},
     )
 
 
@@ -106,7 +106,7 @@ class _Figures:
     def __init__(self, rows: Sequence[Row]) -> None:
         self._rows = {(row.metric, row.arm, row.segment): row for row in rows}
         self.arms = list(dict.fromkeys(row.arm for row in rows if DIFFERENCE not in row.arm))
-        self.pairs = [pair for pair in _PAIRS if any(row.arm == pair for row in rows)]
+        self.pairs = [f"{a}{DIFFERENCE}{b}" for a, b in differences(self.arms)]
 
     def find(self, metric: str, arm: str, segment: str = SEGMENT) -> Row | None:
         return self._rows.get((metric, arm, segment))
@@ -131,9 +131,8 @@ class _Figures:
 
 
 def _levels(figures: _Figures) -> Section:
-    lines = tuple(
-        (label, *(figures.value(metric, arm, digits) for arm in figures.arms)) for metric, label, digits in _LEVELS
-    )
+    arms = [arm for arm in figures.arms if arm == ORACLE or not arm.startswith(ORACLE)]
+    lines = tuple((label, *(figures.value(metric, arm, digits) for arm in arms)) for metric, label, digits in _LEVELS)
     notes = (
         "Expected conversions are counted by the simulator's true chance, drawn ones with the same random numbers in "
         "all arms; CPA and RoAS are of expected ones. Shuffled prior: another user's forecast. Oracle: rankers that "
@@ -141,7 +140,7 @@ def _levels(figures: _Figures) -> Section:
         "chance, which is about the best that a ranker can do, and the same over all ads that run. Coverage and Gini "
         "are over the advertisers that ran an ad where somebody came.",
     )
-    return Section("arms", "Every stack", notes, (Grid(("", *map(arm_label, figures.arms)), lines),))
+    return Section("arms", "Every stack", notes, (Grid(("", *map(arm_label, arms)), lines),))
 
 
 def _differences(figures: _Figures) -> Section:
@@ -151,7 +150,10 @@ def _differences(figures: _Figures) -> Section:
 
     expected = [(f"{metric}_change", label) for metric, label in _CHANGES]
     drawn = [(f"drawn_{metric}_change", f"{label}, drawn") for metric, label in _CHANGES if metric != "spend"]
-    notes = ("Relative changes, as expected and as drawn, and differences of shares.",)
+    notes = (
+        "Relative changes, as expected and as drawn, and differences of shares. Oracle 0.5: the forecast is half way from "
+        "the anchor to the exact one.",
+    )
     grids = (grid(expected, figures.share), grid(drawn, figures.share), grid(_SHARES, figures.interval))
     return Section("differences", "What the forecast changes", notes, grids)
 

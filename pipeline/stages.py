@@ -59,7 +59,7 @@ from ranking.ablation import (
 from ranking.features import FeatureBuilder
 from ranking.oracle import OracleForecast, true_chance
 from ranking.ranker import Ranker, RankerSpans
-from ranking.simulated_ab import Market, SimulatedAB, Stack, run_ab
+from ranking.simulated_ab import Market, SimulatedAB, Stack, oracle_arm, run_ab
 from retrieval.benchmark import RetrievalBenchmark, bench_retrieval
 from retrieval.evaluate import NONE, evaluate_retrieval
 from retrieval.retriever import Retriever
@@ -380,8 +380,9 @@ def ab_bench(context: Work, rankers: Path) -> SimulatedAB:
             action="make a run with `adsid run data=simulator` and give its folder",
         )
     truth, forecasts = Truth.load(context.inputs["data"] / TRUTH), dict(_forecasts(context))
-    if cfg.auction.oracle:
-        forecasts[ORACLE] = OracleForecast(truth, log, ids, anchor=forecasts["anchor"], top=cfg.prior.decode.beam)  # type: ignore[arg-type]
+    anchor, top = forecasts["anchor"], cfg.prior.decode.beam
+    for share in cfg.auction.oracle:
+        forecasts[oracle_arm(share)] = OracleForecast(truth, log, ids, anchor=anchor, top=top, share=share)  # type: ignore[arg-type]
     builder = FeatureBuilder(log, ids, cfg.ranker.features)
     spans = RankerSpans.of(builder, _panel(context), evaluation=cfg.evaluate, tasks=cfg.ranker.tasks)
     market, retriever, lists = Market.of(log, truth, _panel(context)), _retriever(context), _list_forecasts(context)
@@ -391,7 +392,7 @@ def ab_bench(context: Work, rankers: Path) -> SimulatedAB:
         name = variant.name
         trained = (
             trained_rankers(variant, spans, cfg.ranker.seeds, rankers)
-            if name == ORACLE
+            if name.startswith(ORACLE)
             else [_ranker_of(context.inputs["ranker"], variant.slug, seed) for seed in cfg.ranker.seeds]
         )
         found = retriever.answers(market.requests, plans.get(name, plans["lm"]), lists.get(name, variant.forecast))

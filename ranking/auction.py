@@ -42,7 +42,8 @@ class AuctionConfig:
             of the first, the others tell how much hangs on it.
         pacing_rate: step by which bids are shaded; 0: nobody paces, budgets end abruptly.
         seeds: draws of bids and of what converts.
-        oracle: also train rankers on the exact P(advertiser | user) and let them compete.
+        oracle: also let rankers compete that are trained on a forecast which has this share of what the anchor lacks of
+            the exact P(advertiser | user), in log-odds; 1: on the exact one.
         draws: bootstrap draws over users and seeds.
 
     Raises:
@@ -53,7 +54,7 @@ class AuctionConfig:
     budgets: list[float] = field(default_factory=lambda: [1.0, 0.5, 100.0])
     pacing_rate: float = 0.01
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
-    oracle: bool = True
+    oracle: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0])
     draws: int = 1000
 
     def __post_init__(self) -> None:
@@ -66,6 +67,8 @@ class AuctionConfig:
             errors.append(_wrong("pacing_rate", self.pacing_rate, "at least 0 and below 1"))
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             errors.append(_wrong("seeds", self.seeds, "at least one seed from 0 up, each named once"))
+        if any(not 0 < share <= 1 for share in self.oracle) or len(set(self.oracle)) != len(self.oracle):
+            errors.append(_wrong("oracle", self.oracle, "shares above 0 and up to 1, each named once"))
         if self.draws < 1:
             errors.append(_wrong("draws", self.draws, "a whole number, at least 1"))
         if errors:

@@ -37,10 +37,13 @@ class OracleForecast:
         ids: semantic IDs of its advertisers.
         anchor: what the lift is against, and whose interests stand in: the truth is of advertisers.
         top: advertisers that the forecast counts as named.
+        share: of what the anchor lacks, in log-odds: 1 is the truth, 0.5 half way from the anchor to it.
     """
 
-    def __init__(self, truth: Truth, log: Log, ids: AdvertiserIds, *, anchor: Forecast, top: int) -> None:
-        self.truth, self.anchor = truth, anchor
+    def __init__(
+        self, truth: Truth, log: Log, ids: AdvertiserIds, *, anchor: Forecast, top: int, share: float = 1.0
+    ) -> None:
+        self.truth, self.anchor, self.share = truth, anchor, share
         self.trie = Trie.from_codes(ids.codes_AL, ids.level_sizes)
         self.top = min(top, self.trie.n_advertisers)
         self._user_U, self._advertiser_A = log.user_ids.astype(np.int64), log.advertiser_ids.astype(np.int64)
@@ -54,6 +57,8 @@ class OracleForecast:
         """Log-probabilities of the very period, ``(B, A)``."""
         prob_BA = self.truth.score_all(self._user_U[user_B], np.asarray(period_B))[:, self._advertiser_A]
         prob_BA = np.maximum(prob_BA, _FLOOR)
+        if self.share < 1:
+            prob_BA = prob_BA**self.share * np.exp((1 - self.share) * self.anchor.log_probs(user_B, period_B))
         return np.log(prob_BA / prob_BA.sum(1, keepdims=True)).astype(np.float32)
 
     def features(

@@ -16,7 +16,7 @@ the market, D bootstrap draws, F totals.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
@@ -47,10 +47,6 @@ FIRST_SLOT = "slot 1"
 """As the simulator names it."""
 ALL_ADS = "true chance, all ads"
 """Beside `TRUE_CHANCE`, the arm without a forecast ranked by the true chance: the same over every ad that runs."""
-DIFFERENCES = (
-    *(("lm", "none"), ("anchor", "none"), ("lm", "anchor"), (SHUFFLED, "none")),
-    *((ORACLE, "none"), (TRUE_CHANCE, "none"), (ALL_ADS, "none")),
-)
 TOTALS = (
     *("impressions", "spend", "conversions", "value", "drawn_conversions", "drawn_value", "predicted"),
     *("new_impressions", "offered_predicted", "offered_conversions", "agreements", "auctions"),
@@ -70,19 +66,26 @@ RATIOS = {
 ``agreement`` the mean correlation of predicted and true chance within an auction."""
 FIGURES = ("impressions", "spend", "conversions", "value", "drawn_conversions", "drawn_value", *RATIOS)
 CHANGES = (
-    "spend",
-    "conversions",
-    "value",
-    "cpa",
-    "roas",
-    "drawn_conversions",
-    "drawn_value",
-    "drawn_cpa",
-    "drawn_roas",
+    *("spend", "conversions", "value", "cpa", "roas"),
+    *("drawn_conversions", "drawn_value", "drawn_cpa", "drawn_roas"),
 )
 """Figures whose relative change is told as well, in a row ``<figure>_change``."""
 RECOVERED = ("conversions", "value", "roas")
 """Figures of which a row ``<figure>_recovered`` tells the share of the true chance's gain that an arm brings."""
+
+
+def oracle_arm(share: float) -> str:
+    """Name of the arm whose forecast has a share of what the anchor lacks."""
+    return ORACLE if share == 1 else f"{ORACLE} {share:g}"
+
+
+def differences(arms: Iterable[str]) -> list[tuple[str, str]]:
+    """Pairs of arms that are compared."""
+    known = list(arms)
+    pairs = [("lm", "none"), ("anchor", "none"), ("lm", "anchor"), (SHUFFLED, "none")]
+    pairs += [(arm, "none") for arm in known if arm.startswith(ORACLE)]
+    pairs += [(TRUE_CHANCE, "none"), (ALL_ADS, "none")]
+    return [(a, b) for a, b in pairs if a in known and b in known]
 
 
 @dataclass(frozen=True)
@@ -303,7 +306,7 @@ def compare_stacks(market: Market, arms: Mapping[str, Sequence[Entrants]], cfg: 
         cfg: bids, budgets, pacing, draws.
 
     Returns:
-        Every figure of every arm and of the `DIFFERENCES`, with intervals over users, ranker seeds and draws of the
+        Every figure of every arm and of their `differences`, with intervals over users, ranker seeds and draws of the
         market.
     """
     true = {arm: [market.true_chance(entrants) for entrants in seeds] for arm, seeds in arms.items()}
@@ -346,7 +349,7 @@ def _divergence_rows(market: Market, forecasts: Mapping[str, Forecast], cfg: Auc
         arm: resampled.times_DU @ np.bincount(user_R, times_R * divergences(market, forecast), n_users) / visits_D
         for arm, forecast in forecasts.items()
     }
-    figures |= {f"{a} - {b}": figures[a] - figures[b] for a, b in DIFFERENCES if a in figures and b in figures}
+    figures |= {f"{a} - {b}": figures[a] - figures[b] for a, b in differences(figures)}
     return [
         Row.of(interval(of_D, len(market.visits.user)), section=SECTION, metric="divergence", arm=arm)
         for arm, of_D in figures.items()
@@ -477,9 +480,7 @@ def _rows(figures: Mapping[str, Mapping[str, Floats]], segment: str, n: int, n_r
         return Row.of(interval(figure_D, n), section=SECTION, metric=metric, arm=arm, segment=segment, seeds=n_rankers)
 
     found = [row(metric, arm, of_D) for arm, of_arm in figures.items() for metric, of_D in of_arm.items()]
-    for a, b in DIFFERENCES:
-        if a not in figures or b not in figures:
-            continue
+    for a, b in differences(figures):
         name = f"{a} - {b}"
         found += [row(metric, name, figures[a][metric] - figures[b][metric]) for metric in figures[a]]
         found += [

@@ -86,7 +86,7 @@ def bench_retrieval(
     epilog="Examples:\n\n"
     "  adsid run experiment=quickstart data=simulator run.dir=runs/sim    what it needs\n\n"
     "  adsid bench ab --run runs/sim\n\n"
-    "  adsid bench ab --run runs/sim auction.budgets=[1] auction.seeds=[0,1] auction.oracle=false",
+    "  adsid bench ab --run runs/sim auction.budgets=[1] auction.seeds=[0,1] auction.oracle=[]",
 )
 def bench_ab(
     context: typer.Context,

@@ -111,6 +111,7 @@ def test_an_advertiser_enters_with_its_likeliest_ad() -> None:
         ({"budgets": []}, "auction.budgets=[]"),
         ({"budgets": [1.0, 0.0]}, "auction.budgets=[1.0, 0.0]"),
         ({"pacing_rate": 1.0}, "auction.pacing_rate=1.0"),
+        ({"oracle": [0.0, 1.0]}, "auction.oracle=[0.0, 1.0]"),
         ({"seeds": [1, 1], "draws": 0}, "auction.draws=0"),
     ],
 )
