@@ -151,8 +151,8 @@ def _differences(figures: _Figures) -> Section:
     expected = [(f"{metric}_change", label) for metric, label in _CHANGES]
     drawn = [(f"drawn_{metric}_change", f"{label}, drawn") for metric, label in _CHANGES if metric != "spend"]
     notes = (
-        "Relative changes, as expected and as drawn, and differences of shares. Oracle 0.5: the forecast is half way from "
-        "the anchor to the exact one.",
+        "Relative changes, as expected and as drawn, and differences of shares. Oracle 0.5: the forecast is half way "
+        "from the anchor to the exact one.",
     )
     grids = (grid(expected, figures.share), grid(drawn, figures.share), grid(_SHARES, figures.interval))
     return Section("differences", "What the forecast changes", notes, grids)
