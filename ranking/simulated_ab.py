@@ -163,8 +163,8 @@ class Market:
 
     def bids(self, cfg: AuctionConfig, seed: int) -> Floats:
         """Money that each advertiser bids for a conversion, in one draw of the market."""
-        share_A: Floats = generator(seed, "bid shares").uniform(*cfg.bid_share, size=len(self.value))
-        return share_A * self.value
+        low, high = cfg.bid_share
+        return self.value * generator(seed, "bid shares").uniform(low, high, size=len(self.value))
 
     def true_chance(self, entrants: Entrants) -> Floats:
         """Of a conversion with each entrant in the first slot, ``(N,)``."""
@@ -338,7 +338,7 @@ def divergences(market: Market, forecast: Forecast) -> Floats:
     true_N, said_N = (p_N / np.bincount(request_N, p_N, n_requests)[request_N] for p_N in (true_N, said_N))
     known = true_N > 0
     lost_N = true_N[known] * np.log(true_N[known] / said_N[known])
-    return np.bincount(request_N[known], lost_N, n_requests)
+    return np.bincount(request_N[known], lost_N, n_requests).astype(np.float64)
 
 
 def _divergence_rows(market: Market, forecasts: Mapping[str, Forecast], cfg: AuctionConfig) -> list[Row]:
@@ -426,7 +426,7 @@ def correlations(group_N: Ints, a_N: Floats, b_N: Floats, n: int) -> Floats:
         return values_N - (np.bincount(group_N, values_N, n) / count_G)[group_N]
 
     a_N, b_N = centred(a_N), centred(b_N)
-    covariance_G, a_G, b_G = (np.bincount(group_N, x_N, n) for x_N in (a_N * b_N, a_N**2, b_N**2))
+    covariance_G, a_G, b_G = (np.bincount(group_N, x_N, n).astype(np.float64) for x_N in (a_N * b_N, a_N**2, b_N**2))
     return _ratio(covariance_G, np.sqrt(a_G * b_G))
 
 

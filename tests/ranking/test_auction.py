@@ -12,7 +12,7 @@ from data.errors import UserError
 from pipeline.config import compose
 from ranking.auction import AuctionConfig, Entrants, best_of_advertisers, second_price, sell
 
-ATTENTION = np.arange(1, 4) ** -0.5
+ATTENTION = np.array([1.0, 0.7, 0.5])
 SCORES = arrays(np.float64, st.integers(0, 8), elements=st.floats(0, 10))
 
 
