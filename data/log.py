@@ -28,7 +28,7 @@ from data.sampling import hash_ids
 from data.split import EVALUATE, Calendar, Span, TimeSplit
 from data.tables import ENTITIES, KINDS, Tables
 
-__all__ = ["KINDS", "Before", "Events", "Log", "Placements", "Prices", "Requests", "Targets", "load_log"]
+__all__ = ["KINDS", "Before", "Events", "Log", "Placements", "Prices", "Requests", "Targets", "Visits", "load_log"]
 
 I8 = NDArray[np.int8]
 I16 = NDArray[np.int16]
@@ -143,6 +143,15 @@ class Requests(NamedTuple):
     user: I32
     market: I32
     period: I32
+
+
+class Visits(NamedTuple):
+    """Single visits in order of time, those of one time by number; shapes ``(V,)``."""
+
+    user: I32
+    market: I32
+    period: I32
+    request: I64
 
 
 class Prices(NamedTuple):
@@ -301,6 +310,14 @@ class Log:
         events = self._span_events(span, users, self.events.market >= 0)
         rows = np.unique(np.stack([events.user, events.period, events.market]), axis=1)
         return Requests(rows[0], rows[2], rows[1])
+
+    def visits(self, span: str | Span, users: NDArray[Any] | None = None) -> Visits:
+        """Each visit of a span by itself, where `requests` tells those of one user, market and period as one."""
+        events = self._span_events(span, users, (self.events.market >= 0) & (self.events.request >= 0))
+        order = np.lexsort((events.request, events.timestamp))
+        _, first = np.unique(events.request[order], return_index=True)
+        rows = order[np.sort(first)]
+        return Visits(events.user[rows], events.market[rows], events.period[rows], events.request[rows])
 
     def impressions(self, span: str | Span, users: NDArray[Any] | None = None) -> Events:
         """Rows for the ranker: sampled impressions, and each conversion once a visit and ad.

@@ -33,7 +33,19 @@ from numpy.typing import NDArray
 from data.config import DataConfig
 from data.errors import UserError
 from data.tables import KINDS
-from data.truth import AGES, TRUTH, Audience, Float, Int, Segments, SimulatorConfig, Truth, generator, pick_taste
+from data.truth import (
+    AGES,
+    TRUTH,
+    VALUE_SPREAD,
+    Audience,
+    Float,
+    Int,
+    Segments,
+    SimulatorConfig,
+    Truth,
+    generator,
+    pick_taste,
+)
 from data.writer import TableWriter
 
 ORIGIN = datetime(2024, 1, 1)
@@ -72,7 +84,6 @@ _LAST_VISIT = _SECONDS_PER_DAY - 1800
 """A visit begins before it, so that all it leads to is of the same day."""
 _SLOT_SECONDS, _CLICK_SECONDS, _CONVERSION_SECONDS = 5, 4, (60, 1200)
 _TIME_OF_DAY = (3.0, 2.0)
-_VALUE_SPREAD = 0.3
 _NONE = -1
 
 
@@ -469,7 +480,7 @@ class Days:
 
     def _value(self, advertiser_N: Int, noise_N: Float) -> Float:
         """Money spent, whole cents."""
-        value_N = self.truth.latents.price_A[advertiser_N] * np.exp(_VALUE_SPREAD * noise_N)
+        value_N = self.truth.latents.price_A[advertiser_N] * np.exp(VALUE_SPREAD * noise_N)
         return np.maximum(value_N.round(2), 0.01)
 
     def _frame(self, day: _Day, start_us: int) -> pl.DataFrame:

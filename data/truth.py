@@ -63,6 +63,8 @@ _QUALITY = (4.0, 2.0)
 _BID_MEDIAN, _BID_SPREAD = 5.0, 0.4
 _BUDGET_SPREAD = 0.7
 _PRICE_MEDIAN, _PRICE_SPREAD = 20.0, 0.8
+VALUE_SPREAD = 0.3
+"""Standard deviation of the logarithm of what is spent in one purchase at an advertiser."""
 _THROTTLE_FLOOR = 0.01
 _THROTTLE_STEPS, _THROTTLE_EXCESS = 100, 0.005
 _CACHED_PERIODS = 4
@@ -391,6 +393,11 @@ class Truth:
     def attention(self) -> Float:
         """e, the attention of each position, ``(slots,)``; 1 for the first."""
         return np.arange(1, self.cfg.slots + 1, dtype=np.float64) ** -self.cfg.position_bias
+
+    @property
+    def mean_value(self) -> Float:
+        """Mean money of a purchase at each advertiser, the rounding to cents aside, ``(A,)``."""
+        return self.latents.price_A * np.exp(VALUE_SPREAD**2 / 2)
 
     def period_of(self, day: int) -> int:
         """The period of a day, which counts from 0."""

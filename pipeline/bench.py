@@ -1,7 +1,8 @@
-"""``adsid bench retrieval``: the artifacts of a run, any retrieval configuration beside them, and what is written.
+"""``adsid bench``: the artifacts of a run, another configuration of what is measured, and what is written.
 
 configuration ─► stages up to the towers and forecasts ─► `retrieval.benchmark` ─► retrieval.json, retrieval.html
-run directory ─► its artifacts as they are             ─┘
+run directory ─► its artifacts as they are ─┬───────────┘
+                                            └─► `ranking.simulated_ab` ─► ab.json, ab.html
 """
 
 from __future__ import annotations
@@ -14,18 +15,22 @@ from typing import Any
 
 from rich.console import Console
 
-from data.artifacts import MANIFEST, atomic_write_text, package_versions, to_plain
+from data.artifacts import MANIFEST, atomic_write_text, make_directory, package_versions, to_plain
 from data.errors import UserError
 from pipeline import config as configuration
 from pipeline.config import AdsidConfig, compose, recompose, run_directory
 from pipeline.engine import Context
 from pipeline.run import run_stages
-from pipeline.stages import TRAINED, retrieval_bench
+from pipeline.stages import TRAINED, ab_bench, retrieval_bench
+from ranking.simulated_ab import SimulatedAB
 from retrieval.benchmark import PARTS, RetrievalBenchmark, check_parts
 from retrieval.config import RetrievalConfig
 
 FOLDER, JSON_FILE, PAGE = "bench", "retrieval.json", "retrieval.html"
-GROUP = "retrieval"
+AB_JSON, AB_PAGE, AB_RANKERS = "ab.json", "ab.html", "rankers"
+GROUP, AUCTION = "retrieval", "auction"
+AB_ARTIFACTS = ("data", "semantic_ids", "prior", "forecasts", "two_tower", "retrieval", "ranker")
+_RUN = "give the folder of a run, e.g. runs/quickstart"
 
 
 def bench_of_configuration(
@@ -62,14 +67,58 @@ def bench_of_run(
     """
     check_parts(parts)
     config = config_beside(run, overrides)
-    missing = [stage for stage in _artifacts(config) if not (run / stage / MANIFEST).exists()]
+    _check_artifacts(run, _artifacts(config), hint=", or take channels that need none: retrieval=counts")
+    return config, _measure(config, {}, parts)
+
+
+def ab_of_run(run: Path, overrides: Sequence[str], out: Path) -> tuple[AdsidConfig, SimulatedAB]:
+    """Let the stacks of a finished run on simulated data compete.
+
+    Args:
+        run: the run directory; its artifacts are taken as they are.
+        overrides: ``auction.key=value``.
+        out: folder for the rankers that are trained on the exact forecast.
+
+    Raises:
+        UserError: no such run, an artifact is missing, another override, or data that is not simulated.
+    """
+    saved = configuration.load_run(run, action=_RUN)
+    foreign = [one for one in overrides if not one.startswith(f"{AUCTION}.")]
+    if foreign:
+        raise UserError(
+            f"{' '.join(foreign)} beside the artifacts of {run}",
+            expected="auction.key=value: the stacks are those of the run",
+            action="leave it out, or make another run with it",
+        )
+    asked = recompose(to_plain(asdict(saved)), overrides).auction
+    config = replace(saved, auction=asked, run=replace(saved.run, dir=str(run)))
+    _check_artifacts(run, AB_ARTIFACTS)
+    make_directory(out / AB_RANKERS)
+    return config, ab_bench(_context(config, AB_ARTIFACTS, {}), out / AB_RANKERS)
+
+
+def write_ab(config: AdsidConfig, found: SimulatedAB, folder: Path) -> Path:
+    """Write ``ab.json`` and ``ab.html``, and return the path of the page."""
+    from pipeline.ab_page import render
+
+    atomic_write_text(folder / AB_JSON, ab_json(config, found))
+    atomic_write_text(folder / AB_PAGE, render(config, found))
+    return folder / AB_PAGE
+
+
+def ab_json(config: AdsidConfig, found: SimulatedAB) -> str:
+    """All figures, the market and the versions."""
+    return _document(config, {**to_plain(asdict(found)), AUCTION: to_plain(config.auction)})
+
+
+def _check_artifacts(run: Path, names: Sequence[str], hint: str = "") -> None:
+    missing = [stage for stage in names if not (run / stage / MANIFEST).exists()]
     if missing:
         raise UserError(
             f"{run} without {', '.join(missing)}",
-            expected=f"finished artifacts of {', '.join(_artifacts(config))}",
-            action="make them with `adsid run`, or take channels that need none: retrieval=counts",
+            expected=f"finished artifacts of {', '.join(names)}",
+            action=f"make them with `adsid run`{hint}",
         )
-    return config, _measure(config, {}, parts)
 
 
 def config_beside(run: Path, overrides: Sequence[str]) -> AdsidConfig:
@@ -78,8 +127,7 @@ def config_beside(run: Path, overrides: Sequence[str]) -> AdsidConfig:
     Raises:
         UserError: no such run, or an override of anything but what can be swapped without training.
     """
-    action = "give the folder of a run, e.g. runs/quickstart, or no --run and an experiment"
-    saved = configuration.load_run(run, action=action)
+    saved = configuration.load_run(run, action=f"{_RUN}, or no --run and an experiment")
     foreign = [one for one in overrides if not one.startswith((f"{GROUP}=", f"{GROUP}."))]
     trained = [one for one in overrides if one.startswith(tuple(f"{GROUP}.{key}" for key in TRAINED))]
     if foreign or trained:
@@ -108,14 +156,12 @@ def write_bench(config: AdsidConfig, found: RetrievalBenchmark, folder: Path) ->
 
 def to_json(config: AdsidConfig, found: RetrievalBenchmark) -> str:
     """All figures, the configuration and the versions."""
-    document: dict[str, Any] = {
-        **to_plain(asdict(found)),
-        "retrieval": to_plain(config.retrieval),
-        "experiment": config.experiment,
-        "data": config.data.source,
-        "versions": package_versions(),
-    }
-    return json.dumps(document, indent=1, allow_nan=False) + "\n"
+    return _document(config, {**to_plain(asdict(found)), GROUP: to_plain(config.retrieval)})
+
+
+def _document(config: AdsidConfig, found: dict[str, Any]) -> str:
+    about = {"experiment": config.experiment, "data": config.data.source, "versions": package_versions()}
+    return json.dumps({**found, **about}, indent=1, allow_nan=False) + "\n"
 
 
 def default_folder(config: AdsidConfig) -> Path:
@@ -134,9 +180,13 @@ def _artifacts(config: AdsidConfig) -> list[str]:
 
 
 def _measure(config: AdsidConfig, shared: dict[Any, Any], parts: Sequence[str]) -> RetrievalBenchmark:
+    return retrieval_bench(_context(config, _artifacts(config), shared), parts)
+
+
+def _context(config: AdsidConfig, artifacts: Sequence[str], shared: dict[Any, Any]) -> Context[AdsidConfig]:
     directory = run_directory(config)
-    inputs = {name: directory / name for name in _artifacts(config)}
-    return retrieval_bench(Context(config, inputs, directory, directory / ".work", shared), parts)
+    inputs = {name: directory / name for name in artifacts}
+    return Context(config, inputs, directory, directory / ".work", shared)
 
 
 def swapped(cfg: RetrievalConfig) -> str:

@@ -254,25 +254,31 @@ def _plots(found: RetrievalBenchmark) -> dict[str, list[Plot]]:
     return plots
 
 
-def intervals(rows: Sequence[Row], *, reference: str) -> Markup | None:
-    """A dot and its interval a row, with a line at one of them; None without a row."""
+def intervals(rows: Sequence[Row], *, reference: str | float, label: str = "recall") -> Markup | None:
+    """A dot and its interval a row; None without a row.
+
+    Args:
+        rows: figures of one measure.
+        reference: arm whose figure, or number at which a dashed line stands.
+        label: of the measure.
+    """
     known = [row for row in rows if is_known(row.value)]
     if not known:
         return None
     ends = [end for row in known for end in (row.value, row.ci_low, row.ci_high) if end is not None and is_known(end)]
-    span, ticks = round_axis((min(ends), max(ends)))
+    at = [reference] if isinstance(reference, float) else [row.value for row in known if row.arm == reference]
+    span, ticks = round_axis((min(ends + at), max(ends + at)))
     step = 26
-    panel = Panel(150, 16, 480, step * len(known), span, (0.0, float(len(known))))
-    panel.axes("recall", "", ticks, [])
+    panel = Panel(190, 16, 440, step * len(known), span, (0.0, float(len(known))))
+    panel.axes(label, "", ticks, [])
+    for value in at:
+        panel.line(panel.px(value), panel.top, panel.px(value), panel.top + panel.height, "zero")
     for place, row in enumerate(known):
         y = panel.top + step * (place + 0.5)
         low = row.ci_low if row.ci_low is not None and math.isfinite(row.ci_low) else row.value
         high = row.ci_high if row.ci_high is not None and math.isfinite(row.ci_high) else row.value
         style = "s-lm" if row.arm == reference else "s-anchor"
-        panel.text(panel.left - 10, y + 4, row.arm, "tick end")
+        panel.text(panel.left - 10, y + 4, arm_label(row.arm), "tick end")
         panel.line(panel.px(low), y, panel.px(high), y, f"line {style}")
         panel.dot(row.value, len(known) - place - 0.5, style)
-        if row.arm == reference:
-            x = panel.px(row.value)
-            panel.line(x, panel.top, x, panel.top + panel.height, "zero")
-    return svg(680, panel.top + panel.height + 46, "recall with intervals", panel.parts)
+    return svg(680, panel.top + panel.height + 46, f"{label} with intervals", panel.parts)

@@ -29,6 +29,7 @@ from data.config import DataConfig
 from data.errors import UserError
 from data.split import EVALUATE
 from priors.config import PriorConfig
+from ranking.auction import AuctionConfig
 from ranking.config import RankerConfig
 from retrieval.config import RetrievalConfig
 from semantic_ids.config import SemanticIdsConfig
@@ -94,6 +95,7 @@ class AdsidConfig:
         run: where the run writes.
         trainer: device of all stages.
         data, semantic_ids, prior, retrieval, ranker: the components.
+        auction: the market of `adsid bench ab`; no stage looks at it.
     """
 
     experiment: str = "quickstart"
@@ -107,6 +109,7 @@ class AdsidConfig:
     prior: PriorConfig = field(default_factory=PriorConfig)
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     ranker: RankerConfig = field(default_factory=RankerConfig)
+    auction: AuctionConfig = field(default_factory=AuctionConfig)
 
     def __post_init__(self) -> None:
         errors = []

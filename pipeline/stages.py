@@ -46,10 +46,20 @@ from priors.generate import generate_priors
 from priors.judge import REQUESTS, save_requests
 from priors.reward import fit_reward
 from priors.table import PriorTable
-from ranking.ablation import ORACLE, TRUE_CHANCE, compare, grid, predictions_of, run_ablation
+from ranking.ablation import (
+    ORACLE,
+    TRUE_CHANCE,
+    arms,
+    compare,
+    grid,
+    predictions_of,
+    run_ablation,
+    trained_rankers,
+)
 from ranking.features import FeatureBuilder
 from ranking.oracle import OracleForecast, true_chance
 from ranking.ranker import Ranker, RankerSpans
+from ranking.simulated_ab import Market, SimulatedAB, Stack, oracle_arm, run_ab
 from retrieval.benchmark import PARTS, RetrievalBenchmark, bench_retrieval
 from retrieval.evaluate import NONE, evaluate_retrieval
 from retrieval.retriever import Retriever
@@ -144,7 +154,7 @@ def stages() -> list[Stage[AdsidConfig]]:
         Stage(
             "report",
             ("data", "semantic_ids", "prior", "forecasts", "two_tower", "retrieval", "ranker"),
-            lambda cfg: {key: value for key, value in to_plain(cfg).items() if key != "run"},
+            lambda cfg: {key: value for key, value in to_plain(cfg).items() if key not in ("run", "auction")},
             make_report,
             ("rows",),
         ),
@@ -352,6 +362,45 @@ def retrieval_bench(context: Work, parts: Sequence[str] = PARTS) -> RetrievalBen
     return bench_retrieval(_retriever(context), arms, users=_panel(context), parts=parts)
 
 
+def ab_bench(context: Work, rankers: Path) -> SimulatedAB:
+    """The stacks of a run, its control, and stacks that know the truth, before the same simulated users.
+
+    Args:
+        context: with the artifacts of a finished run.
+        rankers: folder for those that are trained on the exact forecast.
+
+    Raises:
+        UserError: the log is not a simulated one, or a ranker is missing.
+    """
+    cfg, log, ids = context.config, _log(context), _ids(context)
+    if not (context.inputs["data"] / TRUTH).exists():
+        raise UserError(
+            f"a run on data={cfg.data.source}",
+            expected="simulated data, whose true chance of a conversion is known",
+            action="make a run with `adsid run data=simulator` and give its folder",
+        )
+    truth, forecasts = Truth.load(context.inputs["data"] / TRUTH), dict(_forecasts(context))
+    anchor, top = forecasts["anchor"], cfg.prior.decode.beam
+    for share in cfg.auction.oracle:
+        forecasts[oracle_arm(share)] = OracleForecast(truth, log, ids, anchor=anchor, top=top, share=share)  # type: ignore[arg-type]
+    builder = FeatureBuilder(log, ids, cfg.ranker.features)
+    spans = RankerSpans.of(builder, _panel(context), evaluation=cfg.evaluate, tasks=cfg.ranker.tasks)
+    market, retriever, lists = Market.of(log, truth, _panel(context)), _retriever(context), _list_forecasts(context)
+    plans = {arm: Plan.of(plan) for arm, plan in _read_facts(context.inputs["retrieval"])["plans"].items()}
+    stacks = {}
+    for variant in arms(spans, forecasts, cfg.ranker):
+        name = variant.name
+        trained = (
+            trained_rankers(variant, spans, cfg.ranker.seeds, rankers)
+            if name.startswith(ORACLE)
+            else [_ranker_of(context.inputs["ranker"], variant.slug, seed) for seed in cfg.ranker.seeds]
+        )
+        found = retriever.answers(market.requests, plans.get(name, plans["lm"]), lists.get(name, variant.forecast))
+        stacks[name] = Stack(found, variant.forecast, trained)
+    quotas = {arm: plan.quota for arm, plan in plans.items()}
+    return run_ab(market, stacks, builder, cfg.auction, facts={"quotas": quotas})
+
+
 @dataclass(frozen=True)
 class OpenRanker:
     """A ranker of a run with what it reads.
@@ -382,7 +431,12 @@ def load_ranker(directory: Path, *, arm: str, seed: int) -> Ranker:
     """
     for name in ("data", "semantic_ids", "prior", "forecasts", "ranker"):
         Manifest.read(directory / name)
-    rankers = directory / "ranker" / RANKERS
+    return _ranker_of(directory / "ranker", arm, seed)
+
+
+def _ranker_of(directory: Path, arm: str, seed: int) -> Ranker:
+    """Of the ranker stage's artifact."""
+    rankers = directory / RANKERS
     trained = sorted(path.name for path in rankers.iterdir())
     if f"{arm}-{seed}" not in trained:
         raise UserError(

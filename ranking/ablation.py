@@ -19,7 +19,7 @@ Shapes: N rows, T tasks, D bootstrap draws (draw 0 is the data as it is), S seed
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from priors.forecast import Forecast
 from ranking.config import TASKS_SHARE, RankerConfig
 from ranking.metrics import METRICS, Sample, evaluate, interval
 from ranking.prior import GROUPS
-from ranking.ranker import ArmRows, RankerSpans, predict, train_ranker
+from ranking.ranker import ArmRows, Ranker, RankerSpans, predict, train_ranker
 
 SHUFFLED, ORACLE, TRUE_CHANCE = "shuffled prior", "oracle", "true chance"
 DIFFERENCES = (
@@ -302,10 +302,17 @@ def predictions_of(
         UserError: training rows of one class, or features that cannot be used.
     """
     rows = ArmRows.of(spans, variant.forecast, variant.cfg)
-    rankers = (
-        train_ranker(rows, seed=seed, cfg=variant.cfg, directory=work_dir / f"{variant.slug}-{seed}") for seed in seeds
-    )
-    return [predict(ranker.module, rows.evaluation) for ranker in rankers]
+    return [predict(ranker.module, rows.evaluation) for ranker in _trained(variant, rows, seeds, work_dir)]
+
+
+def trained_rankers(variant: Variant, spans: RankerSpans, seeds: Sequence[int], work_dir: Path) -> list[Ranker]:
+    """The rankers behind `predictions_of`; arguments and errors as there."""
+    return list(_trained(variant, ArmRows.of(spans, variant.forecast, variant.cfg), seeds, work_dir))
+
+
+def _trained(variant: Variant, rows: ArmRows, seeds: Sequence[int], work_dir: Path) -> Iterator[Ranker]:
+    for seed in seeds:
+        yield train_ranker(rows, seed=seed, cfg=variant.cfg, directory=work_dir / f"{variant.slug}-{seed}")
 
 
 def compare(

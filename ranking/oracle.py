@@ -37,10 +37,13 @@ class OracleForecast:
         ids: semantic IDs of its advertisers.
         anchor: what the lift is against, and whose interests stand in: the truth is of advertisers.
         top: advertisers that the forecast counts as named.
+        share: of what the anchor lacks, in log-odds: 1 is the truth, 0.5 half way from the anchor to it.
     """
 
-    def __init__(self, truth: Truth, log: Log, ids: AdvertiserIds, *, anchor: Forecast, top: int) -> None:
-        self.truth, self.anchor = truth, anchor
+    def __init__(
+        self, truth: Truth, log: Log, ids: AdvertiserIds, *, anchor: Forecast, top: int, share: float = 1.0
+    ) -> None:
+        self.truth, self.anchor, self.share = truth, anchor, share
         self.trie = Trie.from_codes(ids.codes_AL, ids.level_sizes)
         self.top = min(top, self.trie.n_advertisers)
         self._user_U, self._advertiser_A = log.user_ids.astype(np.int64), log.advertiser_ids.astype(np.int64)
@@ -54,6 +57,8 @@ class OracleForecast:
         """Log-probabilities of the very period, ``(B, A)``."""
         prob_BA = self.truth.score_all(self._user_U[user_B], np.asarray(period_B))[:, self._advertiser_A]
         prob_BA = np.maximum(prob_BA, _FLOOR)
+        if self.share < 1:
+            prob_BA = prob_BA**self.share * np.exp((1 - self.share) * self.anchor.log_probs(user_B, period_B))
         return np.log(prob_BA / prob_BA.sum(1, keepdims=True)).astype(np.float32)
 
     def features(
@@ -115,8 +120,13 @@ def true_chance(truth: Truth, log: Log, rows: Rows, *, tasks: Sequence[str] = (L
             advertiser,
             position_D[rows.display],
             rows.period,
-            kinds=tuple(KINDS[kind] for kind in kinds_of(task, log)),
+            kinds=kinds_of_truth(log, task),
         )
         for task in tasks
     ]
     return np.stack(chances, axis=1).astype(np.float64)
+
+
+def kinds_of_truth(log: Log, task: str = LABEL) -> tuple[str, ...]:
+    """A task's kinds of events by their names, as the truth knows them."""
+    return tuple(KINDS[kind] for kind in kinds_of(task, log))

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from data.log import Log, Targets
+from data.log import Log, Requests, Targets
 from priors.forecast import Forecast
 from retrieval.blend import Blended, merge
 from retrieval.channels import Ads, Request, Sources, TowerScores, build_channels
@@ -46,8 +46,8 @@ class Retriever:
             Sources(log, self.scores, codes_AL, cfg, lambda: two_tower.advertiser_scores(log, cfg.pairs))
         )
 
-    def requests(self, targets: Targets) -> list[Request]:
-        """Requests without a forecast, one a row of targets."""
+    def requests(self, targets: Targets | Requests) -> list[Request]:
+        """Requests without a forecast, one a row."""
         vector_RD = self.embed(targets.user, targets.period)
         asked = zip(targets.user.tolist(), targets.market.tolist(), targets.period.tolist(), vector_RD, strict=True)
         return [self._request(*one) for one in asked]
@@ -72,12 +72,16 @@ class Retriever:
         A channel without anything to say (no history, no forecast, no placed ad of the advertisers) leaves its places
         to the others, in the end to popularity; ``found_by`` tells which answered.
         """
-        vector_D = self.embed(np.array([user]), np.array([period]))[0]
-        request = self._request(user, market, period, vector_D)
+        one = Requests(*(np.array([index], np.int32) for index in (user, market, period)))
+        return self.answers(one, plan, forecast)[0]
+
+    def answers(self, asked: Requests, plan: Plan, forecast: Forecast | None = None) -> list[Blended]:
+        """`candidates` of each of many requests."""
+        requests = self.requests(asked)
         if forecast is not None:
-            request = with_forecast([request], forecast, plan.prior_weight)[0]
+            requests = with_forecast(requests, forecast, plan.prior_weight)
         names = list(dict.fromkeys([*self.cfg.channels, POPULARITY]))
-        return merge(self.lists([request], names)[0], plan.blend, self.limits)
+        return [merge(lists, plan.blend, self.limits) for lists in self.lists(requests, names)]
 
     def _request(self, user: int, market: int, period: int, vector_D: NDArray[np.float32]) -> Request:
         return Request(

@@ -72,6 +72,7 @@ def test_help_is_there_for_every_command() -> None:
         ["ablate", "prior"],
         ["bench"],
         ["bench", "retrieval"],
+        ["bench", "ab"],
         ["priors", "export"],
         ["priors", "explain"],
         ["priors", "generate"],

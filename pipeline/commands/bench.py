@@ -17,7 +17,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Examples:\n\n"
     "  adsid bench retrieval experiment=quickstart\n\n"
-    "  adsid bench retrieval --run runs/quickstart retrieval=calibrated",
+    "  adsid bench retrieval --run runs/quickstart retrieval=calibrated\n\n"
+    "  adsid bench ab --run runs/sim",
 )
 
 
@@ -81,6 +82,50 @@ def bench_retrieval(
         if json:
             typer.echo(to_json(config, found), nl=False)
             return
+        console.print(to_console(config, found))
+        console.print(f"page: {page}", highlight=False)
+
+    guarded(work, debug=debug or bool(context.obj))
+
+
+@app.command(
+    "ab",
+    epilog="Examples:\n\n"
+    "  adsid run experiment=quickstart data=simulator run.dir=runs/sim    what it needs\n\n"
+    "  adsid bench ab --run runs/sim\n\n"
+    "  adsid bench ab --run runs/sim auction.budgets=[1] auction.seeds=[0,1] auction.oracle=[]",
+)
+def bench_ab(
+    context: typer.Context,
+    run: Annotated[Path, typer.Option(metavar="DIR", help="A finished run on simulated data.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="auction.key=value.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of ab.json and ab.html; bench in the run directory where none is given.",
+            show_default=False,
+        ),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON instead of the table.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Stacks with and without the forecast before the same simulated users, in auctions on equal budgets."""
+
+    def work() -> None:
+        from rich.console import Console
+
+        from pipeline.ab_page import to_console
+        from pipeline.bench import FOLDER, ab_json, ab_of_run, write_ab
+
+        directory = run.expanduser().absolute()
+        folder = (out or directory / FOLDER).expanduser().absolute()
+        config, found = ab_of_run(directory, overrides or [], folder)
+        page = write_ab(config, found, folder)
+        if json:
+            typer.echo(ab_json(config, found), nl=False)
+            return
+        console = Console(soft_wrap=True)
         console.print(to_console(config, found))
         console.print(f"page: {page}", highlight=False)
 

@@ -1,4 +1,4 @@
-"""`adsid bench retrieval`: what it makes, what it takes as it is, and what it refuses."""
+"""`adsid bench`: what it makes, what it takes as it is, and what it refuses."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ TINY = [
 ]  # fmt: skip
 
 
-def bench(*arguments: str) -> Result:
-    return CliRunner().invoke(cli.app, ["bench", "retrieval", *arguments])
+def bench(*arguments: str, of: str = "retrieval") -> Result:
+    return CliRunner().invoke(cli.app, ["bench", of, *arguments])
 
 
 @pytest.fixture(scope="module")
@@ -116,5 +116,20 @@ REFUSED = [
 @pytest.mark.parametrize(("arguments", "message"), REFUSED)
 def test_what_cannot_be_measured_is_told(run: Path, arguments: list[str], message: str) -> None:
     refused = bench(*(str(run) if word == "RUN" else word for word in arguments))
+    assert refused.exit_code == USER_MISTAKE
+    assert message in refused.stderr
+
+
+AB_REFUSED = [
+    (["--run", "/nowhere"], "config.yaml"),
+    (["--run", "RUN", "retrieval.budget=3"], "retrieval.budget=3"),
+    (["--run", "RUN", "auction.budget=1"], "did you mean auction.budgets"),
+    (["--run", "RUN"], "without prior, forecasts"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), AB_REFUSED)
+def test_stacks_that_cannot_compete_are_told(run: Path, arguments: list[str], message: str) -> None:
+    refused = bench(*(str(run) if word == "RUN" else word for word in arguments), of="ab")
     assert refused.exit_code == USER_MISTAKE
     assert message in refused.stderr

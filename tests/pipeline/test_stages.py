@@ -326,3 +326,9 @@ def test_what_cannot_be_ranked_is_told(finished: Path, arguments: list[str], mes
     told = CliRunner().invoke(cli.app, ["rank", str(finished), *arguments])
     assert told.exit_code == USER_MISTAKE
     assert message in told.output
+
+
+def test_stacks_compete_on_simulated_data_alone(finished: Path, tmp_path: Path) -> None:
+    told = CliRunner().invoke(cli.app, ["bench", "ab", "--run", str(finished), "--out", str(tmp_path)])
+    assert told.exit_code == USER_MISTAKE
+    assert "data=simulator" in told.output

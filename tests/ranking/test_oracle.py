@@ -42,6 +42,15 @@ def test_it_says_what_the_truth_says(world: tuple[Log, Truth, AdvertiserIds], or
     np.testing.assert_allclose(np.exp(log_prob_BA).sum(1), 1.0, atol=1e-5)
 
 
+def test_half_the_way_is_half_the_log_odds(world: tuple[Log, Truth, AdvertiserIds], oracle: OracleForecast) -> None:
+    log, truth, ids = world
+    half = OracleForecast(truth, log, ids, anchor=oracle.anchor, top=10, share=0.5)
+    user, period = np.array([3, 77]), np.array([18, 22])
+    exact_BA, half_BA = (one.log_probs(user, period) for one in (oracle, half))
+    np.testing.assert_allclose(np.diff(half_BA), np.diff(exact_BA) / 2, atol=1e-4)  # this anchor is even
+    np.testing.assert_allclose(np.exp(half_BA).sum(1), 1.0, atol=1e-5)
+
+
 def test_its_features_are_those_of_a_forecast(world: tuple[Log, Truth, AdvertiserIds], oracle: OracleForecast) -> None:
     log, _, ids = world
     rows = Rows.of_span(log, "ranker_fit")
