@@ -32,8 +32,9 @@ from priors.anchor import Anchor, TunedAnchor
 from priors.flat_trie import ActiveSets, FlatTrie
 
 _KEPT_PERIODS = 8
-_TERMS = {"own_weight", "own_decay", "popularity_decay", "smoothing"}
-"""Constants whose formula is evaluated sparsely; one beside them that is not 0 asks for the whole distribution."""
+_TERMS = {"own_weight", "own_decay", "popularity_decay", "smoothing", "co_decay", "co_shrinkage"}
+"""Constants whose formula is evaluated sparsely, and those that say nothing unless ``co_weight`` does; one beside them
+that is not 0 asks for the whole distribution."""
 
 
 class AnchorTree:
