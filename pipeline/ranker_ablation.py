@@ -81,20 +81,21 @@ def scope(rows: Sequence[Row], config: AdsidConfig) -> str:
 
 
 def findings(rows: Sequence[Row]) -> list[str]:
-    """What the arms show, in words; the control last."""
+    """What the arms show, in words; the control last, by every measure."""
     found = []
     for metric in CLAIMED:
         for against in verdict.AGAINST:
             row = verdict.find(rows, "ranking", metric, f"lm{DIFFERENCE}{against}")
             if row is not None:
                 found.append(f"{verdict.metric_of(metric).label}, {_told(row)}")
-    control = verdict.find(rows, "ranking", CLAIMED[0], f"{SHUFFLED}{DIFFERENCE}none")
-    if control is not None:
-        holds = verdict.judge(control) is not Outcome.GAIN
-        found.append(
-            f"Control, another user's forecast: {_told(control)}"
-            + ("" if holds else " The control gains: what the other arms gain is not the user's own.")
-        )
+    for metric in CLAIMED:
+        control = verdict.find(rows, "ranking", metric, f"{SHUFFLED}{DIFFERENCE}none")
+        if control is not None:
+            holds = verdict.judge(control) is not Outcome.GAIN
+            found.append(
+                f"Control, another user's forecast, {verdict.metric_of(metric).label}: {_told(control)}"
+                + ("" if holds else " The control gains: of what the other arms gain, so much is not the user's own.")
+            )
     return found
 
 
