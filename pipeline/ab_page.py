@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 
 from data.statistics import Row
 from pipeline.bench_page import intervals
 from pipeline.config import AdsidConfig
-from pipeline.grids import NONE, Grid, Plot, Section, console_parts, count, percent
+from pipeline.grids import NONE, Grid, Plot, Section, count, percent, sections_to_console
 from pipeline.pages import template
 from pipeline.report import DATASET_NOTES
 from pipeline.verdict import DIFFERENCE, SEGMENT, arm_label, is_known, number
@@ -59,10 +57,7 @@ def render(config: AdsidConfig, found: SimulatedAB) -> str:
 
 def to_console(config: AdsidConfig, found: SimulatedAB) -> Group:
     """The figures for the terminal."""
-    parts: list[Text | Table] = [Text(scope(config, found))]
-    for section in sections(found):
-        parts += console_parts(section)
-    return Group(*parts)
+    return sections_to_console(scope(config, found), sections(found))
 
 
 def scope(config: AdsidConfig, found: SimulatedAB) -> str:

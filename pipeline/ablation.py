@@ -76,7 +76,7 @@ class Kind:
     compare: Callable[[Mapping[str, Sequence[Path]]], list[Row]]
     levels: tuple[Shown, ...]
     within: tuple[Shown, ...]
-    recommend: Callable[[Mapping[str, Sequence[Path]]], Recommendation | None] = lambda runs: None
+    recommend: Callable[[Mapping[str, Sequence[Path]]], Recommendation | None]
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def recommend_prompt(runs: Mapping[str, Sequence[Path]], max_tokens: float | Non
     less_best = {
         arm: bootstrap_over_seeds([a - b for a, b in zip(nll[arm], nll[best], strict=True)], users) for arm in short
     }
-    as_good = [arm for arm in short if arm == best or not less_best[arm].low > 0]
+    as_good = [arm for arm in short if not less_best[arm].low > 0]
     return Recommendation(min(as_good, key=tokens.__getitem__), max_tokens, tokens, less_best)
 
 

@@ -7,14 +7,12 @@ from collections.abc import Callable, Sequence
 
 from markupsafe import Markup
 from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 
 from data.statistics import Row
 from pipeline.bench import swapped
 from pipeline.config import AdsidConfig
 from pipeline.figures import Panel, SweepPoint, quota_sweep, round_axis, svg
-from pipeline.grids import NONE, Grid, Plot, Section, console_parts, count
+from pipeline.grids import NONE, Grid, Plot, Section, count, sections_to_console
 from pipeline.pages import template
 from pipeline.report import DATASET_NOTES
 from pipeline.verdict import DIFFERENCE, arm_label, figure, is_known, judge, number
@@ -40,10 +38,7 @@ def render(config: AdsidConfig, found: RetrievalBenchmark) -> str:
 
 def to_console(config: AdsidConfig, found: RetrievalBenchmark) -> Group:
     """The figures for the terminal."""
-    parts: list[Text | Table] = [Text(scope(config, found))]
-    for section in sections(found):
-        parts += console_parts(section)
-    return Group(*parts)
+    return sections_to_console(scope(config, found), sections(found))
 
 
 def scope(config: AdsidConfig, found: RetrievalBenchmark) -> str:

@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 
 from data.artifacts import atomic_write_text, package_versions, to_plain
 from data.statistics import LEVEL, Row
 from pipeline.figures import ageing
 from pipeline.forecasts import open_prior
-from pipeline.grids import NONE, Grid, Plot, Section, console_parts, count
+from pipeline.grids import NONE, Grid, Plot, Section, count, sections_to_console
 from pipeline.pages import template
 from pipeline.report import DATASET_NOTES
 from pipeline.verdict import DIFFERENCE, arm_label, figure, number
@@ -104,10 +102,7 @@ def render(found: Followed) -> str:
 
 def to_console(found: Followed) -> Group:
     """The figures for the terminal."""
-    parts: list[Text | Table] = [Text(scope(found))]
-    for section in sections(found):
-        parts += console_parts(section)
-    return Group(*parts)
+    return sections_to_console(scope(found), sections(found))
 
 
 def scope(found: Followed) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from markupsafe import Markup
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -39,6 +41,11 @@ class Plot:
     drawing: Markup | None
     name: str
     caption: str
+
+
+def sections_to_console(scope: str, sections: Iterable[Section]) -> Group:
+    """What figures are of, and the figures, for the terminal."""
+    return Group(Text(scope), *(part for section in sections for part in console_parts(section)))
 
 
 def console_parts(section: Section) -> list[Text | Table]:

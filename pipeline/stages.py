@@ -271,9 +271,8 @@ def make_retrieval(context: Work) -> dict[str, Any]:
 
 def make_ranker(context: Work) -> dict[str, Any]:
     """Rankers of all arms and seeds, and what sets the arms apart."""
-    cfg, log = context.config.ranker, _log(context)
-    builder = FeatureBuilder(log, _ids(context), cfg.features)
-    spans = RankerSpans.of(builder, _panel(context), evaluation=context.config.evaluate, tasks=cfg.tasks)
+    cfg = context.config.ranker
+    _, spans = _ranker_spans(context)
     rankers = context.work / RANKERS
     rankers.mkdir(exist_ok=True)
     rows = run_ablation(spans, _forecasts(context), cfg, rankers)
@@ -291,8 +290,7 @@ def make_ranker_ablation(context: Work) -> dict[str, Any]:
     The rankers stay beside the stage's own work directory, so that one more seed or model costs itself alone.
     """
     cfg, log, ids, forecasts = context.config.ranker, _log(context), _ids(context), dict(_forecasts(context))
-    builder = FeatureBuilder(log, ids, cfg.features)
-    spans = RankerSpans.of(builder, _panel(context), evaluation=context.config.evaluate, tasks=cfg.tasks)
+    _, spans = _ranker_spans(context)
     truth = None
     if (context.inputs["data"] / TRUTH).exists():
         truth = Truth.load(context.inputs["data"] / TRUTH)
@@ -383,8 +381,7 @@ def ab_bench(context: Work, rankers: Path) -> SimulatedAB:
     anchor, top = forecasts["anchor"], cfg.prior.decode.beam
     for share in cfg.auction.oracle:
         forecasts[oracle_arm(share)] = OracleForecast(truth, log, ids, anchor=anchor, top=top, share=share)  # type: ignore[arg-type]
-    builder = FeatureBuilder(log, ids, cfg.ranker.features)
-    spans = RankerSpans.of(builder, _panel(context), evaluation=cfg.evaluate, tasks=cfg.ranker.tasks)
+    builder, spans = _ranker_spans(context)
     market, retriever, lists = Market.of(log, truth, _panel(context)), _retriever(context), _list_forecasts(context)
     plans = {arm: Plan.of(plan) for arm, plan in _read_facts(context.inputs["retrieval"])["plans"].items()}
     stacks = {}
@@ -488,6 +485,13 @@ def _once(context: Work, make: Callable[[], T], *inputs: str, settings: Any = No
         context.shared[key] = make()
     value: T = context.shared[key]
     return value
+
+
+def _ranker_spans(context: Work) -> tuple[FeatureBuilder, RankerSpans]:
+    """Features of the configured ranker, and the rows that it is trained and evaluated on."""
+    cfg = context.config
+    builder = FeatureBuilder(_log(context), _ids(context), cfg.ranker.features)
+    return builder, RankerSpans.of(builder, _panel(context), evaluation=cfg.evaluate, tasks=cfg.ranker.tasks)
 
 
 def _log(context: Work) -> Log:

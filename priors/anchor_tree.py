@@ -32,9 +32,6 @@ from priors.anchor import Anchor, TunedAnchor
 from priors.flat_trie import ActiveSets, FlatTrie
 
 _KEPT_PERIODS = 8
-_TERMS = {"own_weight", "own_decay", "popularity_decay", "smoothing", "co_decay", "co_shrinkage"}
-"""Constants whose formula is evaluated sparsely, and those that say nothing unless ``co_weight`` does; one beside them
-that is not 0 asks for the whole distribution."""
 
 
 class AnchorTree:
@@ -47,9 +44,8 @@ class AnchorTree:
 
     def __init__(self, base: TunedAnchor, flat: FlatTrie) -> None:
         self.base, self.flat = base, flat
-        self.sparse = type(base.anchor) is Anchor and not any(
-            value for name, value in vars(base.anchor.constants).items() if name not in _TERMS
-        )
+        # Co-conversions alone ask for the whole distribution.
+        self.sparse = type(base.anchor) is Anchor and not base.anchor.constants.co_weight
         device = flat.leaf_N.device
         self.exponent_L = torch.from_numpy(np.asarray(base.exponent_L, dtype=np.float64)).to(device)
         bias = [bias_V[code_N] for bias_V, code_N in zip(base.bias_LV, flat.trie.child_code, strict=True)]

@@ -180,6 +180,7 @@ class Market:
         kinds = kinds_of_truth(self.log)
         return self.truth.conversion_probability(user_N, advertiser_N, 1, period_N, kinds=kinds)
 
+    @cached_property
     def everybody(self) -> Entrants:
         """All advertisers that run, by the true chance."""
         ptr = np.concatenate([[0], np.cumsum([len(running) for running in self.running])]).astype(np.int64)
@@ -234,7 +235,7 @@ def run_ab(
         facts: told beside the figures.
     """
     arms = {arm: _entrants(market, stack, builder) for arm, stack in stacks.items()}
-    everybody, best = market.everybody(), arms["none"][0]
+    everybody, best = market.everybody, arms["none"][0]
     arms |= {TRUE_CHANCE: [replace(best, chance_N=market.true_chance(best))], ALL_ADS: [everybody]}
     differ = {
         arm: float(
@@ -326,7 +327,7 @@ def divergences(market: Market, forecast: Forecast) -> Floats:
     Returns:
         Kullback-Leibler divergence of each request in nats, ``(R,)``: the NLL that the exact forecast would save.
     """
-    everybody, n_requests = market.everybody(), len(market.user_R)
+    everybody, n_requests = market.everybody, len(market.user_R)
     advertiser_N, request_N = everybody.advertiser_N, np.repeat(np.arange(n_requests), np.diff(everybody.ptr_R1))
     true_N = market.truth.score(*market.ids_of_truth(request_N, advertiser_N))
     said_N = np.zeros(len(request_N))

@@ -18,6 +18,7 @@ Shapes: R requests, M active ads with a vector and an advertiser, A the active a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,9 +59,9 @@ class Factors:
         for name, forecast in [(TOWER, None), *forecasts.items()]:
             all_R, new_R = np.full((2, len(self.requests)), np.nan)
             for row, request in enumerate(self._asked(forecast)):
-                if request.vector_D is None:
+                visit = self._visits[row]
+                if visit is None:
                     continue
-                visit = _Visit(self.log, self.scores, request, self.targets.of(row))
                 score_A = visit.tower_A if request.log_prob_A is None else request.log_prob_A[visit.advertiser_A]
                 all_R[row] = _recall(score_A, visit.wanted_A, TOP)
                 new_R[row] = _recall(score_A[visit.new_A], visit.wanted_A[visit.new_A], TOP)
@@ -71,9 +72,9 @@ class Factors:
         """Recall of ads by the product of a forecast, and with either factor known."""
         recall_R = np.full((3, len(self.requests)), np.nan)
         for row, request in enumerate(self._asked(forecast)):
-            if request.vector_D is None or request.log_prob_A is None:
+            visit = self._visits[row]
+            if visit is None or request.log_prob_A is None:
                 continue
-            visit = _Visit(self.log, self.scores, request, self.targets.of(row))
             prior_A = log_softmax(request.log_prob_A[visit.advertiser_A].astype(np.float64))
             known_A = np.where(visit.wanted_A, -np.log(max(visit.wanted_A.sum(), 1)), NEVER)
             hits_A = np.bincount(visit.own_M, visit.wanted_M, minlength=len(prior_A))
@@ -88,6 +89,14 @@ class Factors:
                 recall_R[place, row] = _recall(score_M, visit.wanted_M, self.budget, len(self.targets.of(row)))
         names = (name, f"{name}, {KNOWN_ADVERTISERS}", f"{name}, {KNOWN_ADS}")
         return {one: {(PRODUCT, "all", self.budget): values_R} for one, values_R in zip(names, recall_R, strict=True)}
+
+    @cached_property
+    def _visits(self) -> list[_Visit | None]:
+        """What no forecast changes of each request; None for a user without a vector."""
+        return [
+            None if request.vector_D is None else _Visit(self.log, self.scores, request, self.targets.of(row))
+            for row, request in enumerate(self.requests)
+        ]
 
     def _asked(self, forecast: Forecast | None) -> list[Request]:
         return self.requests if forecast is None else with_forecast(self.requests, forecast)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.terminal import Debug, guarded, terminal_overrides
+from pipeline.commands.terminal import Debug, FiguresJson, folder_option, guarded, show_figures, terminal_overrides
 
 app = typer.Typer(
     name="bench",
@@ -47,19 +47,12 @@ def bench_retrieval(
         Path | None,
         typer.Option(metavar="DIR", help="A run directory whose artifacts are taken as they are.", show_default=False),
     ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Folder of retrieval.json and retrieval.html; bench in the run directory where none is given.",
-            show_default=False,
-        ),
-    ] = None,
+    out: Annotated[Path | None, folder_option("retrieval.json and retrieval.html", "bench")] = None,
     part: Annotated[
         list[str] | None,
         typer.Option(help="Measure this alone: latency, arms, channels, blends or factors; may be repeated."),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON instead of the table.")] = False,
+    json: FiguresJson = False,
     debug: Debug = False,
 ) -> None:
     """Channels, blends and quotas at one budget, with intervals, and latency: a table, a page and JSON."""
@@ -71,7 +64,7 @@ def bench_retrieval(
         from pipeline.bench_page import to_console
         from retrieval.benchmark import PARTS
 
-        console, parts = Console(soft_wrap=True), part or PARTS
+        parts = part or PARTS
         if run is None:
             progress = Console(soft_wrap=True, stderr=json)
             asked = [*terminal_overrides(), *(overrides or [])]
@@ -81,9 +74,8 @@ def bench_retrieval(
         page = write_bench(config, found, (out or default_folder(config)).expanduser().absolute())
         if json:
             typer.echo(to_json(config, found), nl=False)
-            return
-        console.print(to_console(config, found))
-        console.print(f"page: {page}", highlight=False)
+        else:
+            show_figures(to_console(config, found), page)
 
     guarded(work, debug=debug or bool(context.obj))
 
@@ -99,22 +91,13 @@ def bench_ab(
     context: typer.Context,
     run: Annotated[Path, typer.Option(metavar="DIR", help="A finished run on simulated data.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="auction.key=value.")] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Folder of ab.json and ab.html; bench in the run directory where none is given.",
-            show_default=False,
-        ),
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON instead of the table.")] = False,
+    out: Annotated[Path | None, folder_option("ab.json and ab.html", "bench")] = None,
+    json: FiguresJson = False,
     debug: Debug = False,
 ) -> None:
     """Stacks with and without the forecast before the same simulated users, in auctions on equal budgets."""
 
     def work() -> None:
-        from rich.console import Console
-
         from pipeline.ab_page import to_console
         from pipeline.bench import FOLDER, ab_json, ab_of_run, write_ab
 
@@ -124,9 +107,7 @@ def bench_ab(
         page = write_ab(config, found, folder)
         if json:
             typer.echo(ab_json(config, found), nl=False)
-            return
-        console = Console(soft_wrap=True)
-        console.print(to_console(config, found))
-        console.print(f"page: {page}", highlight=False)
+        else:
+            show_figures(to_console(config, found), page)
 
     guarded(work, debug=debug or bool(context.obj))

@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.terminal import Debug, guarded, print_json, terminal_overrides
+from pipeline.commands.terminal import (
+    Debug,
+    FiguresJson,
+    folder_option,
+    guarded,
+    print_json,
+    show_figures,
+    terminal_overrides,
+)
 
 app = typer.Typer(
     name="priors",
@@ -234,22 +242,13 @@ def priors_drift(
     lm: Annotated[
         int, typer.Option(metavar="N", help="Prompts of each step that the LM is asked with; 0 leaves it out.")
     ] = 0,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Folder of drift.json and drift.html; drift in the run directory where none is given.",
-            show_default=False,
-        ),
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON instead of the tables.")] = False,
+    out: Annotated[Path | None, folder_option("drift.json and drift.html", "drift")] = None,
+    json: FiguresJson = False,
     debug: Debug = False,
 ) -> None:
     """Follow the frozen forecaster through the periods after its fit, and what recalibration and refit recover."""
 
     def work() -> None:
-        from rich.console import Console
-
         from pipeline.drift import FOLDER, follow_run, to_console, write_drift
 
         folder = run.expanduser()
@@ -257,9 +256,7 @@ def priors_drift(
         page = write_drift(found, (out.expanduser() if out else folder / FOLDER).absolute())
         if json:
             print_json(found)
-            return
-        console = Console(soft_wrap=True)
-        console.print(to_console(found))
-        console.print(f"page: {page}", highlight=False)
+        else:
+            show_figures(to_console(found), page)
 
     guarded(work, debug=debug or bool(context.obj))

@@ -23,6 +23,7 @@ Page = Annotated[
     Path | None,
     typer.Option(help="HTML page with plots to write; <DIR>.html where none is given.", show_default=False),
 ]
+FiguresJson = Annotated[bool, typer.Option("--json", help="Print all figures as JSON instead of the tables.")]
 PageJson = Annotated[bool, typer.Option("--json", help="Print all figures as JSON, and write no page.")]
 
 
@@ -66,6 +67,21 @@ def print_json(value: Any, *, ensure_ascii: bool = True) -> None:
     from data.artifacts import to_plain
 
     typer.echo(json.dumps(to_plain(value), indent=1, ensure_ascii=ensure_ascii, allow_nan=False))
+
+
+def folder_option(files: str, folder: str) -> Any:
+    """An option for the folder that a command writes into, by default one in the run directory."""
+    text = f"Folder of {files}; {folder} in the run directory where none is given."
+    return typer.Option(metavar="DIR", help=text, show_default=False)
+
+
+def show_figures(tables: RenderableType, page: Path) -> None:
+    """Print tables, and where their page is."""
+    from rich.console import Console
+
+    console = Console(soft_wrap=True)
+    console.print(tables)
+    console.print(f"page: {page}", highlight=False)
 
 
 def show_page(

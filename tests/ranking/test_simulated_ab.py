@@ -48,7 +48,7 @@ def noisy(entrants: Entrants, seed: int) -> Entrants:
 
 @pytest.fixture(scope="module")
 def rows(market: Market) -> dict[tuple[str, str, str], Row]:
-    best = market.everybody()
+    best = market.everybody
     arms = {
         "none": [noisy(best, 0), noisy(best, 1)],
         "anchor": [noisy(best, 0), noisy(best, 1)],
@@ -99,7 +99,7 @@ def test_predicting_twice_the_chance_only_doubles_prices(rows: dict[tuple[str, s
 
 def test_the_books_balance(market: Market, rows: dict[tuple[str, str, str], Row]) -> None:
     """Every total of an arm again, from its impressions one by one."""
-    best = market.everybody()
+    best = market.everybody
     conversions, spend, spread = [], [], []
     for seed in CFG.seeds:
         bid_A = market.bids(CFG, seed)
