@@ -23,7 +23,7 @@ Shapes: B user-periods, A advertisers, N_d trie nodes of depth d, V codes of a l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -245,6 +245,12 @@ class TunedAnchor:
     def uniform(cls, anchor: Anchor, trie: Trie) -> TunedAnchor:
         """No anchor: the same score for every legal child."""
         return replace(cls.untuned(anchor, trie), exponent_L=np.zeros(trie.n_levels))
+
+    def raised(self, exponent_L: Sequence[float]) -> TunedAnchor:
+        """Its scores of each level times an exponent: flatter below 1, sharper above."""
+        scales = np.asarray(exponent_L)
+        biases = [scale * bias_V for scale, bias_V in zip(scales, self.bias_LV, strict=True)]
+        return replace(self, exponent_L=scales * self.exponent_L, bias_LV=biases)
 
     def child_scores(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> list[Float]:
         """Base score of every node given its parent, before the softmax over siblings.

@@ -3,8 +3,8 @@
     log P(child | prefix) = log_softmax over siblings of ( τ_l · LM logit + α_l · base + b_l[code] )
 
 The tuned anchor (no LM) fits b on the LM's own training prompts and α on the selection span. The trained
-LM is calibrated on the same selection span. A τ of 0 is the anchor, so an LM that learned nothing costs
-little.
+LM is calibrated on prompts of the same selection span, and so is, once more, the anchor alone: else an LM that learned
+nothing would differ from it by that last fit.
 
 Shapes: N decisions of one level, V codes of that level, Y targets.
 """
@@ -41,6 +41,11 @@ class Calibration:
     def identity(cls, n_levels: int) -> Calibration:
         """Logits and base as they are."""
         return cls((1.0,) * n_levels, (1.0,) * n_levels)
+
+    def over(self, exponent_L: Sequence[float]) -> Calibration:
+        """The same forecast over a base that was itself raised to exponents (`priors.anchor.TunedAnchor.raised`)."""
+        exponents = zip(self.base_exponent, exponent_L, strict=True)
+        return Calibration(self.lm_weight, tuple(alpha / raised for alpha, raised in exponents))
 
     @classmethod
     def from_plain(cls, plain: dict[str, list[float]]) -> Calibration:
@@ -127,6 +132,24 @@ def fit_calibration(batches: Sequence[Targeted], lm_logits: Sequence[list[Tensor
     return Calibration(tuple(weight.detach().tolist()), tuple(exponent.detach().tolist()))
 
 
+def fit_exponents(batches: Sequence[Targeted], bias_LV: Sequence[Tensor] | None = None) -> tuple[float, ...]:
+    """α of the base alone: what :func:`fit_calibration` is without an LM.
+
+    Args:
+        batches: prompts of the selection span.
+        bias_LV: b.
+    """
+    n_levels, n_prompts = len(batches[0].levels), sum(batch.n_prompts for batch in batches)
+    zeros, exponent = torch.zeros(n_levels), torch.ones(n_levels, requires_grad=True)
+
+    def loss() -> Tensor:
+        nll = calibrated_nll(batches, None, zeros, exponent, bias_LV).mean()
+        return nll + _prior(exponent, EXPONENT_DEVIATION, n_prompts)
+
+    _minimise(loss, [exponent])
+    return tuple(exponent.detach().tolist())
+
+
 def fit_anchor_levels(
     train: Sequence[Targeted], select: Sequence[Targeted], penalties: Sequence[float]
 ) -> tuple[np.ndarray, list[np.ndarray], list[dict[str, float]]]:
@@ -162,14 +185,7 @@ def fit_anchor_levels(
         trials.append({"penalty": penalty, "nll": nll})
         if nll < best_nll:
             best_nll, best = nll, [b.detach() for b in bias]
-    exponent = ones.clone().requires_grad_(True)
-
-    def loss_of_exponents() -> Tensor:
-        nll = calibrated_nll(select, None, zero, exponent, best).mean()
-        return nll + _prior(exponent, EXPONENT_DEVIATION, sum(batch.n_prompts for batch in select))
-
-    _minimise(loss_of_exponents, [exponent])
-    return exponent.detach().double().numpy(), [b.double().numpy() for b in best], trials
+    return np.array(fit_exponents(select, best)), [b.double().numpy() for b in best], trials
 
 
 def _prior(values: Tensor, deviation: float, n_prompts: int) -> Tensor:

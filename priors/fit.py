@@ -4,7 +4,7 @@
     prior_fit prompts ─────► exponents and biases ───┴─► base scores ─┐
     prior_fit user-periods ► what all a user bought says of it ◄──────┤
     prior_fit prompts ─────► LM learns what is left ◄─────────────────┘
-    prior_select prompts ──► stop at the best part, fit temperatures
+    prior_select prompts ──► stop at the best part, fit temperatures, of the LM over the anchor and of the anchor alone
 
 What is fitted is a `priors.artifact.PriorModel`.
 """
@@ -46,7 +46,7 @@ from models.training import EpochSampler, FitResult, History, TokenBatchSampler,
 from priors.anchor import Anchor, Counts, TunedAnchor, choose_constants
 from priors.artifact import PriorModel, check_advertisers, heads_of, history_vectors
 from priors.base_model import BaseModel, load_base_model, quick_attention
-from priors.calibration import calibrated_nll, fit_anchor_levels, fit_calibration
+from priors.calibration import calibrated_nll, fit_anchor_levels, fit_calibration, fit_exponents
 from priors.config import AnchorConfig, PriorConfig
 from priors.dataset import PromptDataset, TreeCollator
 from priors.history import fit_history, freeze_history, history_size, history_states
@@ -88,8 +88,7 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
     fit_targets = log.advertiser_targets(cfg.prompt_span(log.split.prior_fit))
     train_rows = sample_rows(fit_targets, cfg.prompts, cfg.seed)
     select = log.advertiser_targets("prior_select")
-    # Drawn by a seed of its own: fits of other training seeds are chosen, and compared, on the same prompts.
-    select_rows = sample_rows(select, cfg.select_prompts, _SELECT)
+    select_rows = selection_rows(select, cfg)
     for name, rows in (("prior_fit", train_rows), ("prior_select", select_rows)):
         if not len(rows):
             raise UserError(
@@ -125,12 +124,19 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
     )  # fmt: skip
     select_batches = list(batches(select_set, collator, cfg.batch_size))
     logits, interest_logits, constant_LH = logits_at_decisions(model, select_batches)
-    calibration = fit_calibration(select_batches, logits)
+    # The anchor gets the same last fit as the LM over it, so that their difference is the LM's.
+    alone_L = fit_exponents(select_batches)
+    calibration = fit_calibration(select_batches, logits).over(alone_L)
     zeros, ones = torch.zeros(trie.n_levels), torch.ones(trie.n_levels)
     select_anchor = float(calibrated_nll(select_batches, None, zeros, ones).mean())
     if interests is not None:
         asked = [batch.interests for batch in select_batches if batch.interests is not None]
-        interests = replace(interests, calibration=fit_calibration(asked, [[one] for one in interest_logits]))
+        interests_alone = fit_exponents(asked)
+        interests = replace(
+            interests,
+            base=interests.base.raised(interests_alone),
+            calibration=fit_calibration(asked, [[one] for one in interest_logits]).over(interests_alone),
+        )
         interest_metrics |= {
             "column": interests.space.column,
             "categories": len(interests.space),
@@ -139,6 +145,7 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
             "select_nll_anchor": _interest_anchor_nll(asked),
             "calibration": to_plain(interests.calibration),
         }
+    base = base.raised(alone_L)
     fitted = PriorModel(
         model.eval(), base, calibration, compiler, constant_LH, cfg, base_model.reference, ids, interests
     )
@@ -157,6 +164,7 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
         "select_nll_by_part": result.history,
         "select_nll_anchor": select_anchor,
         "calibration": to_plain(calibration),
+        "anchor_calibration": list(alone_L),
         "interests": interest_metrics or None,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
@@ -311,6 +319,11 @@ def sample_rows(targets: Targets, n: int, seed: int) -> Targets:
     if len(targets) <= n:
         return targets
     return targets.select(np.sort(np.random.default_rng(seed).choice(len(targets), n, replace=False)))
+
+
+def selection_rows(select: Targets, cfg: PriorConfig) -> Targets:
+    """The user-periods of the selection prompts, the same for every training seed, so that fits can be compared."""
+    return sample_rows(select, cfg.select_prompts, _SELECT)
 
 
 def _sampler(train: PromptDataset, collator: TreeCollator, cfg: PriorConfig) -> TokenBatchSampler:

@@ -27,11 +27,11 @@ from data.split import Span
 from models.prior_lm import TreeBatch, weighted_log_softmax
 from priors.anchor import path_log_probs
 from priors.artifact import PriorModel
-from priors.calibration import Calibration, fit_anchor_levels, fit_calibration
+from priors.calibration import Calibration, fit_anchor_levels, fit_calibration, fit_exponents
 from priors.config import PriorConfig
 from priors.dataset import PromptDataset, TreeCollator
 from priors.evaluate import constant_scores, head_logits
-from priors.fit import batches, fit_anchor, sample_rows
+from priors.fit import batches, fit_anchor, sample_rows, selection_rows
 from priors.history import fit_history, forget_history
 from priors.prompt import Wordless
 
@@ -109,8 +109,10 @@ def refit(prior: PriorModel, log: Log, *, before: int) -> PriorModel:
     collator = TreeCollator(base, first_id_token=prior.compiler.first_id_token)
     fit_history(model, history, chosen_by, collator, cfg.history, cfg.head, seed=cfg.seed)
     fitted = replace(prior, base=base, model=model.eval())
-    tree_batches = _tree_batches(fitted, chosen_by.targets)
-    return replace(fitted, calibration=fit_calibration(tree_batches, _logits(fitted, tree_batches)))
+    tree_batches = _tree_batches(fitted, selection_rows(choosing, cfg))
+    alone_L = fit_exponents(tree_batches)
+    calibration = fit_calibration(tree_batches, _logits(fitted, tree_batches)).over(alone_L)
+    return replace(fitted, base=base.raised(alone_L), calibration=calibration)
 
 
 def spans_before(log: Log, cfg: PriorConfig, before: int) -> tuple[Span, Span]:

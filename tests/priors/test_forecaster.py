@@ -19,13 +19,13 @@ from priors.calibration import Calibration, calibrated_nll, fit_calibration
 from priors.config import BaseModelConfig, DecodeConfig, PriorConfig
 from priors.dataset import Example, PromptDataset, TreeCollator
 from priors.decode import TreeDecoder
-from priors.evaluate import exact_log_prob
+from priors.evaluate import anchor_log_prob, exact_log_prob
 from priors.fit import batches, build_model, fit_prior
 from priors.forecast import PRIOR_FEATURES, TableForecast, prefix_feature
 from priors.generate import as_of_periods, generate_priors
 from priors.prompt import Prompt
 from priors.table import PriorTable
-from tests.priors.conftest import Fitted, random_ids
+from tests.priors.conftest import Fitted, random_ids, tiny_prior_config
 
 
 def decoder_of(fitted: Fitted, **changes: object) -> TreeDecoder:
@@ -165,6 +165,30 @@ def test_calibration_leaves_the_sum_at_one_and_never_worsens_its_own_span(fitted
     # An LM of pure noise is all but left out.
     assert max(calibration.lm_weight) < 0.3
     assert min(calibration.lm_weight) >= 0.0
+
+
+def test_an_lm_that_learned_nothing_is_its_anchor(fitted: Fitted, tmp_path: Path) -> None:
+    """Both get the last fit of the selection prompts, so neither looks better than the other by it."""
+    cfg = tiny_prior_config(train="lora")
+    cfg.lora.learning_rate = cfg.head.learning_rate = 1e-12
+    cfg.history.prompts = cfg.probe.prompts = 0
+    prior, _ = fit_prior(fitted.log, fitted.ids, cfg, work_dir=tmp_path)
+    targets = fitted.log.advertiser_targets("prior_select")
+    tree = list(batches(PromptDataset(targets, prior.compiler), prior.collator, 16))
+    log_prob_T = exact_log_prob(prior.model, tree, prior.calibration)
+    np.testing.assert_allclose(log_prob_T, anchor_log_prob(prior.base, targets), atol=1e-3)
+
+
+def test_a_raised_anchor_is_the_same_base_under_the_calibration_over_it(fitted: Fitted) -> None:
+    exponent_L, calibration = (0.9, 1.2, 0.7), Calibration((0.5, 1.0, 2.0), (1.1, 0.8, 1.3))
+    targets = fitted.log.advertiser_targets("prior_select")
+    raised = replace(fitted.prior, base=fitted.prior.base.raised(exponent_L), calibration=calibration.over(exponent_L))
+    plain = replace(fitted.prior, calibration=calibration)
+    of_raised, of_plain = (
+        exact_log_prob(p.model, list(batches(PromptDataset(targets, p.compiler), p.collator, 16)), p.calibration)
+        for p in (raised, plain)
+    )
+    np.testing.assert_allclose(of_raised, of_plain, atol=1e-5)
 
 
 def test_training_moves_the_forecast_and_validation_reports_it(fitted: Fitted) -> None:
