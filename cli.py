@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands import ablate, bench, data, ids, priors, rank
+from pipeline.commands import ablate, bench, data, ids, priors, rank, tune
 from pipeline.commands.terminal import Debug, guarded, terminal_overrides
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.add_typer(ids.app)
 app.add_typer(priors.app)
 app.add_typer(ablate.app)
 app.add_typer(bench.app)
+app.command(epilog=tune.EPILOG)(tune.tune)
 app.command(epilog="Example:\n\n  adsid rank runs/quickstart --user 1")(rank.rank)
 app.command(epilog="Example:\n\n  adsid export runs/quickstart --out serving")(rank.export)
 

@@ -67,6 +67,7 @@ class Kind:
         levels: figures of each arm, and their differences with the first arm.
         within: differences within each arm.
         recommend: from the same run directories, which arm to take; None where that is no question.
+        choose: the figure by which an arm is the best, where the arms are settings to choose from.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Kind:
     levels: tuple[Shown, ...]
     within: tuple[Shown, ...]
     recommend: Callable[[Mapping[str, Sequence[Path]]], Recommendation | None]
+    choose: Shown | None = None
 
 
 @dataclass(frozen=True)

@@ -125,11 +125,29 @@ def sections(result: Result) -> tuple[Section, ...]:
         found.append(Section("against", f"Less {first}", (note,), grids(kind.levels, arms[1:], first)))
     if kind.within:
         found.append(Section("within", "Within each arm", ("Paired in the same way.",), grids(kind.within, arms)))
+    if kind.choose is not None:
+        found.append(_best(result, kind.choose))
     if result.recommendation is not None:
         found.append(_recommendation(result.recommendation, result.study))
     note = "Seconds of each stage, a mean over seeds; a stage taken over from another run costs what it cost there."
     found.append(Section("cost", "Cost", (note,), (Grid(("arm", *kind.stages), cost),)))
     return tuple(found)
+
+
+def best_arm(result: Result, choose: Shown) -> str:
+    """The arm whose figure is the best."""
+    rows = {(row.metric, row.arm, row.segment, row.k): row for row in result.rows}
+    values = {arm: row.value for arm in result.study.arms if (row := _find(rows, arm, choose, None)) is not None}
+    return (min if verdict.metric_of(choose.metric).better == "lower" else max)(values, key=values.__getitem__)
+
+
+def _best(result: Result, choose: Shown) -> Section:
+    arm = best_arm(result, choose)
+    notes = (
+        f"Take {arm}: {' '.join(result.study.arms[arm])}",
+        f"Chosen by {choose.title}; nothing of the evaluated span was read for it.",
+    )
+    return Section("best", "The best setting", notes, ())
 
 
 def _recommendation(found: Recommendation, study: Study) -> Section:

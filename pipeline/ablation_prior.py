@@ -33,11 +33,12 @@ LISTS = 2
 Float = NDArray[np.float64]
 
 
-def compare_forecasts(runs: Mapping[str, Sequence[Path]]) -> list[Row]:
+def compare_forecasts(runs: Mapping[str, Sequence[Path]], stages: Sequence[str] = ("prior", STAGE)) -> list[Row]:
     """Figures of every arm, differences within each, and differences with the first.
 
     Args:
         runs: run directories of each arm, one a seed, the same seeds in all.
+        stages: whose user-periods are compared: the selection prompts of ``prior``, and what ``forecasts`` evaluated.
 
     Returns:
         Rows whose arms are ``<arm> / lm`` and its like.
@@ -47,7 +48,7 @@ def compare_forecasts(runs: Mapping[str, Sequence[Path]]) -> list[Row]:
     """
     first = next(iter(runs))
     seeds = {
-        arm: [[*load_requests(run / "prior"), *load_requests(run / STAGE)] for run in of_seeds]
+        arm: [[requests for stage in stages for requests in load_requests(run / stage)] for run in of_seeds]
         for arm, of_seeds in runs.items()
     }
     rows: list[Row] = []

@@ -197,7 +197,7 @@ def recompose(plain: Mapping[str, Any], overrides: Sequence[str] = ()) -> AdsidC
 
 def _checked(overrides: Sequence[str]) -> tuple[list[Override], list[Override], DictConfig]:
     """Overrides that choose of a group, those that set a value, and the schema they were checked against."""
-    parsed, errors = _parse(overrides)
+    parsed, errors = parse_overrides(overrides)
     choices = groups()
     picked = [one for one in parsed if one.key_or_group in choices and isinstance(one.value(), str)]
     values = [one for one in parsed if one not in picked]
@@ -216,7 +216,13 @@ def _overridden(merged: DictConfig, values: Sequence[Override]) -> AdsidConfig:
     return _instantiate(merged)
 
 
-def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[UserError]]:
+def parse_overrides(overrides: Sequence[str], *, sweeps: bool = False) -> tuple[list[Override], list[UserError]]:
+    """Overrides as Hydra reads them, and what is wrong with the others.
+
+    Args:
+        overrides: of a command line.
+        sweeps: whether one may have several values.
+    """
     parser = OverridesParser.create()
     parsed, errors = [], []
     for text in overrides:
@@ -233,12 +239,14 @@ def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[UserError]]:
                 )
             )
             continue
-        if one.type not in (OverrideType.CHANGE, OverrideType.FORCE_ADD, OverrideType.ADD) or one.is_sweep_override():
+        known = one.type in (OverrideType.CHANGE, OverrideType.FORCE_ADD, OverrideType.ADD)
+        if not known or (one.is_sweep_override() and not sweeps):
             errors.append(
                 UserError(
                     f"the override {text!r}",
                     expected="one value for one key, e.g. seed=1",
-                    action="give a single value; a list is written in brackets, e.g. ranker.seeds=[0,1,2]",
+                    action="give a single value (a list is written in brackets, e.g. ranker.seeds=[0,1,2]), or several "
+                    "to `adsid tune`, which chooses among them",
                 )
             )
             continue

@@ -57,6 +57,8 @@ class Metric:
 METRICS: dict[str, Metric] = {
     "nll": Metric("NLL", "lower", unit="nat"),
     "select_nll": Metric("NLL of the selection prompts", "lower", unit="nat"),
+    "val_recall": Metric("recall of the tuning span", "higher", digits=4),
+    "val_loss": Metric("log loss of the tuning span", "lower", digits=4),
     "listed_nll": Metric("NLL of the list", "lower", unit="nat"),
     "ece": Metric("ECE", "lower", digits=4),
     "recall": Metric("recall", "higher"),

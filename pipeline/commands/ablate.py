@@ -13,7 +13,7 @@ from pipeline.commands import ablate_ranker
 from pipeline.commands.terminal import Debug, guarded, terminal_overrides
 
 if TYPE_CHECKING:
-    from pipeline.ablation import Kind
+    from pipeline.ablation import Kind, Study
 
 app = typer.Typer(
     name="ablate",
@@ -72,22 +72,23 @@ def ablate_prior(
     """Train the forecaster in several arms and compare what they forecast."""
 
     def work() -> None:
+        from pipeline.ablation import load_study
         from pipeline.ablation_prior import PRIOR, recommend_prompt
 
         kind = replace(PRIOR, recommend=partial(recommend_prompt, max_tokens=max_tokens))
-        ablate(kind, study, overrides or [], seeds=seeds, out=out, reuse=reuse or [])
+        ablate(kind, load_study(study), overrides or [], seeds=seeds, out=out, reuse=reuse or [])
 
     guarded(work, debug=debug or bool(context.obj))
 
 
 def ablate(
-    kind: Kind, name: str, overrides: list[str], *, seeds: int | None, out: Path | None, reuse: list[Path]
+    kind: Kind, study: Study, overrides: list[str], *, seeds: int | None, out: Path | None, reuse: list[Path]
 ) -> None:
     """Run a study, print its tables, and write them with its page.
 
     Args:
         kind: what is run and measured.
-        name: of the study.
+        study: the arms.
         overrides: of all arms.
         seeds: how many, from 0 on; None takes those of the study.
         out: folder to write.
@@ -98,10 +99,9 @@ def ablate(
     """
     from rich.console import Console
 
-    from pipeline.ablation import load_study, run_study
+    from pipeline.ablation import run_study
     from pipeline.ablation_page import PAGE, to_console, write_ablation
 
-    study = load_study(name)
     if seeds is not None:
         study = replace(study, seeds=tuple(range(seeds)))
     folder = (out or Path("runs/ablation") / study.name).expanduser().absolute()
