@@ -21,7 +21,7 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 
 from data.artifacts import Manifest
 from data.errors import UserError
@@ -64,7 +64,7 @@ def grid_study(stage: str, overrides: Sequence[str], *, trials: int | None = Non
     errors += unread
     swept = [one for one in parsed if one.is_sweep_override()]
     for one in swept:
-        if not (one.is_choice_sweep() or one.is_range_sweep()):
+        if isinstance(one.value(), (Glob, IntervalSweep)):
             errors.append(
                 UserError(
                     f"the override {one.input_line}",
