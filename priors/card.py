@@ -64,19 +64,20 @@ def model_card(
     """
     prior, data = config["prior"], config["data"]
     base = plain["base_model"]
-    weights = "random weights of its architecture" if base.get("random_weights") else "its pretrained weights"
-    how = "all weights" if prior.get("train") == "full" else f"LoRA of rank {prior['lora']['rank']}"
+    random = base.get("random_weights") or base["name"] == "packaged:tiny"
+    weights = "random weights of its architecture" if random else "its pretrained weights"
     nll = metrics.get("select_nll_by_part") or []
     split = ", ".join(f"{name} {data['split'][name]}" for name in ("prior_fit", "prior_select"))
     history = plain.get("history")
     facts = {
         "Base model": f"`{base['name']}`, from {weights}",
-        "Trained": f"{how}, and a head of kind `{plain['head']['kind']}` over semantic IDs",
+        "Trained": _trained(prior, plain),
         "Data": f"`{data['source']}`; spans: {split} (by {data['split']['by']})",
         "Prompts": f"{metrics.get('prompts')}, at most {plain['prompt']['max_tokens']} tokens each",
         "Steps": metrics.get("steps"),
         "NLL on the selection span, after each part": ", ".join(f"{value:.4f}" for value in nll),
         "NLL of the anchor on the same prompts": f"{metrics.get('select_nll_anchor', float('nan')):.4f}",
+        "Kept": _kept(metrics),
         "History vector": _history(history, metrics.get("start")),
         "Interests": _interests(plain.get("interests"), metrics.get("interests")),
         "Reward stage": _reward(metrics.get("reward")),
@@ -108,6 +109,30 @@ A causal LM that reads a prompt about a user and scores the tokens of advertiser
 {settings}
 ```
 """
+
+
+def _trained(prior: Mapping[str, Any], plain: Mapping[str, Any]) -> str:
+    """Which weights had a gradient, in words."""
+    appended, rank = plain["base_model"].get("appended_layer"), prior["lora"]["rank"]
+    parts = {
+        "all weights": prior.get("train") == "full",
+        f"LoRA of rank {rank}": prior.get("train") != "full" and rank > 0,
+        "an appended layer": appended and prior.get("train") != "full",
+        "the input rows of semantic IDs": plain["base_model"].get("train_input_rows"),
+    }
+    told = [name for name, trained in parts.items() if trained]
+    return ", ".join([*told, f"a head of kind `{plain['head']['kind']}` over semantic IDs"])
+
+
+def _kept(metrics: Mapping[str, Any]) -> str:
+    """Whether these are trained weights, and what training changed on the selection span."""
+    change = (metrics.get("start") or {}).get("select_change")
+    if change is None:
+        return "not told"
+    told = f"the change of the NLL is {change['value']:+.4f} ({change['low']:+.4f} to {change['high']:+.4f})"
+    if metrics["best_part"] < 0:
+        return f"the weights that training started from, since none of its parts is shown to gain: {told} in the best"
+    return f"the weights after part {metrics['best_part'] + 1}: against those that training started from, {told}"
 
 
 def _history(plain: Mapping[str, Any] | None, start: Mapping[str, Any] | None) -> str:

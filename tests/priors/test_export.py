@@ -106,6 +106,10 @@ def test_the_card_says_what_the_manifest_says(fitted: Fitted, exported: Path) ->
     assert f"{fitted.metrics['select_nll_anchor']:.4f}" in card
     assert "adsid priors export" in card
     assert "nan" not in card
+    assert "from random weights of its architecture" in card
+    assert f"{fitted.metrics['start']['select_change']['value']:+.4f}" in card  # type: ignore[index]
+    kept = "| Kept | the weights that training started from" in card
+    assert kept == (fitted.metrics["best_part"] == -1)
     assert "What the history vector adds" in card  # a forecast by these logits alone is not the forecaster's
 
 
