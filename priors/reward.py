@@ -44,7 +44,7 @@ from priors.config import DecodeConfig, PriorConfig, RewardConfig
 from priors.dataset import Example, PromptDataset, TreeCollator
 from priors.decode import TreeDecoder
 from priors.evaluate import exact_log_prob
-from priors.fit import batches, logits_at_decisions, sample_rows
+from priors.fit import batches, logits_at_decisions, sample_rows, selection_rows
 from priors.metrics import recall_at_k
 from priors.sampling import TreeSampler
 
@@ -75,9 +75,7 @@ def fit_reward(
         return prior, None
     fit_targets = log.advertiser_targets(cfg.prompt_span(log.split.prior_fit))
     train = PromptDataset(sample_rows(fit_targets, cfg.reward.prompts, cfg.seed + _SEED), prior.compiler)
-    select = PromptDataset(
-        sample_rows(log.advertiser_targets("prior_select"), cfg.select_prompts, cfg.seed), prior.compiler
-    )
+    select = PromptDataset(selection_rows(log.advertiser_targets("prior_select"), cfg), prior.compiler)
     model = own_copy(prior.model)
     steps = _train(model, prior, train, cfg, user_ids=log.user_ids, work_dir=work_dir)
     before, after = (judge(one, prior, select, cfg) for one in (prior.model, model))
@@ -188,7 +186,7 @@ def _train(
         kl_weight=cfg.reward.kl_weight,
         lora_learning_rate=cfg.reward.lora_learning_rate,
         head_learning_rate=cfg.reward.head_learning_rate,
-        total_steps=cfg.trainer.steps(len(sampler)),
+        total_steps=cfg.trainer.steps(sampler.per_epoch),
     )
     loader: DataLoader = DataLoader(train, batch_sampler=sampler, collate_fn=list)
 
