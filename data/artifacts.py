@@ -266,8 +266,9 @@ def _sync_tree(root: Path) -> None:
     _sync(root)
 
 
-def atomic_write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all (UTF-8), replacing an older one at the last moment only.
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A place to write a file to, which appears whole or not at all, replacing an older one at the last moment only.
 
     Raises:
         UserError: the disk is full or the place cannot be written to.
@@ -276,13 +277,17 @@ def atomic_write_text(path: Path, text: str) -> None:
         make_directory(path.parent)
         temporary = path.parent / f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
         try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
+            yield temporary
+            _sync(temporary)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write a text file (UTF-8) as of :func:`atomic_file`."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def package_versions() -> dict[str, str]:

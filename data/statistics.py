@@ -23,7 +23,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure with its percentile bootstrap interval at the 95 % level.
+    """A figure with its percentile bootstrap interval, at the 95 % level unless told otherwise.
 
     Attributes:
         value: the figure on the data as it is.
@@ -82,7 +82,9 @@ class Row:
         return cls(section, metric, arm, segment, k, interval.value, interval.low, interval.high, interval.n, seeds)
 
 
-def bootstrap_mean(values_N: ArrayLike, groups_N: ArrayLike, *, draws: int = DRAWS, seed: int = 0) -> Interval:
+def bootstrap_mean(
+    values_N: ArrayLike, groups_N: ArrayLike, *, draws: int = DRAWS, seed: int = 0, level: float = LEVEL
+) -> Interval:
     """Mean of values with an interval that resamples groups.
 
     Args:
@@ -90,6 +92,7 @@ def bootstrap_mean(values_N: ArrayLike, groups_N: ArrayLike, *, draws: int = DRA
         groups_N: the user of each value, any integers.
         draws: number of bootstrap draws.
         seed: seed of the draws; the same seed draws the same users.
+        level: of the interval.
 
     Returns:
         The mean over values (not over groups) and its interval.
@@ -105,12 +108,18 @@ def bootstrap_mean(values_N: ArrayLike, groups_N: ArrayLike, *, draws: int = DRA
     sums_G, counts_G = _by_group(values, groups)
     weights_DG = _draw(len(sums_G), draws, seed)
     means_D = (weights_DG @ sums_G) / (weights_DG @ counts_G)
-    low, high = _percentiles(means_D)
+    low, high = _percentiles(means_D, level)
     return Interval(float(values.mean()), low, high, len(values))
 
 
 def paired_bootstrap(
-    a_N: ArrayLike, b_N: ArrayLike, groups_N: ArrayLike, *, draws: int = DRAWS, seed: int = 0
+    a_N: ArrayLike,
+    b_N: ArrayLike,
+    groups_N: ArrayLike,
+    *,
+    draws: int = DRAWS,
+    seed: int = 0,
+    level: float = LEVEL,
 ) -> Interval:
     """``mean(a) - mean(b)`` over the same requests, resampling users.
 
@@ -120,6 +129,7 @@ def paired_bootstrap(
         groups_N: the user of each request.
         draws: number of bootstrap draws.
         seed: seed of the draws.
+        level: of the interval.
 
     Returns:
         The difference and its interval; requests undefined (NaN) in either arm are left out.
@@ -129,7 +139,7 @@ def paired_bootstrap(
     """
     a, groups = _aligned(a_N, groups_N)
     b, _ = _aligned(b_N, groups_N)
-    return bootstrap_mean(a - b, groups, draws=draws, seed=seed)
+    return bootstrap_mean(a - b, groups, draws=draws, seed=seed, level=level)
 
 
 def bootstrap_over_seeds(
@@ -216,9 +226,9 @@ def _draw(n_groups: int, draws: int, seed: int) -> NDArray[np.float64]:
     return drawn_DG
 
 
-def _percentiles(values_D: NDArray) -> tuple[float, float]:
+def _percentiles(values_D: NDArray, level: float = LEVEL) -> tuple[float, float]:
     if not len(values_D):
         return float("nan"), float("nan")
-    tail = 100 * (1 - LEVEL) / 2
+    tail = 100 * (1 - level) / 2
     low, high = np.percentile(values_D, [tail, 100 - tail])
     return float(low), float(high)

@@ -72,12 +72,6 @@ def is_leader() -> bool:
     return rank_of_world()[0] == 0
 
 
-def wait_for_all() -> None:
-    """Returns when every process has come here."""
-    if rank_of_world()[1] > 1:
-        dist.barrier()
-
-
 def as_leader_says(value: Obj) -> Obj:
     """The value of the first process, in all of them."""
     if rank_of_world()[1] == 1:

@@ -19,6 +19,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence, Sized
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -38,6 +40,7 @@ from data.errors import UserError
 
 TRAINER_STATE = "trainer.pt"
 """Of a checkpoint that several processes wrote: all but the weights."""
+_STARTS_HELPERS: ContextVar[bool] = ContextVar("starts_helpers", default=False)
 _WINDOW_BATCHES = 32
 """Batches whose samples are sorted by length together: enough that little is padding, few enough to stay mixed."""
 
@@ -53,7 +56,8 @@ class TrainerConfig:
         precision: Lightning's name, or ``auto``: bf16 autocast on a GPU, plain fp32 on a CPU.
         gradient_clip: largest norm of the gradient; None does not clip.
         accumulate: batches whose gradients are added before a step.
-        devices: number of devices; more than one trains with Lightning's DDP.
+        devices: number of devices; more than one trains with Lightning's DDP, which starts the command once more for
+            each, so the command has to be one that trains one stage alone.
         checkpoint_every: steps between two checkpoints within an epoch; None writes one after each epoch alone.
         progress_bar: show one.
     """
@@ -83,8 +87,8 @@ class TrainerConfig:
             raise UserError.collect(errors)
 
     def steps(self, batches: int) -> int:
-        """Optimiser steps of a fit whose epochs have so many batches."""
-        return self.max_epochs * -(-batches // self.accumulate)
+        """Optimiser steps of a fit whose epochs have so many batches, which the devices share."""
+        return self.max_epochs * -(-max(1, batches // self.devices) // self.accumulate)
 
 
 @dataclass(frozen=True)
@@ -410,7 +414,8 @@ def fit(
 
     Raises:
         FloatingPointError: loss or gradient became NaN or infinite; the error names the batch.
-        UserError: checkpoints within an epoch on several devices, of a loader that is not shared by its own sampler.
+        UserError: checkpoints within an epoch on several devices, of a loader that is not shared by its own sampler;
+            several devices in a command that does more than train one stage, or more of them than batches.
     """
     shares_itself = isinstance(train_loader.batch_sampler, TokenBatchSampler)
     if cfg.checkpoint_every is not None and cfg.devices > 1 and not shares_itself:
@@ -418,6 +423,20 @@ def fit(
             f"trainer.checkpoint_every={cfg.checkpoint_every} with trainer.devices={cfg.devices}",
             expected="one device, where Lightning shares the samples among devices",
             action="set trainer.checkpoint_every=null: this stage goes on from its last epoch",
+        )
+    if cfg.devices > 1 and strategy is None and "LOCAL_RANK" not in os.environ and not _STARTS_HELPERS.get():
+        raise UserError(
+            f"trainer.devices={cfg.devices} in a command that does more than train one stage",
+            expected="one device; several train a stage by a command of its own, which each of them runs",
+            action=f"train it first, e.g. python train.py stage=prior prior.trainer.devices={cfg.devices}, with the "
+            "same overrides; this command then goes on after it",
+        )
+    sampler = train_loader.batch_sampler
+    if isinstance(sampler, TokenBatchSampler) and sampler.per_epoch < cfg.devices:
+        raise UserError(
+            f"trainer.devices={cfg.devices} for {sampler.per_epoch} batches an epoch",
+            expected="at least one batch for each device",
+            action="lower trainer.devices, trainer.max_epochs or the size of a batch, or train on more samples",
         )
     checkpoints = work_dir / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
@@ -487,6 +506,22 @@ def _steps_in(checkpoint: Path) -> int:
     if checkpoint.is_dir():
         checkpoint = checkpoint / TRAINER_STATE
     return int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
+
+
+@contextmanager
+def starting_helpers() -> Iterator[None]:
+    """Within, a fit on several devices may run this process's command once more for each of the others."""
+    token = _STARTS_HELPERS.set(True)
+    try:
+        yield
+    finally:
+        _STARTS_HELPERS.reset(token)
+
+
+def wait_for_all() -> None:
+    """Returns when every process that trains with this one has come here."""
+    if rank_of_world()[1] > 1:
+        torch.distributed.barrier()
 
 
 def rank_of_world() -> tuple[int, int]:

@@ -39,6 +39,7 @@ from data.artifacts import (
     to_plain,
 )
 from data.errors import LineageError, UserError
+from models.training import wait_for_all
 
 WORK = ".work"
 LOCK = ".lock"
@@ -332,6 +333,7 @@ class Run(Generic[Config]):
                 shared=self.shared,
             )
             metrics = stage.run(context)
+            wait_for_all()  # those who follow have read what is in the work folder
             config = to_plain(stage.settings(self.config))
             manifest = effort.sign(output, stage.name, key=key, config=config, inputs=inputs, metrics=dict(metrics))
         for leftover in (self.directory / WORK).glob(f"{stage.name}-*"):
@@ -351,6 +353,7 @@ class Run(Generic[Config]):
         inputs = {name: self.directory / name for name in stage.inputs}
         with TemporaryDirectory() as scratch:
             stage.run(Context(self.config, inputs, Path(scratch), work, self.shared))
+            wait_for_all()
         return Outcome(stage.name, "done", Manifest(kind=stage.name, key=key))
 
 

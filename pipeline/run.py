@@ -12,6 +12,7 @@ from rich.console import Console
 
 from data.errors import UserError
 from data.statistics import Row
+from models.training import starting_helpers
 from pipeline import config as configuration
 from pipeline.config import CONFIG_FILE, AdsidConfig
 from pipeline.console import ConsoleObserver
@@ -55,7 +56,8 @@ def run_stages(
         run.shared = shared
     console.print(f"run directory [bold]{directory}[/], experiment {config.experiment}", highlight=False)
     if only is not None:
-        outcomes = [run.execute_one(only)]
+        with starting_helpers():
+            outcomes = [run.execute_one(only)]
     else:
         outcomes = run.execute(until=until or config.run.until)
     if not follows:
@@ -66,12 +68,14 @@ def run_stages(
 
 
 def _follows(config: AdsidConfig, only: str | None) -> bool:
-    """Whether this is one of the processes of ``torchrun`` that help the first one.
+    """Whether this is one of the processes of ``torchrun``, or of Lightning, that help the first one.
 
     Raises:
         UserError: several processes for something that one does.
     """
-    started = os.environ.get("WORLD_SIZE", "1") if "TORCHELASTIC_RUN_ID" in os.environ else "1"
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # Lightning starts them with the very command of the first
+        return only is not None and os.environ.get("LOCAL_RANK", "0") != "0"
+    started = os.environ.get("WORLD_SIZE", "1")
     if started != "1" and (only != "ranker" or config.strategy != SHARDED):
         raise UserError(
             f"{started} processes for stage {only} with strategy={config.strategy}",

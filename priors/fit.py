@@ -26,11 +26,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers.pytorch_utils import Conv1D
 
-from data.artifacts import to_plain
+from data.artifacts import atomic_file, to_plain
 from data.errors import UserError
 from data.log import Log, Targets
-from data.statistics import Interval, paired_bootstrap
+from data.statistics import DRAWS, LEVEL, Interval, paired_bootstrap
 from models.block import balance, last_layer
 from models.prior_lm import (
     InterestTargets,
@@ -40,7 +41,6 @@ from models.prior_lm import (
     TreeBatch,
     base_log_prob,
     row_nll,
-    target_log_prob,
 )
 from models.training import EpochSampler, FitResult, History, TokenBatchSampler, fit, token_budget
 from priors.anchor import Anchor, Counts, TunedAnchor, choose_constants
@@ -54,11 +54,14 @@ from priors.interests import Interests, InterestSpace, fit_interest_anchor, inte
 from priors.judge import Measure, RequestValues, save_requests
 from priors.probe import LevelStates, fit_probe, levels_by_head, nll_by_level, read_states
 from priors.prompt import PromptCompiler
+from priors.tree_reader import takes_tree_mask
 from priors.warm_up import warm_up
 from semantic_ids.advertiser_ids import AdvertiserIds
 from semantic_ids.trie import Trie
 
 START = "start.safetensors"
+Scores = tuple[list[list[Tensor]], list[Tensor], Tensor]
+"""Of some batches, as of :func:`logits_at_decisions`."""
 _SELECT = 0
 _STANDARDISE = 32
 """Prompts that the head's constants are taken from where there is no probe."""
@@ -79,7 +82,7 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
 
     Raises:
         UserError: the fit or the selection span has no conversion, or a prompt with its tree is longer than the base
-            model's window or than a batch may be.
+            model's window or than a batch may be, or the base model takes no tree.
         LineageError: the IDs are not those of the log's advertisers.
         FloatingPointError: the loss became NaN or infinite; the error names users and periods of the batch.
     """
@@ -111,6 +114,12 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
     collator = TreeCollator(base, first_id_token=compiler.first_id_token, interests=interests)
 
     model = build_model(base_model, ids, log, compiler, cfg, interests=interests)
+    if not takes_tree_mask(model):
+        raise UserError(
+            f"prior.base.name={cfg.base.name}, which takes no 4-D attention mask or is no causal LM",
+            expected="a causal LM under which all targets of a prompt can hang as one tree",
+            action="take one with positions of its tokens' own, of the kind of Llama, Qwen, Gemma, GPT-2 or OPT",
+        )
     warmed = warm_up(model, base_model, compiler, counts, trie, cfg, work_dir=work_dir / "warm_up")
     probe_set, history_set = (
         PromptDataset(sample_rows(fit_targets, n, cfg.seed), compiler, max_targets=cfg.max_targets, seed=cfg.seed)
@@ -118,12 +127,12 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
     )
     history_select = PromptDataset(anchor_rows, compiler)  # more than the LM could read
     interest_history = History(None if interests is None else "select_interest_nll")
-    result, sampler, start = fit_lm(
+    result, sampler, start, scores = fit_lm(
         model, train_set, select_set, collator, cfg, probe=probe_set, history=(history_set, history_select),
         user_ids=log.user_ids, work_dir=work_dir, callbacks=(interest_history,),
     )  # fmt: skip
     select_batches = list(batches(select_set, collator, cfg.batch_size))
-    logits, interest_logits, constant_LH = logits_at_decisions(model, select_batches)
+    logits, interest_logits, constant_LH = scores
     # The anchor gets the same last fit as the LM over it, so that their difference is the LM's.
     alone_L = fit_exponents(select_batches)
     calibration = fit_calibration(select_batches, logits).over(alone_L)
@@ -247,7 +256,7 @@ def adapted_modules(decoder: torch.nn.Module, cfg: LoraSettings, *, appended: bo
     Raises:
         UserError: the decoder has no such layer.
     """
-    linear = [name for name, module in decoder.named_modules() if isinstance(module, torch.nn.Linear)]
+    linear = [name for name, module in decoder.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
     layer_of = {name: next((int(part) for part in name.split(".") if part.isdigit()), 0) for name in linear}
     stop = max(layer_of.values(), default=0) + (0 if appended else 1)
     first = 0 if cfg.layers is None else stop - cfg.layers
@@ -355,11 +364,12 @@ def fit_lm(
     probe: PromptDataset | None = None,
     history: tuple[PromptDataset, PromptDataset] | None = None,
     callbacks: tuple[Callback, ...] = (),
-) -> tuple[FitResult, TokenBatchSampler, dict[str, Any]]:
+) -> tuple[FitResult, TokenBatchSampler, dict[str, Any], Scores]:
     """Train the LM on trees of targets; it ends with the weights of the best part, or with those it started from.
 
     The best of several parts on some hundred prompts looks better than the start by chance alone, so it is kept only
-    where the 95 % interval of the change of the selection prompts' NLL, over users, lies below zero.
+    where the interval of the change of the selection prompts' NLL, over users, lies below zero. Its level allows for
+    the choice (Bonferroni): 95 % that none of the parts seems better than the start without being so.
 
     Args:
         model: trained in place.
@@ -375,9 +385,10 @@ def fit_lm(
         callbacks: further Lightning callbacks.
 
     Returns:
-        What the fit did (``best_epoch`` -1: it ends where it started), the sampler of its batches, and what it started
-        from: ``select_nll``, with ``history`` and ``probe``, of each level, the NLL before and after and the epoch
-        chosen, and under ``select_change`` what the best part is over it, with its interval over users.
+        What the fit did (``best_epoch`` -1: it ends where it started), the sampler of its batches, what it started
+        from, and the scores of the selection prompts that it ends with. What it started from: ``select_nll``, with
+        ``history`` and ``probe``, of each level, the NLL before and after and the epoch chosen, and under
+        ``select_change`` what the best part is over it, with its interval over users.
 
     Raises:
         UserError: a prompt with its tree is longer than a batch may be.
@@ -389,7 +400,7 @@ def fit_lm(
         model.train(),
         lora_learning_rate=cfg.lora.learning_rate,
         head_learning_rate=cfg.head.learning_rate,
-        total_steps=cfg.trainer.steps(len(sampler)),
+        total_steps=cfg.trainer.steps(sampler.per_epoch),
         prompts_per_batch=sampler.mean_batch,
         interest_weight=cfg.interests.weight,
         periods=int(train.targets.period.max()) + 1,
@@ -407,16 +418,16 @@ def fit_lm(
             module, train_loader, batches(select, collator, cfg.batch_size), cfg.trainer,
             work_dir=work_dir, seed=cfg.seed, monitor="select_nll", callbacks=callbacks, describe=describe,
         )  # fmt: skip
-    change = _judge_best(model, select, collator, cfg, work_dir=work_dir)
+    change, scores = _judge_best(model, select, collator, cfg, parts=len(result.history), work_dir=work_dir)
     start["select_change"] = to_plain(change)
     if not change.high < 0:
         result = replace(result, best_epoch=-1)
-    return result, sampler, start
+    return result, sampler, start, scores
 
 
 def _judge_best(
-    model: PriorLM, select: PromptDataset, collator: TreeCollator, cfg: PriorConfig, *, work_dir: Path
-) -> Interval:
+    model: PriorLM, select: PromptDataset, collator: TreeCollator, cfg: PriorConfig, *, parts: int, work_dir: Path
+) -> tuple[Interval, Scores]:
     """What training changed in the selection prompts' NLL; the model ends with its weights, or those of the start.
 
     Args:
@@ -424,33 +435,33 @@ def _judge_best(
         select: the selection prompts.
         collator: makes their trees.
         cfg: batches.
+        parts: how many the best one was chosen from.
         work_dir: has the start, and gets the NLL of each prompt, before and after.
 
     Returns:
-        The change and its interval over users.
+        The change and its interval over users, and the scores that the model ends with.
     """
+    select_batches = list(batches(select, collator, cfg.batch_size))
+    ones = torch.ones(model.head.n_levels)
+
+    def nll_of(scores: Scores) -> NDArray[np.float64]:
+        return calibrated_nll(select_batches, scores[0], ones, ones).double().numpy()
+
     trained = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
-    of_trained_R = _select_nll(model, select, collator, cfg)
+    scores = logits_at_decisions(model, select_batches)
+    of_trained_R = nll_of(scores)
     _load_start(model, work_dir)
-    of_start_R = _select_nll(model, select, collator, cfg)
-    change = paired_bootstrap(of_trained_R, of_start_R, select.targets.user)
+    of_start = logits_at_decisions(model, select_batches)
+    of_start_R = nll_of(of_start)
+    level = 1 - (1 - LEVEL) / parts
+    change = paired_bootstrap(of_trained_R, of_start_R, select.targets.user, draws=parts * DRAWS, level=level)
     if change.high < 0:
         model.load_state_dict(trained, strict=False)
+    else:
+        scores = of_start
     values = {Measure("select_nll", "lm"): of_trained_R, Measure("select_nll", "start"): of_start_R}
     save_requests([RequestValues(select.targets.user, select.targets.period, values)], work_dir)
-    return change
-
-
-@torch.inference_mode()
-def _select_nll(model: PriorLM, select: PromptDataset, collator: TreeCollator, cfg: PriorConfig) -> NDArray[np.float64]:
-    """NLL of each selection prompt, ``(R,)``."""
-    model.eval()
-    device = next(model.parameters()).device
-    nll = []
-    for batch in batches(select, collator, cfg.batch_size):
-        on_device = batch.to(device)
-        nll.append(row_nll(on_device, target_log_prob(on_device, model.log_probs(on_device))).cpu())
-    return torch.cat(nll).double().numpy()
+    return change, scores
 
 
 def _start(
@@ -499,7 +510,8 @@ def _start(
                 report["select_nll"] = float(torch.cat(base_B).mean())
         work_dir.mkdir(parents=True, exist_ok=True)
         trained = {name: value.detach().contiguous() for name, value in model.named_parameters() if value.requires_grad}
-        save_file(trained | heads_of(model), work_dir / START, {"report": json.dumps(report)})
+        with atomic_file(work_dir / START) as path:  # processes that train together write it at the same time
+            save_file(trained | heads_of(model), path, {"report": json.dumps(report)})
     return _load_start(model, work_dir)
 
 
@@ -512,7 +524,7 @@ def _load_start(model: PriorLM, work_dir: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def logits_at_decisions(model: PriorLM, select: list[TreeBatch]) -> tuple[list[list[Tensor]], list[Tensor], Tensor]:
+def logits_at_decisions(model: PriorLM, select: list[TreeBatch]) -> Scores:
     """The head's scores at all decisions, those of interests, and the mean of what the head reads at each level."""
     model.eval()
     interests = []

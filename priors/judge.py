@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
+from data.artifacts import atomic_file
 from data.errors import UserError
 from data.log import Log, Targets
 from data.statistics import Interval, Row, bootstrap_mean, paired_bootstrap
@@ -245,7 +246,8 @@ def save_requests(requests: Sequence[RequestValues], directory: Path) -> None:
         for measure, value_R in part.values.items():
             name = "|".join("" if field is None else str(field) for field in measure)
             arrays[f"{number}|{name}"] = value_R.astype(np.float32)
-    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, directory / REQUESTS)
+    with atomic_file(directory / REQUESTS) as path:
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
 
 
 def load_requests(directory: Path) -> list[RequestValues]:

@@ -187,7 +187,7 @@ def warm_up(
         text_weight=cfg.warm_up.text_weight,
         lora_learning_rate=cfg.lora.learning_rate,
         head_learning_rate=cfg.head.learning_rate,
-        total_steps=cfg.trainer.steps(len(sampler)),
+        total_steps=cfg.trainer.steps(sampler.per_epoch),
     )
     loader: DataLoader = DataLoader(train, batch_sampler=sampler, collate_fn=collator)
     names = compiler.log.advertiser_ids

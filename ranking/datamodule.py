@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 
 from data.errors import UserError
 from models.pointwise import RankerBatch
-from models.sharded import is_leader, wait_for_all
+from models.sharded import is_leader
+from models.training import wait_for_all
 from ranking.rows import Design
 from ranking.stored import AheadLoader, BlockShuffle, StoredRows, batch_of, share, write_rows
 from ranking.tasks import LABEL

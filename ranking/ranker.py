@@ -35,9 +35,9 @@ from models.dlrm import DLRM, DLRMConfig
 from models.logistic import LogisticRegression
 from models.mmoe import MMoE, MMoEConfig
 from models.pointwise import Heads, PointwiseModule, denormals_as_zero, level_shift
-from models.sharded import TorchRecStrategy, as_leader_says, is_leader, join_processes, read_checkpoint, wait_for_all
+from models.sharded import TorchRecStrategy, as_leader_says, is_leader, join_processes, read_checkpoint
 from models.shared_bottom import SharedBottom, SharedBottomConfig
-from models.training import fit
+from models.training import fit, wait_for_all
 from priors.forecast import Forecast
 from ranking.config import SHARDED, RankerConfig
 from ranking.datamodule import RankerData, batches

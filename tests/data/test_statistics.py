@@ -34,6 +34,8 @@ def test_pairing_cancels_what_both_arms_find_hard() -> None:
     difference = paired_bootstrap(a, b, users)
     assert 0.4 < difference.low < difference.value < difference.high < 0.6
     assert bootstrap_mean(a, users).low < 0 < bootstrap_mean(a, users).high
+    wider = paired_bootstrap(a, b, users, level=0.99)
+    assert wider.low < difference.low < difference.high < wider.high
 
 
 def test_undefined_requests_are_left_out() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from data.errors import UserError
-from models.training import EpochSampler, FitResult, TokenBatchSampler, TrainerConfig, fit
+from models.training import EpochSampler, FitResult, TokenBatchSampler, TrainerConfig, fit, starting_helpers
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(64, 4, generator=GENERATOR)
@@ -127,6 +127,25 @@ def test_a_count_below_one_is_told(name: str) -> None:
 def test_checkpoints_within_an_epoch_need_one_device_or_a_sampler_that_shares(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"trainer\.checkpoint_every=2 with trainer\.devices=2"):
         run(Noisy(), tmp_path, devices=2, checkpoint_every=2)
+
+
+def test_several_devices_are_refused_where_a_command_does_more_than_train_one_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(UserError, match=r"(?s)devices=2 in a command.*train\.py stage=prior"):
+        run(Noisy(), tmp_path, devices=2)
+
+
+def test_fewer_batches_than_devices_are_told(tmp_path: Path) -> None:
+    loader: DataLoader = DataLoader(LENGTHS, batch_sampler=TokenBatchSampler(LENGTHS, budget=30_000, seed=0))  # type: ignore[arg-type]
+    with starting_helpers(), pytest.raises(UserError, match=r"trainer\.devices=2 for 1 batches an epoch"):
+        fit(Noisy(), loader, None, TrainerConfig(devices=2), work_dir=tmp_path, seed=0)
+
+
+@pytest.mark.parametrize(("devices", "accumulate", "steps"), [(1, 1, 30), (2, 1, 15), (2, 2, 9), (4, 1, 6), (20, 1, 3)])
+def test_steps_are_of_all_devices_together(devices: int, accumulate: int, steps: int) -> None:
+    assert TrainerConfig(max_epochs=3, devices=devices, accumulate=accumulate).steps(10) == steps
 
 
 LENGTHS = torch.randint(3, 40, (500,), generator=GENERATOR).tolist()

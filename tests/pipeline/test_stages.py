@@ -262,6 +262,23 @@ Run(Path(sys.argv[1]), stages(), compose(sys.argv[2:])).execute()
     assert figures(tmp_path / "forecasts") == figures(finished / "forecasts")
 
 
+def test_two_processes_train_a_stage_and_the_run_goes_on_after_it(finished: Path, source: str, tmp_path: Path) -> None:
+    """Lightning starts the command of the first process once more for the second."""
+    root, run = Path(__file__).parents[2], tmp_path / "run"
+    shutil.copytree(finished, run)
+    devices = ("prior.trainer.devices=2", "prior.trainer.accelerator=cpu", "prior.batch_size=2")
+    command = [sys.executable, "train.py", "stage=prior", *TINY, source, f"run.dir={run}", *devices]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = Manifest.read(run / "prior").metrics
+    assert len(metrics["select_nll_by_part"]) == 2
+    assert 4 <= metrics["steps"] <= 8, "of some 12 batches, two a step"
+    assert not list(run.glob(".work/prior-*"))
+    statuses = [outcome.status for outcome in execute(tiny(run, source, *devices), until="prior")]
+    assert statuses == ["skipped"] * 3
+
+
 def figures(artifact: Path) -> list[dict[str, Any]]:
     """The rows of an artifact, without what was measured with a clock."""
     return [row for row in json.loads((artifact / ROWS).read_text()) if row["section"] != "cost"]

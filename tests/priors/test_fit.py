@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from data.errors import LineageError, UserError
+from data.statistics import paired_bootstrap
 from models.block import last_layer
 from models.prior_lm import PriorLMModule, TreeBatch, row_nll, target_log_prob
 from models.training import TrainerConfig
@@ -24,6 +26,7 @@ from priors.base_model import load_base_model
 from priors.config import BaseModelConfig, PriorConfig, PromptConfig
 from priors.dataset import Example, PromptDataset
 from priors.fit import batches, build_model, fit_prior
+from priors.judge import Measure, load_requests
 from tests.priors.conftest import Fitted, random_ids, tiny_prior_config
 
 BRIEF = TrainerConfig(max_epochs=2, patience=None, progress_bar=False, checkpoint_every=2)
@@ -71,6 +74,10 @@ def test_a_fit_ended_by_kill_9_has_the_loss_curve_of_an_undisturbed_one(fitted: 
     resumed, metrics = fit_prior(fitted.log, fitted.ids, resumed_config(), work_dir=tmp_path / "work")
     np.testing.assert_allclose(curve(tmp_path / "work"), expected, atol=1e-5)
     assert metrics["steps"] == len(expected)
+    [requests] = load_requests(tmp_path / "work")
+    trained, start = (requests.values[Measure("select_nll", arm)] for arm in ("lm", "start"))
+    for_one_part = paired_bootstrap(trained, start, requests.user_R)
+    assert metrics["start"]["select_change"]["low"] < for_one_part.low, "the best of two parts was chosen on them"
     for ours, theirs in (
         (whole.model.head, resumed.model.head),
         (whole.model.interest_head, resumed.model.interest_head),
@@ -202,6 +209,51 @@ def test_random_weights_are_those_of_their_seed() -> None:
     first, again, other = (load_base_model(cfg, seed=seed).decoder.state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(value, again[name]) for name, value in first.items())
     assert any(not torch.equal(value, other[name]) for name, value in first.items())
+
+
+def saved_base(folder: Path, config: PretrainedConfig) -> str:
+    """A model directory as ``prior.base.name`` takes it: random weights, the words of ``packaged:tiny``, no padding."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer = load_base_model(BaseModelConfig("packaged:tiny")).tokenizer
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+SIZES: dict[str, Any] = {"vocab_size": 30_522, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+ATTENTION = ["q_proj", "v_proj"]
+BASES: dict[str, tuple[PretrainedConfig, list[str]]] = {
+    "tied": (Qwen2Config(**SIZES, intermediate_size=64, num_key_value_heads=2, tie_word_embeddings=True), ATTENTION),
+    "untied": (LlamaConfig(**SIZES, intermediate_size=64, tie_word_embeddings=False), ATTENTION),
+    "convolutions for linear layers": (GPT2Config(**SIZES), ["c_attn"]),
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_model_directory_without_pad_token_is_fitted_and_loaded(fitted: Fitted, tmp_path: Path, name: str) -> None:
+    config, targets = BASES[name]
+    base = BaseModelConfig(saved_base(tmp_path / "base", config), dtype="float32")
+    brief = {"prompts": 8, "select_prompts": 8, "trainer": replace(BRIEF, max_epochs=1)}
+    cfg = tiny_prior_config(base=base, lora=replace(fitted.cfg.lora, targets=targets), **brief)
+    prior, metrics = fit_prior(fitted.log, fitted.ids, cfg, work_dir=tmp_path / "work")
+    assert prior.compiler.tokenizer.pad_token is None
+    assert np.isfinite(metrics["select_nll_by_part"]).all()
+    (tmp_path / "out").mkdir()
+    prior.save(tmp_path / "out")
+    loaded = PriorModel.load(tmp_path / "out", fitted.log, fitted.ids, cfg)
+    batch = prior.collator([PromptDataset(fitted.log.advertiser_targets("prior_select"), prior.compiler)[0]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model.hidden(batch), prior.model.hidden(batch))
+
+
+def test_a_base_model_that_takes_no_tree_is_told_before_training(fitted: Fitted, tmp_path: Path) -> None:
+    """Bloom's positions come from ALiBi over the columns, whatever a mask says."""
+    bloom = BloomConfig(vocab_size=30_522, hidden_size=32, n_layer=2, n_head=4)
+    base = BaseModelConfig(saved_base(tmp_path / "base", bloom), dtype="float32")
+    cfg = tiny_prior_config(base=base, lora=replace(fitted.cfg.lora, targets=["query_key_value"]))
+    with pytest.raises(UserError, match=r"prior\.base\.name=.*takes no 4-D attention mask"):
+        fit_prior(fitted.log, fitted.ids, cfg, work_dir=tmp_path / "work")
 
 
 PROBLEMS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
