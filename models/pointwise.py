@@ -124,6 +124,13 @@ def embedding_bags(tables: Sequence[SparseTable], dim: int) -> EmbeddingBagColle
     )
 
 
+def rows_of_features(ranker: nn.Module) -> dict[str, int]:
+    """Rows of the table that each sparse feature of a ranker, not sharded, is looked up in."""
+    collections = [part for part in ranker.modules() if isinstance(part, EmbeddingBagCollection)]
+    tables = [table for part in collections for table in part.embedding_bag_configs()]
+    return {feature: table.num_embeddings for table in tables for feature in table.feature_names}
+
+
 def check_sizes(cfg: object, sizes: Sequence[int], *, n_dense: int | None = None) -> None:
     """Refuses a ranker with a layer of no width or without dense features.
 

@@ -34,7 +34,7 @@ from models.deepfm import DeepFM, DeepFMConfig
 from models.dlrm import DLRM, DLRMConfig
 from models.logistic import LogisticRegression
 from models.mmoe import MMoE, MMoEConfig
-from models.pointwise import Heads, PointwiseModule, denormals_as_zero, level_shift
+from models.pointwise import Heads, PointwiseModule, denormals_as_zero, level_shift, rows_of_features
 from models.sharded import TorchRecStrategy, as_leader_says, is_leader, join_processes, read_checkpoint
 from models.shared_bottom import SharedBottom, SharedBottomConfig
 from models.training import fit, wait_for_all
@@ -103,12 +103,19 @@ class ArmRows:
     Attributes:
         spec: fitted on the training rows.
         fit, stop, evaluation: as in `RankerSpans`.
+
+    Raises:
+        UserError: an id is outside its table.
     """
 
     spec: FeatureSpec
     fit: Design
     stop: Design
     evaluation: Design
+
+    def __post_init__(self) -> None:
+        for design in (self.fit, self.stop, self.evaluation):
+            design.check_ids(self.spec.rows_of())
 
     @classmethod
     def of(cls, spans: RankerSpans, forecast: Forecast | None, cfg: RankerConfig) -> ArmRows:
@@ -178,7 +185,7 @@ class Ranker:
 
         Raises:
             UserError: there is none, or a file of it is damaged.
-            LineageError: its weights are of another feature spec.
+            LineageError: its weights and feature spec were not trained together.
         """
         manifest = Manifest.read(directory)
         if manifest.kind != KIND:
@@ -194,16 +201,15 @@ class Ranker:
                 expected=f"{WEIGHTS} and {SPEC} as the ranker stage wrote them",
                 action="remove the folder and train the ranker again",
             ) from error
+        if hash_directory(directory) != manifest.content_hash:
+            raise LineageError(
+                f"{directory}, whose {WEIGHTS} and {SPEC} are not those that its manifest was written with",
+                expected="weights with the very feature spec that they were trained with",
+                action="keep the files of one ranker together and as they are, or train the ranker again",
+            )
         cfg = _architecture(manifest.config)
         module = build_module(spec, cfg, base_rates=[0.5] * len(cfg.tasks), seed=0)
-        try:
-            module.load_state_dict(weights)
-        except RuntimeError as error:
-            raise LineageError(
-                f"{directory / WEIGHTS} with the spec {directory / SPEC}: {str(error).splitlines()[-1].strip()}",
-                expected="weights that were trained with this very feature spec",
-                action="keep the files of one ranker together, or train the ranker again",
-            ) from error
+        module.load_state_dict(weights)
         return cls(module.eval(), spec, cfg.model, tuple(cfg.tasks))
 
 
@@ -261,7 +267,12 @@ def _architecture(plain: Mapping[str, Any]) -> RankerConfig:
 
 
 def predict(module: PointwiseModule, design: Design) -> NDArray[np.float64]:
-    """Chance of each row of a design by each task, shape ``(N, T)``."""
+    """Chance of each row of a design by each task, shape ``(N, T)``.
+
+    Raises:
+        UserError: an id is outside its table.
+    """
+    design.check_ids(rows_of_features(module.ranker))
     return torch.sigmoid(_logits(module, design)).numpy()
 
 

@@ -214,6 +214,30 @@ class Design:
     def __len__(self) -> int:
         return len(self.label_NT)
 
+    def check_ids(self, rows_of: Mapping[str, int]) -> None:
+        """Refuses rows outside the embedding tables; `ranking.spec.FeatureSpec.apply` makes none.
+
+        Args:
+            rows_of: rows of the table of each sparse feature.
+
+        Raises:
+            UserError: a row is outside its table, or a feature has none.
+        """
+        errors = []
+        for name, bags in self.bags.items():
+            n_rows = rows_of.get(name, 0)
+            outside = (bags.value_V < 0) | (bags.value_V >= n_rows)
+            if outside.any():
+                errors.append(
+                    UserError(
+                        f"feature {name}: row {bags.value_V[outside.argmax()]} of a table of {n_rows}",
+                        expected="rows of the ranker's own tables, 0 for an unseen id",
+                        action="look the ids up with the ranker's own feature spec",
+                    )
+                )
+        if errors:
+            raise UserError.collect(errors)
+
 
 def prior_columns(rows: Rows, forecast: Forecast | None, names: Sequence[str]) -> dict[str, Floats]:
     """Features that a forecast gives to rows.

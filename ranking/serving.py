@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from data.artifacts import atomic_directory
-from data.errors import UserError
+from data.artifacts import atomic_directory, hash_file
+from data.errors import LineageError, UserError
 from models.pointwise import PointwiseModule, RankerBatch
 from ranking.ranker import SPEC, Ranker
 from ranking.rows import Bags, Design, Features
@@ -72,14 +72,23 @@ class ServedRanker:
 
         Raises:
             UserError: there is none, or a file of it is damaged.
+            LineageError: program and feature spec were not exported together.
         """
         try:
+            made = json.loads((directory / SIGNATURE).read_text(encoding="utf-8"))["files"]
+            changed = [name for name in (PROGRAM, SPEC) if hash_file(directory / name) != made[name]]
+            if changed:
+                raise LineageError(
+                    f"{directory}, with another {' and another '.join(changed)} than {SIGNATURE} was written for",
+                    expected="program and feature spec of one export, unchanged",
+                    action="export the ranker again",
+                )
             spec = FeatureSpec.from_json((directory / SPEC).read_text(encoding="utf-8"))
             program = torch.export.load(directory / PROGRAM).module()
         except (OSError, RuntimeError, ValueError, KeyError, BadZipFile) as error:
             raise UserError(
                 f"{directory} ({type(error).__name__})",
-                expected=f"{PROGRAM} and {SPEC} as `adsid export` wrote them",
+                expected=f"{PROGRAM}, {SPEC} and {SIGNATURE} as `adsid export` wrote them",
                 action="export the ranker again",
             ) from error
         return cls(program, spec)
@@ -123,6 +132,7 @@ def export(ranker: Ranker, directory: Path) -> float:
     with atomic_directory(directory) as output:
         torch.export.save(exported, output / PROGRAM)
         (output / SPEC).write_text(ranker.spec.to_json() + "\n", encoding="utf-8")
+        files = {name: hash_file(output / name) for name in (PROGRAM, SPEC)}
         signature = {
             "inputs": {
                 "dense_BN": {"dtype": "float32", "features": ranker.spec.dense},
@@ -132,6 +142,7 @@ def export(ranker: Ranker, directory: Path) -> float:
             "output": {"dtype": "float32", "probability_of_tasks": list(ranker.tasks)},
             "model": ranker.model,
             "largest_difference": difference,
+            "files": files,
         }
         (output / SIGNATURE).write_text(json.dumps(signature, indent=1) + "\n", encoding="utf-8")
     return difference

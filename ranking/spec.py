@@ -10,16 +10,19 @@ Shapes: N rows, F dense features, U ids of the log.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data.errors import UserError
 from models.pointwise import SparseTable
+from priors.forecast import INTEREST_MATCH
 from ranking.config import FeatureConfig
+from ranking.prior import MISSING
 from ranking.rows import Bags, Design, Features, SparseFeature
 
 NULLABLE = frozenset({"price", "discount", "price_age"})
@@ -60,9 +63,9 @@ class FeatureSpec:
             The spec.
 
         Raises:
-            UserError: a number is infinite, or unknown where that cannot be.
+            UserError: a feature is of another type, a number is infinite, or unknown where that cannot be.
         """
-        _check_finite(features)
+        _check(features)
         tables: dict[str, list[Any]] = {}
         for table in dict.fromkeys(feature.table for feature in features.sparse.values()):
             sharing = [feature for feature in features.sparse.values() if feature.table == table]
@@ -95,8 +98,8 @@ class FeatureSpec:
             The model's input; ids without a row of their own have row 0.
 
         Raises:
-            UserError: features are missing or too many, ids are of another type, a number is infinite, or unknown
-                where that cannot be.
+            UserError: features are missing or too many, a feature or an id is of another type, a number is infinite,
+                or unknown where that cannot be.
         """
         expected, given = {*self.features, *self.dense}, {*features.sparse, *features.dense}
         if expected != given:
@@ -105,7 +108,7 @@ class FeatureSpec:
                 expected="the features this ranker was trained on",
                 action="build them with the ranker's own feature config, or train a ranker on these",
             )
-        _check_finite(features)
+        _check(features)
         dense_NF = np.stack([features.dense[name] for name in self.dense], axis=1)
         dense_NF = (dense_NF - np.array(self.mean, np.float32)) * np.array(self.scale, np.float32)
         dense_NF = np.clip(np.nan_to_num(dense_NF, nan=0.0), -self.config.clip, self.config.clip)
@@ -142,6 +145,10 @@ class FeatureSpec:
             for table, ids in self.tables.items()
         ]
 
+    def rows_of(self) -> dict[str, int]:
+        """Rows of the table of each sparse feature."""
+        return {feature: len(self.tables[table]) + 1 for feature, table in self.features.items()}
+
     def to_json(self) -> str:
         """The spec as JSON text."""
         return json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False)
@@ -164,22 +171,59 @@ class FeatureSpec:
             ) from error
 
 
-def _check_finite(features: Features) -> None:
-    errors = []
-    for name, column in features.dense.items():
-        nullable = name in NULLABLE or name.startswith("prior_")
-        wrong = np.isinf(column) if nullable else ~np.isfinite(column)
-        if wrong.any():
-            row = int(wrong.argmax())
-            errors.append(
-                UserError(
-                    f"feature {name}: {int(wrong.sum())} values that are no number, e.g. {column[row]} in row {row}",
-                    expected="finite numbers" + (" or NaN for unknown" if nullable else ""),
-                    action="look at the events it is counted from with `adsid data validate`",
-                )
-            )
+def _check(features: Features) -> None:
+    """Refuses features that no model can read, all of them at once."""
+    missing = features.dense.get(MISSING)
+    given_N = np.zeros(len(features.rows), np.bool_) if missing is None else missing == 0
+    errors = [
+        *(error for name, column in features.dense.items() for error in _wrong_numbers(name, column, given_N)),
+        *(error for name, feature in features.sparse.items() for error in _wrong_positions(name, feature)),
+    ]
     if errors:
         raise UserError.collect(errors)
+
+
+def _wrong_numbers(name: str, column: NDArray[Any], given_N: NDArray[np.bool_]) -> Iterator[UserError]:
+    """What is wrong with a dense feature.
+
+    Args:
+        name: of the feature.
+        column: its values.
+        given_N: True where there is a forecast of the row, which then gives all that it is asked for but an interest.
+    """
+    if not np.issubdtype(column.dtype, np.floating):
+        yield UserError(
+            f"feature {name} of type {column.dtype}, e.g. {column[:1].tolist()}",
+            expected="floating-point numbers",
+            action="encode text as a sparse feature and give all else as float32",
+        )
+        return
+    of_forecast = name.startswith("prior_") and name != MISSING
+    nullable = name in NULLABLE or of_forecast
+    wrong = np.isinf(column) if nullable else ~np.isfinite(column)
+    if of_forecast and name != INTEREST_MATCH:
+        wrong |= np.isnan(column) & given_N
+    if wrong.any():
+        row = int(wrong.argmax())
+        unknown = f" or NaN where {MISSING} is 1" if of_forecast else " or NaN for unknown"
+        yield UserError(
+            f"feature {name}: {int(wrong.sum())} values that are no number, e.g. {column[row]} in row {row}",
+            expected="finite numbers" + (unknown if nullable else ""),
+            action="make the forecasts again: adsid run run.until=forecasts"
+            if of_forecast
+            else "look at the events it is counted from with `adsid data validate`",
+        )
+
+
+def _wrong_positions(name: str, feature: SparseFeature) -> Iterator[UserError]:
+    position_V = feature.bags.value_V
+    outside = (position_V < 0) | (position_V >= len(feature.ids))
+    if outside.any():
+        yield UserError(
+            f"feature {name}: position {position_V[outside.argmax()]} in a list of {len(feature.ids)} ids",
+            expected="bags of positions in the feature's own ids",
+            action="build the features with FeatureBuilder",
+        )
 
 
 def _names(names: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ from data.log import Log
 from ranking.config import FeatureConfig
 from ranking.features import DENSE, SPARSE, FeatureBuilder
 from ranking.prior import GROUPS, columns_of_groups
-from ranking.ranker import build_module, predict
+from ranking.ranker import ArmRows, build_module, predict
 from ranking.rows import Bags, Features, Rows, prior_columns
 from ranking.spec import FeatureSpec
 from semantic_ids.advertiser_ids import AdvertiserIds
@@ -229,7 +229,14 @@ def test_a_constant_column_is_silent_whatever_comes_later(features: Features, va
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("user_purchases", np.nan), ("user_purchases", np.inf), ("price", np.inf), ("prior_log_prob", -np.inf)],
+    [
+        ("user_purchases", np.nan),
+        ("user_purchases", np.inf),
+        ("price", np.inf),
+        ("prior_log_prob", -np.inf),
+        ("prior_log_prob", np.nan),
+        ("prior_missing", np.nan),
+    ],
 )
 def test_numbers_that_cannot_be_are_refused_by_name(features: Features, name: str, value: float) -> None:
     column = features.dense[name].copy()
@@ -238,6 +245,23 @@ def test_numbers_that_cannot_be_are_refused_by_name(features: Features, name: st
     spec = FeatureSpec.fit(features, CFG, semantic_ids="v")
     for use in (lambda: FeatureSpec.fit(broken, CFG, semantic_ids="v"), lambda: spec.apply(broken)):
         with pytest.raises(UserError, match=f"feature {name}: 1 values .* in row 3"):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("column", "given"),
+    [
+        (np.array(["cheap", "dear"]), "type <U5, e.g. .'cheap'"),
+        (np.array(["cheap", None], object), "type object, e.g. .'cheap'"),
+        (np.array([1, 2]), "type int64, e.g. .1"),
+        (np.array([True, False]), "type bool, e.g. .True"),
+    ],
+)
+def test_a_dense_feature_of_another_type_is_refused_by_name(features: Features, column: np.ndarray, given: str) -> None:
+    spec = FeatureSpec.fit(features, CFG, semantic_ids="v")
+    wrong = replace(features, dense={**features.dense, "price": np.resize(column, len(features.rows))})
+    for use in (lambda: FeatureSpec.fit(wrong, CFG, semantic_ids="v"), lambda: spec.apply(wrong)):
+        with pytest.raises(UserError, match=f"feature price of {given}.*\nexpected: floating-point numbers"):
             use()
 
 
@@ -340,14 +364,29 @@ def test_ids_of_another_type_are_refused(features: Features) -> None:
         spec.apply(renamed)
 
 
-def test_an_id_outside_its_table_is_refused(features: Features) -> None:
-    """`FeatureSpec.apply` makes none; a batch that was made otherwise ends in an error, not in another id's row."""
+@pytest.mark.parametrize("beyond", [1, 2**40, -(10**6)])
+def test_an_id_outside_its_table_is_refused(features: Features, beyond: int) -> None:
+    """`FeatureSpec.apply` makes none; rows that were made otherwise are refused by all that reads them."""
     spec = FeatureSpec.fit(features, CFG, semantic_ids="v")
-    design = spec.apply(features)
-    beyond = Bags.single(np.full(len(design), len(spec.tables["ad"]) + 1))
+    design, n_rows = spec.apply(features), spec.rows_of()["ad"]
+    wrong = replace(
+        design,
+        bags={**design.bags, "ad": replace(design.bags["ad"], value_V=design.bags["ad"].value_V + n_rows - 1 + beyond)},
+    )
     module = build_module(spec, tiny_ranker(), base_rates=[0.1], seed=0)
-    with pytest.raises((RuntimeError, IndexError)):
-        predict(module, replace(design, bags={**design.bags, "ad": beyond}))
+    for use in (lambda: predict(module, wrong), lambda: ArmRows(spec, design, design, wrong)):
+        with pytest.raises(UserError, match=rf"feature ad: row -?\d+ of a table of {n_rows}\n"):
+            use()
+
+
+@pytest.mark.parametrize("position", [-1, 10**6])
+def test_a_position_outside_a_features_ids_is_refused(features: Features, position: int) -> None:
+    spec, ad = FeatureSpec.fit(features, CFG, semantic_ids="v"), features.sparse["ad"]
+    bags = replace(ad.bags, value_V=np.full_like(ad.bags.value_V, position))
+    wrong = replace(features, sparse={**features.sparse, "ad": replace(ad, bags=bags)})
+    for use in (lambda: FeatureSpec.fit(wrong, CFG, semantic_ids="v"), lambda: spec.apply(wrong)):
+        with pytest.raises(UserError, match=f"feature ad: position {position} in a list of 200 ids"):
+            use()
 
 
 def test_interests_are_of_the_ad_and_unknown_without_them(log: Log, builder: FeatureBuilder) -> None:

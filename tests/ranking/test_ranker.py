@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,15 +130,27 @@ def test_seeds_differ_and_arms_of_a_seed_begin_alike(spans: RankerSpans) -> None
     assert not torch.equal(state(None, 0), state(None, 1))
 
 
-def test_weights_of_another_feature_spec_are_refused(
-    spans: RankerSpans, trained: tuple[Ranker, Path], tmp_path: Path
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda spec: spec["tables"]["ad"].pop(),
+        lambda spec: spec["tables"]["ad"].reverse(),
+        lambda spec: spec["mean"].reverse(),
+        lambda spec: spec["config"].update(history_length=5),
+        lambda spec: spec.update(semantic_ids="others"),
+    ],
+    ids=["fewer ids", "other ids", "other means", "other features", "other semantic IDs"],
+)
+def test_weights_with_another_feature_spec_are_refused(
+    trained: tuple[Ranker, Path], tmp_path: Path, change: Callable[[dict], None]
 ) -> None:
+    """Those of the same shapes too, which the weights would fit."""
     directory = tmp_path / "mixed"
     shutil.copytree(trained[1], directory)
     spec = json.loads((directory / SPEC).read_text())
-    spec["tables"]["ad"].pop()
+    change(spec)
     (directory / SPEC).write_text(json.dumps(spec))
-    with pytest.raises(LineageError, match="size mismatch"):
+    with pytest.raises(LineageError, match="keep the files of one ranker together"):
         Ranker.load(directory)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +11,11 @@ import pytest
 import torch
 
 import ranking.serving as serving
-from data.errors import UserError
+from data.errors import LineageError, UserError
 from ranking.config import MODELS
 from ranking.features import FeatureBuilder
 from ranking.prior import GROUPS
-from ranking.ranker import Ranker, RankerSpans, build_module
+from ranking.ranker import SPEC, Ranker, RankerSpans, build_module
 from ranking.serving import PROGRAM, ServedRanker, export
 from ranking.spec import FeatureSpec
 from tests.logs import tiny_log
@@ -68,4 +70,17 @@ def test_a_damaged_export_is_an_error_that_says_so(spans: RankerSpans, tmp_path:
     else:
         program.write_bytes(program.read_bytes()[:200])
     with pytest.raises(UserError, match="export the ranker again"):
+        ServedRanker.load(tmp_path / "served")
+
+
+@pytest.mark.parametrize("name", [PROGRAM, SPEC])
+def test_files_of_two_exports_are_not_served_together(spans: RankerSpans, tmp_path: Path, name: str) -> None:
+    """Though the shapes are the same."""
+    ranker = ranker_of(spans, "logistic")
+    export(ranker, tmp_path / "served")
+    ids = {table: ids[::-1] for table, ids in ranker.spec.tables.items()}
+    ranker.module.intercept.fill_(0.3)
+    export(replace(ranker, spec=replace(ranker.spec, tables=ids)), tmp_path / "other")
+    shutil.copy(tmp_path / "other" / name, tmp_path / "served" / name)
+    with pytest.raises(LineageError, match=f"another {name} than serving.json"):
         ServedRanker.load(tmp_path / "served")
