@@ -128,8 +128,16 @@ class TableForecast:
             dense = self.log_probs(pairs[0, part], pairs[1, part]).astype(np.float64)
             found, as_of = row_P[part] >= 0, as_of_P[part]
             anchor = dense if self.arm == "anchor" else self.base.log_probs(pairs[0, part], as_of)
-            top = self.table.advertiser_RK.shape[1]
-            said = distribution_features(dense, anchor, self.base.trie, top=top, row_N=local, advertiser_N=advertiser)
+            beam_BK = np.where(found[:, None], self.table.advertiser_RK[row_P[part]], -1)
+            said = distribution_features(
+                dense,
+                anchor,
+                self.base.trie,
+                top=beam_BK.shape[1],
+                beam_BK=beam_BK if self.arm == "lm" else None,
+                row_N=local,
+                advertiser_N=advertiser,
+            )
             for name, column in said.items():
                 values[name][rows] = column
             values["prior_age"][rows] = (pairs[1, part] - as_of)[local]
@@ -211,6 +219,7 @@ def distribution_features(
     trie: Trie,
     *,
     top: int,
+    beam_BK: NDArray[np.integer] | None = None,
     row_N: NDArray[np.integer],
     advertiser_N: NDArray[np.integer],
 ) -> dict[str, NDArray[np.float64]]:
@@ -220,7 +229,8 @@ def distribution_features(
         log_prob_BA: log-probability of every advertiser.
         anchor_BA: what the lift is against.
         trie: of the semantic IDs.
-        top: advertisers that a forecast names; the mass covered is theirs.
+        top: advertisers that a forecast names where it has no beam: the likeliest ones.
+        beam_BK: advertisers that a beam found, -1 pads; these are named, and the mass covered is theirs.
         row_N: distribution that each row asks.
         advertiser_N: advertiser that it asks for.
 
@@ -232,6 +242,11 @@ def distribution_features(
     np.put_along_axis(rank_BA, order_BA, np.arange(log_prob_BA.shape[1])[None], axis=1)
     prob_BA = np.exp(log_prob_BA)
     rank_N = rank_BA[row_N, advertiser_N]
+    named_BA = rank_BA < top
+    if beam_BK is not None:
+        named_BA = np.zeros((len(rank_BA), rank_BA.shape[1] + 1), np.bool_)  # the last column is that of the padding
+        np.put_along_axis(named_BA, beam_BK, True, axis=1)
+        named_BA = named_BA[:, :-1]
     prefixes = {
         prefix_feature(depth): np.log(trie.node_mass(prob_BA, depth)[row_N, trie.path_AL[advertiser_N, depth - 1]])
         for depth in range(1, trie.n_levels)
@@ -240,9 +255,9 @@ def distribution_features(
         "prior_log_prob": log_prob_BA[row_N, advertiser_N],
         "prior_lift": (log_prob_BA - anchor_BA)[row_N, advertiser_N],
         "prior_rank": np.log1p(rank_N),
-        "prior_in_beam": (rank_N < top).astype(np.float64),
+        "prior_in_beam": named_BA[row_N, advertiser_N].astype(np.float64),
         "prior_entropy": -(prob_BA * log_prob_BA).sum(1)[row_N],
-        "prior_mass": np.where(rank_BA < top, prob_BA, 0.0).sum(1)[row_N],
+        "prior_mass": np.where(named_BA, prob_BA, 0.0).sum(1)[row_N],
         **prefixes,
     }
 

@@ -3,10 +3,10 @@
     probability    chance of the advertiser, and its logarithm
     lift           log-probability against the tuned anchor's
     rank           its place in the forecast, as log(1 + place)
-    in_beam        whether the forecast names it
+    in_beam        whether the LM's beam found it; of the anchor, whether it is among as many of the likeliest
     prefixes       log-probability of each prefix of its semantic ID, one column a level
     entropy        of the whole forecast: how sure it is of this user
-    mass           probability of all advertisers that the forecast names
+    mass           probability of all advertisers that are in the beam
     age            periods since the forecast was made
     interests      log-probability of the ad's category among the user's interests, where the forecaster has any
 

@@ -286,6 +286,25 @@ def test_back_off_keeps_what_was_decoded_and_shares_the_rest_by_the_anchor(fitte
     )
 
 
+def test_in_beam_are_the_advertisers_that_were_decoded_whatever_the_back_off_gives_others(
+    fitted: Fitted, table: PriorTable
+) -> None:
+    row, n = 4, len(fitted.log.advertiser_ids)
+    beam = table.advertiser_RK[row].copy()
+    beam[1:] = np.setdiff1d(np.arange(n), beam)[: len(beam) - 1][::-1]  # as a narrow beam may leave likely ones out
+    beam[-1] = -1
+    advertiser_RK = table.advertiser_RK.copy()
+    advertiser_RK[row] = beam
+    narrow = replace(table, advertiser_RK=advertiser_RK)
+    user, period, every = np.full(n, table.user_R[row]), np.full(n, table.period_R[row]), np.arange(n)
+    lm, anchor = (TableForecast(narrow, fitted.prior.base, arm=arm) for arm in ("lm", "anchor"))
+    said = lm.features(user, period, every)
+    assert set(np.flatnonzero(said["prior_in_beam"])) == set(beam[beam >= 0])
+    np.testing.assert_allclose(said["prior_mass"], np.exp(said["prior_log_prob"][beam[beam >= 0]]).sum(), rtol=1e-5)
+    likeliest = anchor.features(user, period, every)
+    np.testing.assert_array_equal(likeliest["prior_in_beam"], np.expm1(likeliest["prior_rank"]).round() < len(beam))
+
+
 def test_a_request_takes_the_newest_forecast_before_it(fitted: Fitted, table: PriorTable) -> None:
     user = table.user_R[:1]
     rows = [table.find(user, np.array([period]))[0] for period in (6, 7, 8, 9, 99)]
