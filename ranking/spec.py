@@ -2,7 +2,8 @@
 
 Fitted on the training rows alone and saved with the ranker. An id that was rare or absent in training
 shares row 0 of its table. What is unknown takes the training mean, with a flag of its own beside it, and
-what was constant in training is zero for ever.
+what was constant in training is zero for ever: so is the flag of what training knew of every row. Where a forecast
+covered all training rows, a row without one later is an average one in all prior features, and no flag tells it apart.
 
 Shapes: N rows, F dense features, U ids of the log.
 """

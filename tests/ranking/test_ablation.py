@@ -105,6 +105,18 @@ def test_a_segment_without_rows_is_left_out(spans: RankerSpans, monkeypatch: pyt
     assert {row.segment for row in compare(spans, {"none": [probability]}, CFG)} == {"all"}
 
 
+@pytest.mark.parametrize("label", [0.0, 1.0])
+def test_a_span_of_one_class_has_a_loss_and_no_auc(spans: RankerSpans, label: float) -> None:
+    rows = spans.evaluation.rows
+    one_class = replace(rows, label_NT=np.full_like(rows.label_NT, label))
+    probability = np.random.default_rng(0).uniform(0.01, 0.5, (len(rows), 1))
+    of_class = replace(spans, evaluation=replace(spans.evaluation, rows=one_class))
+    figures = compare(of_class, {"none": [probability], "lm": [probability]}, replace(CFG, seeds=[0]))
+    known = {row.metric for row in figures if np.isfinite(row.value)}
+    assert known == {"log_loss", "ece"} | ({"pr_auc"} if label else set())  # all of a list of conversions are right
+    assert {row.metric for row in figures} == set(METRICS)
+
+
 def test_in_the_shuffle_everybody_has_the_forecast_of_somebody_else(spans: RankerSpans) -> None:
     forecast = tastes(spans.log)
     users = np.array([3, 8, 5, 41, 3])

@@ -21,9 +21,9 @@ from ranking.features import FeatureBuilder
 from ranking.metrics import Sample, evaluate
 from ranking.prior import GROUPS
 from ranking.rank import influences, rank
-from ranking.ranker import SPEC, WEIGHTS, ArmRows, Ranker, RankerSpans, train_ranker
+from ranking.ranker import SPEC, WEIGHTS, ArmRows, Ranker, RankerSpans, predict, train_ranker
 from tests.logs import tiny_log
-from tests.ranking.common import tastes, tiny_ids, tiny_ranker
+from tests.ranking.common import KnownForecast, tastes, tiny_ids, tiny_ranker
 
 CFG = tiny_ranker()
 
@@ -173,6 +173,45 @@ def test_another_artifact_is_no_ranker(tmp_path: Path) -> None:
     Manifest(kind="two_tower", key="k").write(tmp_path)
     with pytest.raises(UserError, match="holds two_tower"):
         Ranker.load(tmp_path)
+
+
+@pytest.mark.parametrize("covered", ["everybody", "half of the users"])
+def test_on_a_day_whose_users_have_no_forecast_its_features_are_at_their_training_mean(
+    spans: RankerSpans, tmp_path: Path, covered: str
+) -> None:
+    """With the flag set where training had users without; where it had none, the flag was constant and is silent."""
+    forecast, users = tastes(spans.log), np.arange(len(spans.log.user_ids))
+    cfg = replace(CFG, learning_rate=1e-2)
+    of_training = KnownForecast(
+        forecast.log_prob_UA, covered=np.full(len(users), True) if covered == "everybody" else users % 2 == 0
+    )
+    rows = ArmRows.of(spans, of_training, cfg)
+    ranker = train_ranker(rows, seed=0, cfg=cfg, directory=tmp_path / "lm-0")
+    nobody = KnownForecast(forecast.log_prob_UA, covered=np.zeros(len(users), bool))
+    day = spans.evaluation.with_prior(nobody, GROUPS)
+    design, flag = ranker.spec.apply(day), ranker.spec.dense.index("prior_missing")
+    prior = np.array([name.startswith("prior_") for name in ranker.spec.dense])
+    prior[flag] = False
+    assert (design.dense_NF[:, prior] == 0).all()
+    assert (design.dense_NF[:, flag] > 0).all() == (covered != "everybody")
+    probability = ranker.probabilities(day)
+    told = evaluate(Sample.of(day.rows.label, day.rows.weight, day.rows.user, draws=1, seed=0), probability)
+    assert told["auc"][0] > 0.55
+    actual = np.average(day.rows.label, weights=day.rows.weight)
+    assert np.average(probability, weights=day.rows.weight) == pytest.approx(actual, rel=0.5)
+
+
+def test_batches_and_a_stopping_day_of_one_class_are_learned_from(spans: RankerSpans, tmp_path: Path) -> None:
+    """Many a batch of sixteen holds no conversion; a day without one says nothing of the level, which stays."""
+    cfg = tiny_ranker(model="logistic", batch_size=16, trainer=replace(CFG.trainer, max_epochs=1))
+    rows = ArmRows.of(spans, None, cfg)
+    stop = replace(rows.stop, label_NT=np.zeros_like(rows.stop.label_NT))
+    ranker = train_ranker(replace(rows, stop=stop), seed=0, cfg=cfg, directory=tmp_path / "none-0")
+    assert ranker.module.intercept.tolist() == [0.0]
+    assert np.isfinite(Manifest.read(tmp_path / "none-0").metrics["val_loss"])
+    day = spans.evaluation.rows
+    sample = Sample.of(day.label, day.weight, day.user, draws=1, seed=0)
+    assert evaluate(sample, predict(ranker.module, rows.evaluation)[:, 0])["auc"][0] > 0.6
 
 
 def test_a_request_is_ranked_by_probability(spans: RankerSpans, trained: tuple[Ranker, Path]) -> None:
