@@ -149,7 +149,7 @@ def stages() -> list[Stage[AdsidConfig]]:
             },
             make_ranker,
             ("auc", "rankers"),
-            version=3,
+            version=4,
         ),
         Stage(
             "report",
@@ -175,6 +175,7 @@ def ablations() -> list[Stage[AdsidConfig]]:
             },
             make_ranker_ablation,
             ("rankers",),
+            version=2,
         )
     ]
 

@@ -309,6 +309,36 @@ def test_an_ablation_of_the_ranker_reads_the_run_and_makes_each_ranker_once(fini
     shutil.rmtree(directory)
 
 
+def test_two_processes_train_the_rankers_of_a_run(finished: Path, source: str, tmp_path: Path) -> None:
+    """``torchrun --nproc-per-node 2 train.py stage=ranker strategy=torchrec`` leaves ordinary rankers."""
+    directory, root = tmp_path / "run", Path(__file__).parents[2]
+    shutil.copytree(finished, directory)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    overrides = [
+        "stage=ranker",
+        "strategy=torchrec",
+        *TINY,
+        source,
+        f"run.dir={directory}",
+        "ranker.shuffled_control=false",
+    ]
+    done = subprocess.run(
+        [*torchrun, "train.py", *overrides],
+        cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(path.name for path in (directory / "ranker" / "rankers").iterdir()) == ["anchor-0", "lm-0", "none-0"]
+    assert Manifest.read(directory / "ranker").config["ranker"]["strategy"] == "torchrec"
+    auc = {
+        row["arm"]: row["value"]
+        for row in figures(directory / "ranker")
+        if (row["metric"], row["segment"]) == ("auc", "all")
+    }
+    assert all(0.5 < auc[arm] < 1 for arm in ("none", "anchor", "lm"))
+    told = CliRunner().invoke(cli.app, ["rank", str(directory), "--user", "u003", "--top", "1"])
+    assert told.exit_code == 0, told.output
+
+
 def test_an_ablation_without_forecasts_says_what_to_run(tmp_path: Path, source: str) -> None:
     told = CliRunner().invoke(cli.app, ["ablate", "ranker", *TINY, source, f"run.dir={tmp_path}"])
     assert told.exit_code == USER_MISTAKE

@@ -20,12 +20,13 @@ from models.dlrm import DLRM, DLRMConfig
 from models.pointwise import PointwiseModule
 from models.sharded import as_leader_says, join_processes, shard
 from models.training import rank_of_world
-from ranking.features import FeatureBuilder
-from ranking.ranker import RankerSpans
 from tests.logs import tiny_log
 from tests.models.test_dlrm import TABLES, random_sparse
-from tests.ranking.common import tiny_ids
-from tests.ranking.sharded_case import CFG, train
+from tests.ranking.sharded_case import OTHERS, train
+
+RUNS = [
+    f"{processes}{what}" for processes in ("one", "both") for what in ("", "_killed", *(f"_{name}" for name in OTHERS))
+]
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +41,14 @@ def alone() -> Iterator[None]:
 def directory(alone: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of one process and of two, undisturbed, and killed and resumed by the others."""
     root = tmp_path_factory.mktemp("sharded")
-    for name in ("one", "one_killed", "both", "both_killed", "log"):
+    for name in (*RUNS, "log"):
         (root / name).mkdir()
     log = tiny_log(root / "log")
-    spans = RankerSpans.of(FeatureBuilder(log, tiny_ids(log), CFG.features), None)
-    train(spans, root / "one")
+    train(log, root / "one")
     with suppress(KeyboardInterrupt, SystemExit):
-        train(spans, root / "one_killed", die_in_epoch=1)
+        train(log, root / "one_killed", die_in_epoch=1)
+    for name, cfg in OTHERS.items():
+        train(log, root / f"one_{name}", cfg)
     assert not (root / "one_killed" / "ranker").exists()
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
@@ -56,7 +58,7 @@ def directory(alone: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert not (root / "both_killed" / "ranker").exists()
-    train(spans, root / "both_killed")
+    train(log, root / "both_killed")
     return root
 
 
@@ -70,12 +72,13 @@ def probabilities(directory: Path) -> NDArray[np.float64]:
     return found
 
 
-def test_two_processes_take_the_steps_of_one(directory: Path) -> None:
-    one, both = losses(directory / "one"), losses(directory / "both")
-    assert len(one) == len(both) > 10
-    np.testing.assert_allclose(both, one, atol=1e-4)
-    assert one[-1] < one[0]
-    np.testing.assert_allclose(probabilities(directory / "both"), probabilities(directory / "one"), atol=1e-4)
+@pytest.mark.parametrize("ranker", ["", *(f"_{name}" for name in OTHERS)], ids=["dlrm", *OTHERS])
+def test_two_processes_take_the_steps_of_one(directory: Path, ranker: str) -> None:
+    one, both = directory / f"one{ranker}", directory / f"both{ranker}"
+    assert len(losses(one)) == len(losses(both)) > 10
+    np.testing.assert_allclose(losses(both), losses(one), atol=1e-4)
+    assert losses(one)[-1] < losses(one)[0]
+    np.testing.assert_allclose(probabilities(both), probabilities(one), atol=1e-4)
 
 
 @pytest.mark.parametrize("killed", ["one_killed", "both_killed"])
@@ -87,7 +90,7 @@ def test_the_others_go_on_from_a_checkpoint_as_if_nothing_had_been(directory: Pa
 
 
 def test_nothing_is_left_but_the_ranker(directory: Path) -> None:
-    for name in ("one", "both", "one_killed", "both_killed"):
+    for name in RUNS:
         left = {path.name for path in (directory / name).iterdir()}
         assert left == {"ranker", "losses.json", "probabilities.npy"}
 
