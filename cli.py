@@ -27,7 +27,7 @@ app.add_typer(priors.app)
 app.add_typer(ablate.app)
 app.add_typer(bench.app)
 app.command(epilog=tune.EPILOG)(tune.tune)
-app.command(epilog="Example:\n\n  adsid rank runs/quickstart --user 1")(rank.rank)
+app.command(epilog="Example:\n\n  adsid rank --user 1")(rank.rank)
 app.command(epilog="Example:\n\n  adsid export runs/quickstart --out serving")(rank.export)
 
 

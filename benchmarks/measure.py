@@ -29,13 +29,14 @@ def row(name: str, value: float, unit: str, *, ratio: float | None = None) -> No
     print(json.dumps(fields), flush=True)
 
 
-def in_own_process(module: str, case: str, argument: str) -> dict[str, float]:
+def in_own_process(module: str, case: str, argument: str, *, processes: int = 1) -> dict[str, float]:
     """Run one case of a benchmark alone, so that its peak memory is its own.
 
     Args:
         module: of the benchmark, whose ``main`` calls `serve`.
         case: name of the case.
         argument: handed to it.
+        processes: several are started by ``torchrun``; the figures are those of one of them.
 
     Returns:
         Its figures, ``seconds`` and ``peak_gib`` among them.
@@ -43,7 +44,8 @@ def in_own_process(module: str, case: str, argument: str) -> dict[str, float]:
     Raises:
         RuntimeError: the case failed.
     """
-    command = [sys.executable, "-m", module, _CHILD, case, argument]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *(torchrun if processes > 1 else ()), "-m", module, _CHILD, case, argument]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}")

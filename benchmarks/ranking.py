@@ -2,6 +2,7 @@
 
     python -m benchmarks.ranking              everything
     python -m benchmarks.ranking 200000       rows of the training measurements; else 400,000
+    python -m benchmarks.ranking processes 5  the ranker of two processes against that of one, with so many seeds
 
 Made-up rows of the shapes of The Complete Journey's ranker: 60 numbers, nine sparse features, tables of up to 50,000
 rows. Prints one JSON object a row. Rows with ``ratio`` compare two sides that take turns, a slice of batches each:
@@ -9,7 +10,9 @@ rows. Prints one JSON object a row. Rows with ``ratio`` compare two sides that t
     end to end / bare step      batches from Parquet, shuffled and read ahead, against batches in memory
     DLRM / plain DLRM           TorchRec's modules against ``nn.EmbeddingBag`` and linear layers of the same shapes
 
-The peak memory is that of one pass over 1M and 10M stored rows, each in a process of its own.
+The peak memory is that of one pass over 1M and 10M stored rows, each in a process of its own. Two processes and one
+train the sharded DLRM on a simulated log; their figures of the validation span are paired by the seed, and ``ratio`` is
+the largest difference over the standard deviation of the seeds of one process.
 
 Shapes: N rows, B rows of a batch, N dense and F sparse features.
 """
@@ -27,15 +30,27 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from benchmarks.measure import in_own_process, row, serve
+from data.config import DataConfig
+from data.log import load_log
+from data.prepare import prepare
 from models.dlrm import DLRM, DLRMConfig
 from models.pointwise import PointwiseModule, RankerBatch, SparseTable, denormals_as_zero
+from models.sharded import join_processes
+from models.training import TrainerConfig, rank_of_world
+from pipeline.config import compose
 from pipeline.quiet import quiet_libraries
+from ranking.config import SHARDED, RankerConfig
+from ranking.features import FeatureBuilder
+from ranking.metrics import Sample, evaluate
+from ranking.ranker import ArmRows, RankerSpans, predict, train_ranker
 from ranking.rows import Bags, Design
 from ranking.stored import BLOCK_ROWS, AheadLoader, BlockShuffle, StoredRows, batch_of, write_rows
+from semantic_ids.advertiser_ids import AdvertiserIds
 
 N_DENSE, BATCH = 60, 512
 TABLES = (
@@ -77,6 +92,51 @@ def main(rows: int) -> None:
         row(f"ranking: reading {millions}M stored rows", millions * 1e6 / figures["reading"], "rows/s")
         row(f"ranking: peak memory over {millions}M rows", figures["gib"], "GiB")
     row("ranking: peak memory at 10M rows against 1M", peak[10], "GiB", ratio=peak[10] / peak[1])
+
+
+def processes(seeds: int) -> None:
+    """Train with one process and with two, and print how far apart they are."""
+    with TemporaryDirectory() as directory:
+        data = Path(directory) / "data"
+        data.mkdir()
+        prepare(_simulated(), data)
+        one, two = (
+            in_own_process("benchmarks.ranking", "train", f"{seeds}:{directory}", processes=number) for number in (1, 2)
+        )
+    for metric in ("auc", "log_loss"):
+        first, second = (np.array([figures[f"{metric}-{seed}"] for seed in range(seeds)]) for figures in (one, two))
+        apart, spread = float(np.abs(second - first).max()), float(first.std(ddof=1))
+        row(f"ranking: {metric} by one process, mean of {seeds} seeds", first.mean(), metric)
+        row(f"ranking: {metric} by two processes", second.mean(), metric)
+        row(f"ranking: {metric}, standard deviation of the seeds", 1e6 * spread, "1e-6")
+        row(f"ranking: {metric}, largest difference of a seed", 1e6 * apart, "1e-6", ratio=apart / spread)
+
+
+def _simulated() -> DataConfig:
+    return compose(["data=simulator", "data.simulator.users=2000"]).data
+
+
+def _train(argument: str) -> dict[str, Any]:
+    """Figures of each seed's ranker on the validation span, trained by all processes of the group."""
+    seeds, directory = argument.split(":", 1)
+    quiet_libraries()
+    join_processes()
+    log = load_log(Path(directory) / "data", _simulated(), evaluate="validation")
+    number = np.arange(len(log.advertiser_ids))
+    codes_AL = np.stack([number // 32, number % 32], axis=1)
+    ids = AdvertiserIds(log.advertiser_ids, codes_AL, [np.zeros((size, 1), np.float32) for size in codes_AL.max(0) + 1])
+    cfg = RankerConfig(strategy=SHARDED, trainer=TrainerConfig(max_epochs=3, patience=None, progress_bar=False))
+    spans = RankerSpans.of(FeatureBuilder(log, ids, cfg.features), None)
+    rows, shown, figures = ArmRows.of(spans, None, cfg), spans.evaluation.rows, {}
+    sample = Sample.of(shown.label, shown.weight, shown.user, draws=1, seed=0)
+    for seed in range(int(seeds)):
+        place = Path(directory) / f"{rank_of_world()[1]}-processes" / str(seed)
+        place.parent.mkdir(exist_ok=True)
+        ranker = train_ranker(rows, seed=seed, cfg=cfg, directory=place)
+        told = evaluate(sample, predict(ranker.module, rows.evaluation)[:, 0])
+        figures |= {f"{metric}-{seed}": float(told[metric][0]) for metric in ("auc", "log_loss")}
+    dist.destroy_process_group()
+    return figures
 
 
 class PlainDLRM(nn.Module):
@@ -202,5 +262,7 @@ def _pass(argument: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    if not serve({"pass": _pass}):
+    if sys.argv[1:2] == ["processes"]:
+        processes(int(sys.argv[2]) if len(sys.argv) > 2 else 5)
+    elif not serve({"pass": _pass, "train": _train}):
         main(int(sys.argv[1]) if len(sys.argv) > 1 else 400_000)

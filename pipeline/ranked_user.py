@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,9 @@ from pipeline.verdict import number
 from ranking.rank import Influence, influences, rank
 from ranking.ranker import Ranker
 
+_NAMES = 3
+"""Ids of one feature that the terminal shows."""
+
 
 @dataclass(frozen=True)
 class RankedAd:
@@ -27,13 +30,15 @@ class RankedAd:
     Attributes:
         place: from 1.
         ad, advertiser: ids of the tables; no advertiser for None.
+        name: of the advertiser, where the tables have one.
         probability: of a conversion.
-        influences: the features that matter most to it.
+        influences: the features that matter most to it; of sparse ones the values as the tables name them.
     """
 
     place: int
     ad: str
     advertiser: str | None
+    name: str | None
     probability: float
     influences: list[Influence]
 
@@ -76,7 +81,7 @@ def ranker_of(directory: Path, *, arm: str, seed: int | None) -> Ranker:
 
 
 def _config(directory: Path) -> AdsidConfig:
-    return configuration.load_run(directory, action="give a run, e.g. runs/quickstart")
+    return configuration.load_run(directory, action="give a finished run, or make one with `adsid run`")
 
 
 def rank_user(opened: OpenRanker, user: str, *, period: int | None, top: int, features: int) -> RankedUser:
@@ -102,8 +107,16 @@ def rank_user(opened: OpenRanker, user: str, *, period: int | None, top: int, fe
         if len(ads):
             ranking = rank(opened.ranker, opened.builder, opened.forecast, ads, user=index, market=market, period=when)
             why = influences(opened.ranker, ranking, candidates=top, features=features)
+            names = _Names(opened, user)
             shown = [
-                RankedAd(place, str(log.ad_ids[ad]), _advertiser(opened, ad), float(chance), reasons)
+                RankedAd(
+                    place,
+                    ad=str(log.ad_ids[ad]),
+                    advertiser=names.advertiser_id(ad),
+                    name=names.of_advertiser(ad),
+                    probability=float(chance),
+                    influences=[names.readable(reason, ad) for reason in reasons],
+                )
                 for place, (ad, chance, reasons) in enumerate(
                     zip(ranking.ad_N[:top].tolist(), ranking.probability_N[:top], why, strict=True), 1
                 )
@@ -124,16 +137,55 @@ def to_console(ranked: RankedUser) -> Group:
     table.add_column(Text("what matters: value (change of the log-odds)", style="dim"))
     for ad in ranked.ads:
         reasons = ", ".join(_reason(influence) for influence in ad.influences)
-        table.add_row(str(ad.place), ad.ad, ad.advertiser or "", f"{ad.probability:.4f}", Text(reasons))
+        table.add_row(str(ad.place), ad.ad, ad.name or ad.advertiser or "", f"{ad.probability:.4f}", Text(reasons))
     head = f"market {ranked.market}, period {ranked.period}: {len(ranked.ads)} of {ranked.candidates} ads"
     return Group(Text(head), table)
 
 
 def _reason(influence: Influence) -> str:
-    value = "" if influence.value is None else f" {number(influence.value, 2)}"
-    return f"{influence.feature}{value} ({number(influence.effect, 2, signed=True)})"
+    value = influence.value
+    if isinstance(value, list):
+        more = f" and {len(value) - _NAMES} more" if len(value) > _NAMES else ""
+        told = f" {', '.join(str(one) or 'none' for one in value[:_NAMES])}{more}" if value else " none"
+    else:
+        told = "" if value is None else f" {number(value, 2)}"
+    return f"{influence.feature}{told} ({number(influence.effect, 2, signed=True)})"
 
 
-def _advertiser(opened: OpenRanker, ad: int) -> str | None:
-    index = int(opened.log.ad_advertiser[ad])
-    return str(opened.log.advertiser_ids[index]) if index >= 0 else None
+class _Names:
+    """What ids are called.
+
+    Args:
+        opened: the ranker with its log.
+        user: the id that was asked for; a ranker knows its hash.
+    """
+
+    def __init__(self, opened: OpenRanker, user: str) -> None:
+        self.log, self.ids, self.user = opened.log, opened.builder.ids, user
+        advertisers = self.log.tables.advertisers
+        given = advertisers["name"].to_list() if "name" in advertisers.columns else [None] * len(advertisers)
+        self.names = dict(zip(self.log.advertiser_ids.tolist(), given, strict=True))
+
+    def advertiser_id(self, ad: int) -> str | None:
+        index = int(self.log.ad_advertiser[ad])
+        return str(self.log.advertiser_ids[index]) if index >= 0 else None
+
+    def of_advertiser(self, ad: int) -> str | None:
+        index = int(self.log.ad_advertiser[ad])
+        return self.names[self.log.advertiser_ids[index].item()] if index >= 0 else None
+
+    def readable(self, influence: Influence, ad: int) -> Influence:
+        """The same with names for ids: advertisers by name, the user as asked for, a semantic ID by its codes."""
+        ids = influence.value
+        if not isinstance(ids, list):
+            return influence
+        match influence.feature:
+            case "user":
+                names: list[int | str] = [self.user]
+            case "advertiser" | "history":
+                names = [self.names[one] or one for one in ids]
+            case "semantic_id":
+                names = list(self.ids.tokens(int(self.log.ad_advertiser[ad]))) if ids else []
+            case _:
+                names = ids
+        return replace(influence, value=names)

@@ -44,12 +44,12 @@ class Influence:
 
     Attributes:
         feature: its name.
-        value: of a number, before scaling; None for ids and for what is unknown.
+        value: a number before scaling, None where unknown; of ids, those of the bag.
         effect: log-odds with it minus log-odds without it.
     """
 
     feature: str
-    value: float | None
+    value: float | list[int | str] | None
     effect: float
 
 
@@ -85,13 +85,16 @@ def influences(ranker: Ranker, ranking: Ranking, *, candidates: int, features: i
         log_odds_C = np.log(chance_C) - np.log1p(-chance_C)
         effect = log_odds_C[-1] - log_odds_C[:-1]
         top = [n for n in np.argsort(-np.abs(effect), kind="stable")[:features].tolist() if effect[n] != 0]
-        found.append([Influence(names[n], _known(ranking.dense, names[n], place), float(effect[n])) for n in top])
+        found.append([Influence(names[n], _value(ranking.features, names[n], row), float(effect[n])) for n in top])
     return found
 
 
-def _known(dense: dict[str, NDArray[np.float32]], name: str, place: int) -> float | None:
-    value = float(dense[name][place]) if name in dense else float("nan")
-    return None if np.isnan(value) else value
+def _value(features: Features, name: str, row: int) -> float | list[int | str] | None:
+    if name in features.dense:
+        value = float(features.dense[name][row])
+        return None if np.isnan(value) else value
+    feature = features.sparse[name]
+    return [feature.ids[position] for position in feature.bags.of_rows(np.array([row]))[0].tolist()]
 
 
 def rank(

@@ -10,14 +10,16 @@ import typer
 from pipeline.commands.terminal import Debug, guarded, print_json
 
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a finished run.")]
+DEFAULT_RUN = Path("runs/quickstart")
+"""Where `adsid run` without an override leaves its run."""
 Arm = Annotated[str, typer.Option(help="Arm of the ranker: none, anchor or lm.")]
 Seed = Annotated[int | None, typer.Option(help="Its seed; the first of the run where none is given.")]
 
 
 def rank(
     context: typer.Context,
-    directory: RunDirectory,
     user: Annotated[str, typer.Option(metavar="U", help="Id of the user in the tables.")],
+    directory: RunDirectory = DEFAULT_RUN,
     period: Annotated[int | None, typer.Option(help="Period of the visit; the last known one else.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Ads to show.")] = 10,
     features: Annotated[int, typer.Option(min=0, help="Features to show of each ad.")] = 4,
@@ -45,8 +47,8 @@ def rank(
 
 def export(
     context: typer.Context,
-    directory: RunDirectory,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.")],
+    directory: RunDirectory = DEFAULT_RUN,
     arm: Arm = "lm",
     seed: Seed = None,
     debug: Debug = False,

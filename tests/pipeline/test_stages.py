@@ -355,6 +355,16 @@ def test_a_users_ads_are_ranked_and_the_ranker_is_exported(finished: Path, tmp_p
     ads = json.loads(listed.stdout)["ads"]
     assert ads[0]["probability"] >= ads[1]["probability"]
     assert all(reason["effect"] for ad in ads for reason in ad["influences"])
+    every = runner.invoke(
+        cli.app, ["rank", str(finished), "--user", "u003", "--top", "1", "--features", "99", "--json"]
+    )
+    best = json.loads(every.stdout)["ads"][0]
+    told_of = {reason["feature"]: reason["value"] for reason in best["influences"]}
+    assert told_of["user"] == ["u003"]  # the ranker itself knows a hash
+    assert told_of["advertiser"] == [best["name"]] == [f"advertiser {int(best['advertiser']) - 100}"]
+    assert all(name.startswith("advertiser ") for name in told_of["history"])
+    assert [token[:6] for token in told_of["semantic_id"][:2]] == ["<adv_1", "<adv_2"]
+    assert isinstance(told_of["user_purchases"], float)
     exported = runner.invoke(cli.app, ["export", str(finished), "--out", str(tmp_path / "served")])
     assert exported.exit_code == 0, exported.output
     assert (tmp_path / "served" / "ranker.pt2").exists()
@@ -373,6 +383,15 @@ def test_what_cannot_be_ranked_is_told(finished: Path, arguments: list[str], mes
     told = CliRunner().invoke(cli.app, ["rank", str(finished), *arguments])
     assert told.exit_code == USER_MISTAKE
     assert message in told.output
+
+
+def test_a_folder_that_is_no_run_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for where, name in (([], "runs/quickstart"), ([str(tmp_path)], tmp_path.name)):
+        told = CliRunner().invoke(cli.app, ["rank", *where, "--user", "u003"])
+        assert told.exit_code == USER_MISTAKE
+        assert f"{name}\nexpected: a run directory" in told.output
+        assert "adsid run" in told.output
 
 
 def test_stacks_compete_on_simulated_data_alone(finished: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from priors.forecast import PRIOR_FEATURES
 from ranking.ablation import SHUFFLED, RememberedForecast, ShuffledForecast, compare, grid, run_ablation, segments
 from ranking.config import MODELS, AblationConfig
 from ranking.features import FeatureBuilder
-from ranking.metrics import METRICS
+from ranking.metrics import METRICS, Sample, evaluate
 from ranking.prior import GROUPS
 from ranking.ranker import RankerSpans
 from tests.logs import tiny_log
@@ -96,6 +96,19 @@ def test_segments_are_what_they_say(spans: RankerSpans) -> None:
         same = own & (log.events.advertiser == rows.advertiser[n]) & (log.events.period < rows.period[n])
         assert found["new"][n] == (not same.any())
     assert 0.2 < len(np.unique(rows.user[found["sparse users"]])) / len(np.unique(rows.user)) < 0.5
+
+
+def test_figures_of_a_segment_are_those_of_its_rows_alone(spans: RankerSpans) -> None:
+    rows = spans.evaluation.rows
+    probability = np.random.default_rng(0).uniform(0.01, 0.5, len(rows))
+    figures = compare(spans, {"lm": [probability[:, None]]}, replace(CFG, seeds=[0]))
+    masks = {segment: mask_N for segment, mask_N in segments(spans).items() if mask_N.any()}
+    assert len(masks) >= 3
+    for segment, mask_N in masks.items():
+        alone = Sample.of(rows.label[mask_N], rows.weight[mask_N], rows.user[mask_N], draws=1, seed=0)
+        for metric, expected_D in evaluate(alone, probability[mask_N]).items():
+            row = find(figures, metric, "lm", segment)
+            assert (row.value, row.n) == (pytest.approx(expected_D[0]), mask_N.sum()), (metric, segment)
 
 
 def test_a_segment_without_rows_is_left_out(spans: RankerSpans, monkeypatch: pytest.MonkeyPatch) -> None:
