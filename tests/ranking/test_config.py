@@ -9,7 +9,7 @@ from models.dcn_v2 import DCNv2Config
 from models.deepfm import DeepFMConfig
 from models.dlrm import DLRMConfig
 from pipeline.config import compose
-from ranking.config import MODELS, MULTI_TASK, TASKS_SHARE, FeatureConfig, RankerConfig
+from ranking.config import MODELS, FeatureConfig, RankerConfig
 
 
 @pytest.mark.parametrize(
@@ -43,13 +43,6 @@ def test_all_problems_are_told_together() -> None:
 def test_a_ranker_is_chosen_by_its_name_alone(model: str) -> None:
     assert compose([f"ranker={model}"]).ranker.model == model
     assert compose(["experiment=smoke", f"ranker={model}"]).ranker.model == model
-
-
-@pytest.mark.parametrize("heads", MULTI_TASK)
-def test_heads_of_several_tasks_are_chosen_by_their_name_over_any_model_that_can_share(heads: str) -> None:
-    for model in TASKS_SHARE:
-        cfg = compose([f"ranker={heads}", f"ranker.model={model}"]).ranker
-        assert (cfg.model, cfg.multi_task, len(cfg.tasks)) == (model, heads, 4)
 
 
 def test_the_features_are_written_out_in_yaml() -> None:
