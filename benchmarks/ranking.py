@@ -127,7 +127,8 @@ def _train(argument: str) -> dict[str, Any]:
     ids = AdvertiserIds(log.advertiser_ids, codes_AL, [np.zeros((size, 1), np.float32) for size in codes_AL.max(0) + 1])
     cfg = RankerConfig(strategy=SHARDED, trainer=TrainerConfig(max_epochs=3, patience=None, progress_bar=False))
     spans = RankerSpans.of(FeatureBuilder(log, ids, cfg.features), None)
-    rows, shown, figures = ArmRows.of(spans, None, cfg), spans.evaluation.rows, {}
+    rows, shown = ArmRows.of(spans, None, cfg), spans.evaluation.rows
+    figures: dict[str, Any] = {}
     sample = Sample.of(shown.label, shown.weight, shown.user, draws=1, seed=0)
     for seed in range(int(seeds)):
         place = Path(directory) / f"{rank_of_world()[1]}-processes" / str(seed)

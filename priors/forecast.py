@@ -242,11 +242,7 @@ def distribution_features(
     np.put_along_axis(rank_BA, order_BA, np.arange(log_prob_BA.shape[1])[None], axis=1)
     prob_BA = np.exp(log_prob_BA)
     rank_N = rank_BA[row_N, advertiser_N]
-    named_BA = rank_BA < top
-    if beam_BK is not None:
-        named_BA = np.zeros((len(rank_BA), rank_BA.shape[1] + 1), np.bool_)  # the last column is that of the padding
-        np.put_along_axis(named_BA, beam_BK, True, axis=1)
-        named_BA = named_BA[:, :-1]
+    named_BA = rank_BA < top if beam_BK is None else _members(beam_BK, n=rank_BA.shape[1])
     prefixes = {
         prefix_feature(depth): np.log(trie.node_mass(prob_BA, depth)[row_N, trie.path_AL[advertiser_N, depth - 1]])
         for depth in range(1, trie.n_levels)
@@ -260,6 +256,13 @@ def distribution_features(
         "prior_mass": np.where(named_BA, prob_BA, 0.0).sum(1)[row_N],
         **prefixes,
     }
+
+
+def _members(beam_BK: NDArray[np.integer], *, n: int) -> NDArray[np.bool_]:
+    """Which of ``n`` advertisers are in each beam, ``(B, n)``; -1 pads a beam."""
+    member_BA = np.zeros((len(beam_BK), n + 1), np.bool_)  # the last column is that of the padding
+    np.put_along_axis(member_BA, beam_BK, True, axis=1)
+    return member_BA[:, :-1]
 
 
 def among_active(log_prob_BA: NDArray[np.floating], active_BA: NDArray[np.bool_]) -> NDArray[np.float64]:
