@@ -242,7 +242,7 @@ def distribution_features(
     np.put_along_axis(rank_BA, order_BA, np.arange(log_prob_BA.shape[1])[None], axis=1)
     prob_BA = np.exp(log_prob_BA)
     rank_N = rank_BA[row_N, advertiser_N]
-    named_BA = rank_BA < top if beam_BK is None else _members(beam_BK, n=rank_BA.shape[1])
+    named_BA = rank_BA < top if beam_BK is None else _members(beam_BK, n=log_prob_BA.shape[1])
     prefixes = {
         prefix_feature(depth): np.log(trie.node_mass(prob_BA, depth)[row_N, trie.path_AL[advertiser_N, depth - 1]])
         for depth in range(1, trie.n_levels)

@@ -341,7 +341,7 @@ def test_an_ablation_without_forecasts_says_what_to_run(tmp_path: Path, source: 
     assert "run.until=forecasts" in told.output
 
 
-def test_a_users_ads_are_ranked_and_the_ranker_is_exported(finished: Path, tmp_path: Path) -> None:
+def test_a_users_ads_are_ranked_and_the_ranker_is_exported(finished: Path, source: str, tmp_path: Path) -> None:
     runner = CliRunner()
     told = runner.invoke(cli.app, ["rank", str(finished), "--user", "u003", "--top", "3"])
     assert told.exit_code == 0, told.output
@@ -351,12 +351,13 @@ def test_a_users_ads_are_ranked_and_the_ranker_is_exported(finished: Path, tmp_p
     ads = json.loads(listed.stdout)["ads"]
     assert ads[0]["probability"] >= ads[1]["probability"]
     assert all(reason["effect"] for ad in ads for reason in ad["influences"])
-    every = runner.invoke(
-        cli.app, ["rank", str(finished), "--user", "u003", "--top", "1", "--features", "99", "--json"]
-    )
+    config = tiny(finished, source)
+    log = load_log(finished / "data", config.data, evaluate="validation")
+    known = log.user_ids[log.panel(config.prior.panel, config.prior.seed)[0]]  # to the ranker, by a hash
+    every = runner.invoke(cli.app, ["rank", str(finished), "--user", known, "--top=1", "--features=99", "--json"])
     best = json.loads(every.stdout)["ads"][0]
     told_of = {reason["feature"]: reason["value"] for reason in best["influences"]}
-    assert told_of["user"] == ["u003"]  # the ranker itself knows a hash
+    assert told_of["user"] == [known]
     assert told_of["advertiser"] == [best["name"]] == [f"advertiser {int(best['advertiser']) - 100}"]
     assert all(name.startswith("advertiser ") for name in told_of["history"])
     assert [token[:6] for token in told_of["semantic_id"][:2]] == ["<adv_1", "<adv_2"]
