@@ -392,7 +392,7 @@ BEAUTY = (
     "retrieval.pairs.sampled_negatives=2048", "retrieval.pairs.requests_per_epoch=16384",
     "retrieval.pairs.validation_requests=4096", "retrieval.pairs.recall_at=10",
     "retrieval.pairs.popularity.market_weight=0", "retrieval.pairs.popularity.decay=1.0",
-    "retrieval.trainer.max_epochs=20", "retrieval.trainer.patience=3", "retrieval.model.layers=1",
+    "retrieval.trainer.max_epochs=40", "retrieval.trainer.patience=4", "retrieval.model.layers=0",
     "retrieval.model.dropout=0.3",
 )  # fmt: skip
 TOP = 10
