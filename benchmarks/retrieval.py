@@ -67,7 +67,7 @@ N_ADS, N_ADVERTISERS, DIM, K = 1_000_000, 100_000, 64, 100
 QUERIES, CHOSEN_ADVERTISERS = 300, 50
 ROUNDS = 4
 INDEXES = {
-    "ivf": IndexConfig(kind="ivf", ivf_lists=2048, ivf_probes=96),
+    "ivf": IndexConfig(kind="ivf", ivf_lists=2048, ivf_probes=72),
     "hnsw": IndexConfig(kind="hnsw", hnsw_ef_search=192),
 }
 ROWS, PAIRS, LAYERS, STEPS = 1024**2, 32, [128, 64], 200
