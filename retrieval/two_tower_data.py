@@ -210,12 +210,10 @@ class RequestBatches:
 
     def active(self, rows_B: NDArray[np.int64]) -> ActiveLists:
         """Active ads of requests."""
-        targets = self.targets
-        key_B = targets.market[rows_B].astype(np.int64) << 32 | targets.period[rows_B]
-        _, first_L, which_B = np.unique(key_B, return_index=True, return_inverse=True)
-        market_L, period_L = targets.market[rows_B[first_L]].tolist(), targets.period[rows_B[first_L]].tolist()
-        cells = list(zip(market_L, period_L, strict=True))
-        return ActiveLists(which_B, cells, [self.log.active_ads(*cell).ad for cell in cells])
+        visits = np.stack([self.targets.market[rows_B], self.targets.period[rows_B]])
+        distinct, which_B = np.unique(visits, axis=1, return_inverse=True)
+        cells = [(market, period) for market, period in distinct.T.tolist()]
+        return ActiveLists(which_B.reshape(-1), cells, [self.log.active_ads(*cell).ad for cell in cells])
 
 
 def popularities(
