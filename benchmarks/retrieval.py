@@ -7,8 +7,9 @@
 *ann*: 1M ads of 100,000 simulated advertisers, single queries on one thread. Bars: recall@100 of at least 0.95 against
 exact search at 20 times its speed, this code within 1.1 times FAISS's own call on the same index, and a search among
 50 advertisers within twice an unrestricted one. *candidates*: one user's candidates from three channels; bar: p99 at
-most 1.5 times the user tower's forward and FAISS's own searches. *training*: samples a second beside a two-tower of
-TorchRec's parts, trained as its ``examples/retrieval`` does, on the same tables, layers and batches; bar: as many.
+most 1.5 times the user tower's forward and FAISS's own searches; every request comes several times, and its fastest
+answer is free of what else the machine did. *training*: samples a second beside a two-tower of TorchRec's parts,
+trained as its ``examples/retrieval`` does, on the same tables, layers and batches; bar: as many.
 
 *beauty*: Amazon Beauty, leave-one-out, full ranking, beside published figures. Every model reads what was before the
 item it is asked for; constants and epochs are chosen on the last but one item, and the figures are of the last.
@@ -64,8 +65,9 @@ from retrieval.two_tower import TrainedTwoTower, build_model, index_ads, train_t
 
 N_ADS, N_ADVERTISERS, DIM, K = 1_000_000, 100_000, 64, 100
 QUERIES, CHOSEN_ADVERTISERS = 300, 50
+ROUNDS = 4
 INDEXES = {
-    "ivf": IndexConfig(kind="ivf", ivf_lists=2048, ivf_probes=96),
+    "ivf": IndexConfig(kind="ivf", ivf_lists=2048, ivf_probes=72),
     "hnsw": IndexConfig(kind="hnsw", hnsw_ef_search=192),
 }
 ROWS, PAIRS, LAYERS, STEPS = 1024**2, 32, [128, 64], 200
@@ -230,6 +232,9 @@ def candidates() -> None:
     row("candidates: p99 over user tower and raw searches", float(np.percentile(ours, 99)), "ms", ratio=float(ratio))
     ratio = np.percentile(ours, 50) / np.percentile(parts, 50)
     row("candidates: p50 over the same", float(np.percentile(ours, 50)), "ms", ratio=float(ratio))
+    fastest = [float(np.percentile(np.reshape(times, (ROUNDS, -1)).min(0), 99)) for times in (ours, parts)]
+    name = f"candidates: p99 over the same, each request's fastest of {ROUNDS}"
+    row(name, fastest[0], "ms", ratio=fastest[0] / fastest[1])
 
 
 def untrained(log: Log, codes_AL: NDArray[np.int64], cfg: TwoTowerConfig) -> TrainedTwoTower:
@@ -247,7 +252,7 @@ def _candidate_times(
     requests, embed = retriever.requests(targets), retriever.embed
     cfg = retriever.cfg
     flat, seeds_SD = towers.index._index, towers.index.vectors(np.arange(cfg.forecast.seed_advertisers, dtype=np.int32))
-    for request in requests:
+    for request in requests * ROUNDS:  # a 99th percentile of few is the work of chance
         user, market, period = request.user, request.market, request.period
         began = perf_counter()
         retriever.candidates(user, market, period, plan, forecast)
@@ -392,7 +397,7 @@ BEAUTY = (
     "retrieval.pairs.sampled_negatives=2048", "retrieval.pairs.requests_per_epoch=16384",
     "retrieval.pairs.validation_requests=4096", "retrieval.pairs.recall_at=10",
     "retrieval.pairs.popularity.market_weight=0", "retrieval.pairs.popularity.decay=1.0",
-    "retrieval.trainer.max_epochs=20", "retrieval.trainer.patience=3", "retrieval.model.layers=1",
+    "retrieval.trainer.max_epochs=40", "retrieval.trainer.patience=4", "retrieval.model.layers=0",
     "retrieval.model.dropout=0.3",
 )  # fmt: skip
 TOP = 10

@@ -188,6 +188,10 @@ def single_valued(codes_NF: Tensor, names: list[str]) -> KeyedJaggedTensor:
         keys=names,
         values=codes_NF.t().reshape(-1),
         lengths=torch.ones(n_rows * n_features, dtype=torch.int64, device=codes_NF.device),
+        # Sizes are known: told, they need not be added up from the lengths, which waits for the device.
+        stride=n_rows,
+        length_per_key=[n_rows] * n_features,
+        offset_per_key=[n_rows * feature for feature in range(n_features + 1)],
     )
 
 
@@ -282,6 +286,11 @@ class Residual(nn.Module):
         return x + self.layers(x)
 
 
+def unit(x: Tensor) -> Tensor:
+    """Vectors of the last dimension with length 1; fewer steps back than ``nn.functional.normalize``."""
+    return x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) + 1e-12)
+
+
 class AdTower(nn.Module):
     """Item embeddings → unit ad vectors."""
 
@@ -290,7 +299,7 @@ class AdTower(nn.Module):
         self.body = Residual(cfg.dim, cfg.hidden)
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        return nn.functional.normalize(self.body(x_ND), dim=-1)
+        return unit(self.body(x_ND))
 
 
 class UserTower(nn.Module):
@@ -333,7 +342,7 @@ class UserTower(nn.Module):
         u_BD = self._pooled(x_BHD, age_BH, count_BH, there_BH) if x_BHD.shape[1] else self.empty.expand(len(x_BHD), -1)
         if self.profile is not None:
             u_BD = u_BD + added_up(self.profile(single_valued(profile_BF, self.names)))
-        return nn.functional.normalize(self.body(u_BD), dim=-1)
+        return unit(self.body(u_BD))
 
     def _pooled(self, x_BHD: Tensor, age_BH: Tensor, count_BH: Tensor, there_BH: Tensor) -> Tensor:
         context_BHD = self.age(age_BH) + self.count(count_BH)
@@ -365,11 +374,11 @@ class AdvertiserTower(nn.Module):
 
     def users(self, user_BD: Tensor) -> Tensor:
         """Unit vectors, of those of the user tower."""
-        return nn.functional.normalize(self.user(user_BD), dim=-1)
+        return unit(self.user(user_BD))
 
     def advertisers(self, x_AD: Tensor) -> Tensor:
         """Unit vectors, of embedded advertisers."""
-        return nn.functional.normalize(self.advertiser(x_AD), dim=-1)
+        return unit(self.advertiser(x_AD))
 
 
 def _popularity_weight(cfg: TwoTowerConfig) -> nn.Parameter | None:
@@ -434,9 +443,9 @@ def sampled_softmax(scores_BC: Tensor, among: Candidates) -> Tensor:
     """
     logits_BC = scores_BC - among["log_q_C"]
     positive_P = logits_BC[among["pair_row_P"], among["pair_column_P"]]
-    drawn_BC = (logits_BC + among["log_count_C"]).masked_fill(~among["legal_BC"], -torch.inf)
-    negatives_B = drawn_BC.logsumexp(1)
-    return (torch.logaddexp(positive_P, negatives_B[among["pair_row_P"]]) - positive_P).mean()
+    negatives_B = torch.where(among["legal_BC"], logits_BC + among["log_count_C"], -torch.inf).logsumexp(1)
+    # softplus(n - p) is log(exp(p) + exp(n)) - p
+    return nn.functional.softplus(negatives_B[among["pair_row_P"]] - positive_P).mean()
 
 
 class TwoTowerModule(L.LightningModule):

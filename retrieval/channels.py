@@ -298,7 +298,7 @@ class SeededChannel:
         if not len(seeds) or not len(known):
             return known[:0]
         own, vectors = self.ad_advertiser[known], self.index.vectors(known)
-        found = [(seed, mean) for seed in seeds if (mean := self._mean(int(seed), own, vectors)) is not None]
+        found = self._means(seeds, own, vectors)
         if not found:
             return known[:0]
         # Turn by turn each seed gives its next ad; k / S of each would do but for the duplicates.
@@ -316,13 +316,32 @@ class SeededChannel:
         _, first = np.unique(in_turn, return_index=True)
         return in_turn[np.sort(first)][:k]
 
-    def _mean(self, seed: int, own_M: NDArray[np.int32], vectors_MD: NDArray[np.float32]) -> NDArray[np.float32] | None:
-        chosen_M = own_M == seed
+    def _means(
+        self, seeds_S: NDArray[np.int32], own_M: NDArray[np.int32], vectors_MD: NDArray[np.float32]
+    ) -> list[tuple[int, NDArray[np.float32]]]:
+        """Seeds with the mean of their ads' vectors; those left out have none, and share no prefix with an ad."""
+        seed_N, row_N = np.nonzero(own_M == seeds_S[:, None])
+        size_S = np.bincount(seed_N, minlength=len(seeds_S))
+        mean_SD = np.zeros((len(seeds_S), vectors_MD.shape[1]), dtype=np.float32)
+        warm_S = size_S > 0
+        if warm_S.any():
+            sums = np.add.reduceat(vectors_MD[row_N], (np.cumsum(size_S) - size_S)[warm_S])
+            mean_SD[warm_S] = sums / size_S[warm_S, None]
+        means = (
+            (int(seed), mean_SD[place] if warm_S[place] else self._mean_of_prefix(int(seed), own_M, vectors_MD))
+            for place, seed in enumerate(seeds_S)
+        )
+        return [(seed, mean) for seed, mean in means if mean is not None]
+
+    def _mean_of_prefix(
+        self, seed: int, own_M: NDArray[np.int32], vectors_MD: NDArray[np.float32]
+    ) -> NDArray[np.float32] | None:
         for levels in range(0 if self.codes_AL is None else self.codes_AL.shape[1] - 1, 0, -1):
-            if chosen_M.any():
-                break
             chosen_M = self._shares(seed, own_M, levels)
-        return vectors_MD[chosen_M].mean(0) if chosen_M.any() else None
+            if chosen_M.any():
+                mean_D: NDArray[np.float32] = vectors_MD[chosen_M].mean(0)
+                return mean_D
+        return None
 
     def _shares(self, seed: int, own_M: NDArray[np.int32], levels: int) -> NDArray[np.bool_]:
         """Ads whose advertiser has the seed's first codes."""

@@ -142,7 +142,8 @@ class AdIndex:
     @property
     def ads(self) -> NDArray[np.int32]:
         """The ads that can be found, rising."""
-        return np.sort(self._ads_N[self._ads_N != NO_AD])
+        with self._gate:
+            return np.sort(self._ads_N[self._ads_N != NO_AD])
 
     @classmethod
     def build(cls, vectors_ND: NDArray[np.float32], ads_N: NDArray[np.int32], cfg: IndexConfig) -> Self:
@@ -198,15 +199,13 @@ class AdIndex:
             How many were there.
         """
         with self._gate.changing():
-            rows = self.rows(ads)
-            self._ads_N[rows] = NO_AD
-            self._set_rows(self._ads_N, self._until_N)
-        return len(rows)
+            return self._take_out(ads)
 
     def expire(self, now: int) -> NDArray[np.int32]:
         """Take out the ads whose time is over (``until <= now``), and return them."""
-        expired = np.sort(self._ads_N[(self._until_N <= now) & (self._ads_N != NO_AD)])
-        self.remove(expired)
+        with self._gate.changing():  # looked up within: an ad that is added again meanwhile stays
+            expired = np.sort(self._ads_N[(self._until_N <= now) & (self._ads_N != NO_AD)])
+            self._take_out(expired)
         return expired
 
     def search(
@@ -237,7 +236,7 @@ class AdIndex:
         if k < 1:
             raise ValueError(f"k={k}; expected at least 1")
         with self._gate:
-            rows_M = None if among is None else self.rows(among)
+            rows_M = None if among is None else self._rows(among)
             found = min(k, len(self) if rows_M is None else len(rows_M))
             if not found or not len(queries_BD):
                 return _nothing(len(queries_BD), k)
@@ -265,9 +264,16 @@ class AdIndex:
 
     def holds(self, ads: NDArray[np.int32]) -> NDArray[np.bool_]:
         """Which of the ads have a vector here."""
-        return self._rows_of(ads) >= 0
+        with self._gate:
+            return self._rows_of(ads) >= 0
 
-    def rows(self, ads: NDArray[np.int32]) -> NDArray[np.int64]:
+    def _take_out(self, ads: NDArray[np.int32]) -> int:
+        rows = self._rows(ads)
+        self._ads_N[rows] = NO_AD
+        self._set_rows(self._ads_N, self._until_N)
+        return len(rows)
+
+    def _rows(self, ads: NDArray[np.int32]) -> NDArray[np.int64]:
         """Distinct rows of those of the ads that the index holds, ascending."""
         rows = self._rows_of(ads)
         rows = rows[rows >= 0]

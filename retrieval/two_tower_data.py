@@ -6,13 +6,13 @@ no ad. Item ``i`` below the number of ads is ad ``i``; item ``n_ads + a`` is adv
 A history of period ``w`` holds purchases of periods below ``w`` only.
 
 Shapes: B users, H history, W window, N items, I ads, A advertisers, F features, L levels, P (request, target)
-pairs, C candidates, M entries of the requests' lists of active ads.
+pairs, C candidates, M items, L lists of active ads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -155,6 +155,29 @@ def profiles(log: Log) -> NDArray[np.int64]:
     return np.stack(columns, axis=1) if columns else np.zeros((len(log.user_ids), 0), dtype=np.int64)
 
 
+@dataclass(frozen=True)
+class ActiveLists:
+    """What runs in the markets and periods of a batch's requests; those of one visit the same list, kept once.
+
+    Attributes:
+        which_B: list of each request.
+        cells: market and period of each list.
+        items: what each list holds, rising: ads, or their advertisers.
+    """
+
+    which_B: NDArray[np.int64]
+    cells: list[tuple[int, int]]
+    items: list[NDArray[np.int32]]
+
+    def mask(self, column_of: NDArray[np.int64], n_columns: int) -> NDArray[np.bool_]:
+        """Whether each column's item is in each request's list; ``column_of`` has the column of an item, or -1."""
+        mask_LC = np.zeros((len(self.items), n_columns), dtype=bool)
+        for mask_C, items in zip(mask_LC, self.items, strict=True):
+            column = column_of[items]
+            mask_C[column[column >= 0]] = True
+        return mask_LC[self.which_B]
+
+
 class RequestBatches:
     """Collates requests, named by their row, into batches.
 
@@ -185,28 +208,25 @@ class RequestBatches:
             "profile_BF": torch.from_numpy(self.profile_UF[user_B]),
         }
 
-    def active(self, rows_B: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-        """Active ads of requests as (position in the batch, ad), shape ``(M,)`` each."""
-        ads = [
-            self.log.active_ads(int(market), int(period)).ad
-            for market, period in zip(self.targets.market[rows_B], self.targets.period[rows_B], strict=True)
-        ]
-        return np.repeat(np.arange(len(ads)), [len(part) for part in ads]), np.concatenate(ads)
+    def active(self, rows_B: NDArray[np.int64]) -> ActiveLists:
+        """Active ads of requests."""
+        visits = np.stack([self.targets.market[rows_B], self.targets.period[rows_B]])
+        distinct, which_B = np.unique(visits, axis=1, return_inverse=True)
+        cells = [(market, period) for market, period in distinct.T.tolist()]
+        return ActiveLists(which_B.reshape(-1), cells, [self.log.active_ads(*cell).ad for cell in cells])
 
-    def popularities(
-        self,
-        popularity: LogPopularity,
-        rows_B: NDArray[np.int64],
-        items_M: NDArray[np.int32],
-        wanted_BM: NDArray[np.bool_],
-    ) -> NDArray[np.float32]:
-        """Log-popularity of rising items at each request, 0 where it is not wanted."""
-        popularity_BM = np.zeros(wanted_BM.shape, dtype=np.float32)
-        for place, row in enumerate(rows_B.tolist()):
-            market, period = int(self.targets.market[row]), int(self.targets.period[row])
-            chosen = np.flatnonzero(wanted_BM[place])
-            popularity_BM[place, chosen] = popularity(items_M[chosen], market, period)
-        return popularity_BM
+
+def popularities(
+    popularity: LogPopularity, active: ActiveLists, items_M: NDArray[np.int32], wanted_BM: NDArray[np.bool_]
+) -> NDArray[np.float32]:
+    """Log-popularity of rising items at each request, 0 where it is not wanted."""
+    popularity_BM = np.zeros(wanted_BM.shape, dtype=np.float32)
+    for number, (market, period) in enumerate(active.cells):
+        rows = np.flatnonzero(active.which_B == number)
+        chosen = np.flatnonzero(wanted_BM[rows].any(0))
+        popularity_BM[np.ix_(rows, chosen)] = popularity(items_M[chosen], market, period)
+    popularity_BM[~wanted_BM] = 0.0
+    return popularity_BM
 
 
 class LogPopularity:
@@ -311,28 +331,29 @@ class TrainingBatches(RequestBatches):
         rng = np.random.default_rng([self.seed, len(rows_B), *rows_B[:4].tolist()])
         pairs, every = self._pairs(rows_B, rng)
         active = self.active(rows_B)
-        drawn = self._draw_negatives(*active, len(rows_B), rng)
+        drawn = self._draw_negatives(active, rng)
         advertisers = None
         if self.advertisers is not None:
             own_D = self.log.ad_advertiser[drawn]
             own = self._owners(*pairs)
             if len(own[0]):
+                owners = [np.unique(self.log.ad_advertiser[ads]) for ads in active.items]
+                active_owners = replace(active, items=[own_A[own_A >= 0] for own_A in owners])
                 advertisers = self._candidates(
-                    self.advertisers, rows_B, own, self._owners(*every), self._owners(*active), own_D[own_D >= 0]
+                    self.advertisers, own, self._owners(*every), active_owners, own_D[own_D >= 0]
                 )
         return Batch(
             **self.inputs(rows_B),  # type: ignore[typeddict-item]
-            ads=self._candidates(self.ads, rows_B, pairs, every, active, drawn),
+            ads=self._candidates(self.ads, pairs, every, active, drawn),
             advertisers=advertisers,
         )
 
     def _candidates(
         self,
         catalogue: Catalogue,
-        rows_B: NDArray[np.int64],
         pairs: Pairs,
         every: Pairs,
-        active: Pairs,
+        active: ActiveLists,
         drawn_D: NDArray[np.int32],
     ) -> Candidates:
         """Drawn pairs and negatives, with what each request may score: what is active, and no other target of it."""
@@ -341,14 +362,12 @@ class TrainingBatches(RequestBatches):
         )
         column_of = np.full(len(catalogue.log_q), -1, dtype=np.int64)
         column_of[items_C] = np.arange(len(items_C))
-        legal_BC = np.zeros((len(rows_B), len(items_C)), dtype=bool)
-        column_M = column_of[active[1]]
-        legal_BC[active[0][column_M >= 0], column_M[column_M >= 0]] = True
+        legal_BC = active.mask(column_of, len(items_C))
         column = column_of[every[1]]
         scored_BC = legal_BC.copy()
         scored_BC[every[0][column >= 0], column[column >= 0]] = True
         legal_BC[every[0][column >= 0], column[column >= 0]] = False
-        popularity_BC = self.popularities(catalogue.popularity, rows_B, items_C, scored_BC)
+        popularity_BC = popularities(catalogue.popularity, active, items_C, scored_BC)
         return Candidates(
             item_C=torch.from_numpy(items_C.astype(np.int64)),
             pair_row_P=torch.from_numpy(pairs[0]),
@@ -373,19 +392,13 @@ class TrainingBatches(RequestBatches):
         drawn = shuffled[rank < self.cfg.targets_per_request]
         return (targets.row[drawn], targets.item[drawn]), (targets.row, targets.item)
 
-    def _draw_negatives(
-        self,
-        active_row_M: NDArray[np.int64],
-        active_ad_M: NDArray[np.int32],
-        n_rows: int,
-        rng: np.random.Generator,
-    ) -> NDArray[np.int32]:
+    def _draw_negatives(self, active: ActiveLists, rng: np.random.Generator) -> NDArray[np.int32]:
         """Ads drawn uniformly from the placements of requests drawn uniformly."""
-        ptr = np.searchsorted(active_row_M, np.arange(n_rows + 1))
-        row = rng.integers(0, n_rows, self.cfg.sampled_negatives)
-        sizes = ptr[row + 1] - ptr[row]
-        row, sizes = row[sizes > 0], sizes[sizes > 0]
-        return active_ad_M[ptr[row] + rng.integers(0, sizes)]
+        size_L = np.array([len(ads) for ads in active.items])
+        list_D = active.which_B[rng.integers(0, len(active.which_B), self.cfg.sampled_negatives)]
+        list_D = list_D[size_L[list_D] > 0]
+        place_D = rng.integers(0, size_L[list_D])
+        return np.concatenate(active.items)[(np.cumsum(size_L) - size_L)[list_D] + place_D]
 
 
 class ValidationBatches(RequestBatches):
@@ -394,8 +407,9 @@ class ValidationBatches(RequestBatches):
     def __call__(self, rows: Sequence[int]) -> ValidationBatch:
         """The batch of some requests."""
         rows_B = np.asarray(rows, dtype=np.int64)
-        active_BI = np.zeros((len(rows_B), len(self.log.ad_ids)), dtype=bool)
-        active_BI[self.active(rows_B)] = True
+        ads_I = np.arange(len(self.log.ad_ids), dtype=np.int32)
+        active = self.active(rows_B)
+        active_BI = active.mask(ads_I.astype(np.int64), len(ads_I))
         target_BI = np.zeros_like(active_BI)
         targets = self.targets.select(rows_B)
         target_BI[targets.row, targets.item] = True
@@ -403,7 +417,5 @@ class ValidationBatches(RequestBatches):
             **self.inputs(rows_B),  # type: ignore[typeddict-item]
             active_BN=torch.from_numpy(active_BI),
             target_BN=torch.from_numpy(target_BI),
-            popularity_BN=torch.from_numpy(
-                self.popularities(self.popularity, rows_B, np.arange(len(self.log.ad_ids), dtype=np.int32), active_BI)
-            ),
+            popularity_BN=torch.from_numpy(popularities(self.popularity, active, ads_I, active_BI)),
         )

@@ -100,6 +100,16 @@ def test_the_soft_form_adds_an_ads_share_of_the_forecast() -> None:
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_an_ad_without_a_vector_is_passed_over(weight: float) -> None:
+    known = np.arange(0, 12, 2, dtype=np.int32)
+    index = AdIndex.build(VECTORS[known], known, IndexConfig())
+    scores = TowerScores(index, weight=weight, popularity=lambda ads, *_: np.ones(len(ads), np.float32))
+    for channel in (TwoTowerChannel(scores), ForecastChannel(scores, OWNER, 4)):
+        found = channel.candidates(request([-1.0] * 4, weight=weight), 12)
+        assert sorted(found.tolist()) == known.tolist()
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
 def test_the_advertiser_tower_is_followed_by_the_forecasts_rule(weight: float) -> None:
     log_prob = [-3.0, -2.0, -0.1, -4.0]
     asked_for = []

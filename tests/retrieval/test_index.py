@@ -111,6 +111,8 @@ def test_concurrent_searches_see_the_index_before_or_after_a_change() -> None:
                 assert (np.diff(scores, axis=1) <= 1e-6).all()
                 index.search(QUERIES, 5, among=ADS[50:150])
                 index.vectors(ADS[10:20])
+                assert index.holds(ADS[:20]).all()
+                assert np.isin(index.ads, ADS).all()
         except BaseException as error:
             failures.append(error)
 
@@ -118,13 +120,14 @@ def test_concurrent_searches_see_the_index_before_or_after_a_change() -> None:
     for thread in threads:
         thread.start()
     for start in range(100, 400, 10):
-        index.add(VECTORS[start : start + 10], ADS[start : start + 10])
+        index.add(VECTORS[start : start + 10], ADS[start : start + 10], until=start)
+        assert len(index.expire(start - 10)) == (10 if start > 100 else 0)
     index.remove(ADS[20:60])
     done.set()
     for thread in threads:
         thread.join()
     assert failures == []
-    assert len(index) == 360
+    assert len(index) == 70
 
 
 def test_what_is_not_there_is_padded() -> None:
