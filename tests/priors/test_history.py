@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.errors import UserError
-from models.prior_lm import HeadConfig, IdHead, with_history
+from models.prior_lm import HeadConfig, IdHead, row_nll, target_log_prob, with_history
 from priors.anchor import Counts
 from priors.artifact import PriorModel
 from priors.config import HistoryConfig, ProbeConfig
 from priors.dataset import PromptDataset, TreeCollator, history_of
 from priors.evaluate import another_user, constant_log_probs, exact_log_prob
-from priors.fit import _load_start, _select_nll, batches, fit_prior, sample_rows
+from priors.fit import _load_start, batches, fit_prior, sample_rows
 from priors.history import HistoryVectors, fit_history, history_size
 from priors.probe import LevelStates, fit_levels
 from semantic_ids.advertiser_ids import AdvertiserIds
@@ -164,8 +164,13 @@ def test_a_fit_starts_from_what_it_says_with_users_who_bought_nothing_yet(
     select = PromptDataset(
         sample_rows(thin.advertiser_targets("prior_select"), cfg.select_prompts, cfg.seed), prior.compiler
     )
-    served = _select_nll(model, select, collator_of_the_fit(prior, metrics), cfg).mean()
-    assert start["select_nll"] == pytest.approx(served, abs=1e-4)
+    model.eval()
+    with torch.inference_mode():
+        nll = [
+            row_nll(batch, target_log_prob(batch, model.log_probs(batch)))
+            for batch in batches(select, collator_of_the_fit(prior, metrics), cfg.batch_size)
+        ]
+    assert start["select_nll"] == pytest.approx(float(torch.cat(nll).mean()), abs=1e-4)
 
 
 def test_it_is_fitted_first_and_then_left_as_it_is(fitted: Fitted, tmp_path: Path) -> None:
