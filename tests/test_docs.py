@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import cli
 from pipeline.config import compose
+from pipeline.tuning import grid_study
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -51,7 +52,11 @@ def test_a_command_of_the_docs_is_valid(page: str, command: str) -> None:
         options = {name for parameter in group.params for name in parameter.opts}
         assert {word for word in rest if word.startswith("--")} <= {*options, "--help"}
     overrides = [word for word in rest if re.match(r"[a-z_.]+=[^=]", word) and not word.startswith("stage=")]
-    if program != "make":
+    if command.startswith("adsid tune "):
+        study, shared = grid_study(rest[0], overrides)
+        for point in study.arms.values():
+            compose([*shared, *point])
+    elif program != "make":
         compose(overrides)
 
 
@@ -77,6 +82,7 @@ def test_help_is_there_for_every_command() -> None:
         ["priors", "explain"],
         ["priors", "generate"],
         ["priors", "monitor"],
+        ["tune"],
         ["rank"],
         ["export"],
     ):
