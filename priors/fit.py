@@ -165,6 +165,7 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
             np.mean([len(train_set[row].token_ids) for row in range(min(100, len(train_set)))])
         ),
         "steps": result.steps,
+        "batches_a_part": sampler.per_epoch,
         "prompts_a_part": round(sampler.per_epoch * sampler.mean_batch),
         "batch_tokens": sampler.budget,
         "best_part": result.best_epoch,
