@@ -62,8 +62,8 @@ def test_saved_and_loaded_it_embeds_the_same(log: Log, tmp_path: Path) -> None:
     towers, _ = train_tiny(log, cfg, tmp_path / "work")
     towers.save(tmp_path / "towers")
     again = TrainedTwoTower.load(tmp_path / "towers", IndexConfig())
-    users, periods = np.arange(20), np.full(20, 8)
-    ours, theirs = (one.embedder(log, cfg.pairs)(users, periods) for one in (towers, again))
+    asked = np.arange(20), np.arange(20) % 3, np.full(20, 8)
+    ours, theirs = (one.embedder(log, cfg.pairs)(*asked) for one in (towers, again))
     np.testing.assert_array_equal(ours, theirs)
     np.testing.assert_allclose(np.linalg.norm(ours, axis=1), 1.0, rtol=1e-5)
     (tmp_path / "towers" / "model.safetensors").write_bytes(b"cut")
@@ -75,11 +75,10 @@ def test_vectors_read_nothing_of_the_period_or_later(log: Log, tmp_path: Path) -
     cfg = tiny_retrieval()
     towers, _ = train_tiny(log, cfg, tmp_path)
     early = replace(log, events=log.events.select(log.events.period < 8))
-    users, periods = np.arange(40), np.full(40, 8)
-    np.testing.assert_array_equal(
-        towers.embedder(early, cfg.pairs)(users, periods), towers.embedder(log, cfg.pairs)(users, periods)
-    )
-    assert np.isnan(towers.embedder(log, cfg.pairs)(users[:3], np.ones(3, dtype=int))).all()
+    asked = np.arange(40), np.zeros(40, dtype=int), np.full(40, 8)
+    np.testing.assert_array_equal(towers.embedder(early, cfg.pairs)(*asked), towers.embedder(log, cfg.pairs)(*asked))
+    first = np.arange(3), np.zeros(3, dtype=int), np.ones(3, dtype=int)
+    assert np.isnan(towers.embedder(log, cfg.pairs)(*first)).all()
 
 
 def test_a_log_with_other_ads_is_refused(log: Log, tmp_path: Path) -> None:
@@ -90,23 +89,23 @@ def test_a_log_with_other_ads_is_refused(log: Log, tmp_path: Path) -> None:
 
 
 def test_vectors_looked_up_are_the_towers_own(log: Log, tmp_path: Path) -> None:
-    cfg = tiny_retrieval(model=TwoTowerConfig(dim=16, hidden=32, layers=1, id_dropout=0.2))
+    cfg = tiny_retrieval(model=TwoTowerConfig(dim=16, hidden=32, layers=1, id_dropout=0.2, context=["market"]))
     towers, _ = train_tiny(log, cfg, tmp_path)
     embed = towers.embedder(log, cfg.pairs)
-    users, periods = np.arange(30), np.full(30, 9)
+    users, markets, periods = np.arange(30), np.arange(30) % 3, np.full(30, 9)
     with torch.no_grad():
-        whole = towers.model.users(**embed.inputs(users, periods)).numpy()
+        whole = towers.model.users(**embed.inputs(users, markets, periods)).numpy()
     known = embed.histories.sizes(users, periods) > 0
-    np.testing.assert_allclose(embed(users, periods)[known], whole[known], atol=1e-5)
+    np.testing.assert_allclose(embed(users, markets, periods)[known], whole[known], atol=1e-5)
 
 
 def test_layers_do_not_read_padding(log: Log, tmp_path: Path) -> None:
     """A longer history of the same items embeds the same: what pads it is not there."""
     cfg = tiny_retrieval(model=TwoTowerConfig(dim=16, hidden=32, layers=2))
     towers, _ = train_tiny(log, cfg, tmp_path)
-    users, periods = np.arange(30), np.full(30, 4)
+    asked = np.arange(30), np.zeros(30, dtype=int), np.full(30, 4)
     short, long = (PairsConfig(history=length, window=64) for length in (40, 60))
-    ours, theirs = (towers.embedder(log, pairs)(users, periods) for pairs in (short, long))
+    ours, theirs = (towers.embedder(log, pairs)(*asked) for pairs in (short, long))
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
@@ -181,7 +180,7 @@ def test_the_advertiser_tower_learns_and_is_saved(log: Log, tmp_path: Path) -> N
     loaded = TrainedTwoTower.load(tmp_path / "towers", IndexConfig())
     ours, theirs = (one.advertiser_scores(log, cfg.pairs) for one in (towers, loaded))
     targets = log.ad_targets("prior_select")
-    vectors, found, chance = towers.embedder(log, cfg.pairs)(targets.user, targets.period), [], []
+    vectors, found, chance = towers.embedder(log, cfg.pairs)(targets.user, targets.market, targets.period), [], []
     for row in np.flatnonzero(~np.isnan(vectors).any(1))[:200].tolist():
         market, period = int(targets.market[row]), int(targets.period[row])
         log_prob = ours(vectors[row], market, period)
