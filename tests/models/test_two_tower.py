@@ -200,7 +200,7 @@ def market_steps(context: list[str]) -> tuple[float, TwoTower]:
         loss = module.loss(batch)
         loss.backward()
         optimizer.step()
-    return float(loss), module.model
+    return loss.item(), module.model
 
 
 def test_what_a_market_buys_is_learned() -> None:
