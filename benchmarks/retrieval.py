@@ -261,7 +261,7 @@ def _candidate_times(
             _rows_of_channel(retriever, replace(request, log_prob_A=forecast.log_prob_UA[user]), name)
             for name in (TWO_TOWER, FORECAST, TWO_TOWER)
         ]
-        inputs = embed.inputs(np.array([user]), np.array([period]))
+        inputs = embed.inputs(np.array([user]), np.array([market]), np.array([period]))
         began = perf_counter()
         vector = embed.forward(inputs)
         for rows, queries in zip(selectors, (vector, vector, seeds_SD), strict=True):
@@ -325,6 +325,7 @@ def _our_step() -> Callable[[int], None]:
             age_BH=nothing_B0,
             count_BH=nothing_B0,
             profile_BF=user_B.unsqueeze(1),
+            context_BF=nothing_B0,
             ads=Candidates(
                 item_C=ad_B,
                 pair_row_P=every_P,
@@ -509,7 +510,9 @@ def two_tower_scores(log: Log, cfg: RetrievalConfig, last: int) -> Scores:
     vectors_ID = ad_vectors(towers.model, len(log.ad_ids)).numpy()
 
     def scores(targets: Targets) -> NDArray[np.floating]:
-        score_RI = np.nan_to_num(embed(targets.user, targets.period)) @ vectors_ID.T / towers.cfg.temperature
+        score_RI = (
+            np.nan_to_num(embed(targets.user, targets.market, targets.period)) @ vectors_ID.T / towers.cfg.temperature
+        )
         counts_I = np.asarray(bought_matrix(log, int(targets.period.max())).sum(0)).reshape(-1)
         return score_RI + towers.popularity_weight * np.log1p(counts_I)
 

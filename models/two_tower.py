@@ -9,7 +9,7 @@ ad never seen lies near through its advertiser, semantic-ID prefix, category and
                                                                                            │
     history: x of each ad + how long ago + how often                                       │ (the same x)
         └─ transformer layers, by config ──────────── attention pooling ───┐               │
-    profile ── EmbeddingBagCollection ─────────────────────────────────────┴─ MLP ── user vector
+    profile, context ── EmbeddingBagCollection ────────────────────────────┴─ MLP ── user vector
 
 Both vectors have unit length; the score is their inner product over a temperature, plus a learned weight times
 the log of the ad's conversions so far. Popularity is counted anew for every request, in training as in serving, so
@@ -35,7 +35,7 @@ Shapes: B users, H history, N items, C candidates, P (user, target) pairs, F fea
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypedDict
 
 import lightning as L
@@ -44,6 +44,8 @@ from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
 
 NO_ITEM = -1
+CONTEXT = ("market",)
+"""What a user tower can read of a request beside its user."""
 
 
 @dataclass
@@ -55,6 +57,8 @@ class TwoTowerConfig:
         hidden: width of the hidden layer of each tower.
         heads: attention queries that pool the history.
         layers: transformer layers over the history before it is pooled; 0 pools the items as they are.
+        context: what the user tower reads of the request, out of `CONTEXT`: ``market`` is the store or region of the
+            visit. A value that no training request had reads as unknown and adds nothing.
         dropout: applied to the embedded items in training.
         id_dropout: share of training items whose own id is hidden, so that their other features have to serve.
         popularity_weight: of the log of an ad's conversions so far, where training begins; null leaves them out.
@@ -68,6 +72,7 @@ class TwoTowerConfig:
     hidden: int = 128
     heads: int = 4
     layers: int = 0
+    context: list[str] = field(default_factory=list)
     dropout: float = 0.1
     id_dropout: float = 0.0
     popularity_weight: float | None = 0.3
@@ -85,6 +90,8 @@ class TwoTowerConfig:
         for name in ("dropout", "id_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; expected a share in [0, 1)")
+        if not set(self.context) <= set(CONTEXT) or len(set(self.context)) < len(self.context):
+            raise ValueError(f"context={list(self.context)}; expected distinct names out of {', '.join(CONTEXT)}")
         if self.layers < 0 or (self.layers and self.dim % self.heads):
             raise ValueError(
                 f"layers={self.layers} with dim={self.dim} and heads={self.heads}; expected at least 0, and heads "
@@ -102,6 +109,8 @@ class TwoTowerShape:
         text_dim: width of the advertiser's text embedding; 0 where there is none.
         ages: number of buckets of "how long ago".
         counts: number of buckets of "how often".
+        context: name → values of a request's feature, those of codes 1, 2, ...; 0 is any other value, or none. Towers
+            saved before there was a context have none.
     """
 
     item_features: dict[str, int]
@@ -109,6 +118,7 @@ class TwoTowerShape:
     text_dim: int
     ages: int
     counts: int
+    context: dict[str, list[Any]] = field(default_factory=dict)
 
     def asdict(self) -> dict[str, Any]:
         """Plain types, for a checkpoint or a JSON file."""
@@ -145,6 +155,7 @@ class Batch(TypedDict):
         age_BH: bucket of how long ago each was bought last.
         count_BH: bucket of how often it was bought.
         profile_BF: profile codes, 0 = unknown.
+        context_BF: codes of the request's context, 0 = unknown; F is 0 without one.
         ads: candidates of the ad tower.
         advertisers: of the advertiser tower; None without one, and where no target has an advertiser.
     """
@@ -153,6 +164,7 @@ class Batch(TypedDict):
     age_BH: Tensor
     count_BH: Tensor
     profile_BF: Tensor
+    context_BF: Tensor
     ads: Candidates
     advertisers: Candidates | None
 
@@ -161,7 +173,7 @@ class ValidationBatch(TypedDict):
     """Requests scored against every ad they could have shown.
 
     Attributes:
-        history_BH, age_BH, count_BH, profile_BF: as in :class:`Batch`.
+        history_BH, age_BH, count_BH, profile_BF, context_BF: as in :class:`Batch`.
         active_BN: True where an ad was active in the request's market.
         target_BN: True where it was bought.
         popularity_BN: log of its conversions before the request, 0 where it is not active.
@@ -171,6 +183,7 @@ class ValidationBatch(TypedDict):
     age_BH: Tensor
     count_BH: Tensor
     profile_BF: Tensor
+    context_BF: Tensor
     active_BN: Tensor
     target_BN: Tensor
     popularity_BN: Tensor
@@ -201,8 +214,14 @@ def added_up(pooled: KeyedTensor) -> Tensor:
     return values_NE if features == 1 else values_NE.unflatten(1, (features, -1)).sum(1)
 
 
-def summed_bags(features: dict[str, int], dim: int) -> EmbeddingBagCollection:
-    """One table a feature, all of the same width, so that a row's embeddings can be added; gradients are sparse."""
+def summed_bags(features: dict[str, int], dim: int, *, std: float | None = None) -> EmbeddingBagCollection:
+    """One table a feature, all of the same width, so that a row's embeddings can be added; gradients are sparse.
+
+    Args:
+        features: name → number of codes.
+        dim: width D.
+        std: of the embeddings that training starts from; half of ``1 / sqrt(D)`` where none is given.
+    """
     bags = EmbeddingBagCollection(
         tables=[
             EmbeddingBagConfig(
@@ -210,7 +229,7 @@ def summed_bags(features: dict[str, int], dim: int) -> EmbeddingBagCollection:
                 embedding_dim=dim,
                 num_embeddings=size,
                 feature_names=[name],
-                init_fn=lambda weight: nn.init.normal_(weight, std=dim**-0.5 / 2),
+                init_fn=lambda weight: nn.init.normal_(weight, std=dim**-0.5 / 2 if std is None else std),
             )
             for name, size in features.items()
         ]
@@ -303,11 +322,11 @@ class AdTower(nn.Module):
 
 
 class UserTower(nn.Module):
-    """Embedded history and profile → unit user vectors.
+    """Embedded history, profile and context of the request → unit user vectors.
 
     The history goes through transformer layers, if the config has any, and is pooled by learned queries (K heads
     over whole embeddings; their outputs are mixed by learned weights). A user without history is represented by a
-    learned vector and the profile.
+    learned vector and the profile. What the context says starts at nothing, and stays so for values not trained on.
     """
 
     def __init__(self, shape: TwoTowerShape, cfg: TwoTowerConfig) -> None:
@@ -322,11 +341,22 @@ class UserTower(nn.Module):
         self.empty = nn.Parameter(torch.randn(cfg.dim) * cfg.dim**-0.5)
         self.names = list(shape.user_features)
         self.profile = summed_bags(shape.user_features, cfg.dim) if self.names else None
+        self.context_names = list(shape.context)
+        sizes = {name: len(values) + 1 for name, values in shape.context.items()}
+        self.context = summed_bags(sizes, cfg.dim, std=0.0) if sizes else None
         self.body = Residual(cfg.dim, cfg.hidden)
         for table in (self.age, self.count):
             nn.init.normal_(table.weight, std=cfg.dim**-0.5 / 2)
 
-    def forward(self, x_BHD: Tensor, age_BH: Tensor, count_BH: Tensor, there_BH: Tensor, profile_BF: Tensor) -> Tensor:
+    def forward(
+        self,
+        x_BHD: Tensor,
+        age_BH: Tensor,
+        count_BH: Tensor,
+        there_BH: Tensor,
+        profile_BF: Tensor,
+        context_BF: Tensor,
+    ) -> Tensor:
         """Unit vectors of users.
 
         Args:
@@ -335,6 +365,7 @@ class UserTower(nn.Module):
             count_BH: bucket of how often.
             there_BH: False where the history is shorter.
             profile_BF: profile codes.
+            context_BF: codes of the request's context.
 
         Returns:
             Shape ``(B, D)``.
@@ -342,6 +373,8 @@ class UserTower(nn.Module):
         u_BD = self._pooled(x_BHD, age_BH, count_BH, there_BH) if x_BHD.shape[1] else self.empty.expand(len(x_BHD), -1)
         if self.profile is not None:
             u_BD = u_BD + added_up(self.profile(single_valued(profile_BF, self.names)))
+        if self.context is not None:
+            u_BD = u_BD + added_up(self.context(single_valued(context_BF, self.context_names)))
         return unit(self.body(u_BD))
 
     def _pooled(self, x_BHD: Tensor, age_BH: Tensor, count_BH: Tensor, there_BH: Tensor) -> Tensor:
@@ -403,14 +436,16 @@ class TwoTower(nn.Module):
         self.popularity_weight = _popularity_weight(cfg)
         self.advertiser_tower = None if cfg.advertiser_weight is None else AdvertiserTower(cfg)
 
-    def users(self, history_BH: Tensor, age_BH: Tensor, count_BH: Tensor, profile_BF: Tensor) -> Tensor:
+    def users(
+        self, history_BH: Tensor, age_BH: Tensor, count_BH: Tensor, profile_BF: Tensor, context_BF: Tensor
+    ) -> Tensor:
         """Unit user vectors, shape ``(B, D)``; arguments as in :class:`Batch`."""
         if history_BH.shape[1]:
             items, position_BH = history_BH.clamp_min(0).unique(return_inverse=True)
             x_BHD = self.dropout(self.encoder(items))[position_BH]
         else:  # a user by profile alone
             x_BHD = self.user_tower.empty.new_zeros(*history_BH.shape, self.dim)
-        return self.user_tower(x_BHD, age_BH, count_BH, history_BH != NO_ITEM, profile_BF)
+        return self.user_tower(x_BHD, age_BH, count_BH, history_BH != NO_ITEM, profile_BF, context_BF)
 
     def ads(self, ads_N: Tensor) -> Tensor:
         """Unit ad vectors, shape ``(N, D)``."""
@@ -471,12 +506,17 @@ class TwoTowerModule(L.LightningModule):
     def loss(self, batch: Batch) -> Tensor:
         """Of a batch of training requests."""
         model = self.model
-        user_BD = model.users(batch["history_BH"], batch["age_BH"], batch["count_BH"], batch["profile_BF"])
+        user_BD = self._users(batch)
         loss = self._softmax(user_BD, model.ads, batch["ads"], model.popularity_weight)
         tower, among, weight = model.advertiser_tower, batch["advertisers"], self.cfg.advertiser_weight
         if tower is None or among is None or weight is None:
             return loss
         return loss + weight * self._softmax(tower.users(user_BD), model.advertisers, among, tower.popularity_weight)
+
+    def _users(self, batch: Batch | ValidationBatch) -> Tensor:
+        return self.model.users(
+            batch["history_BH"], batch["age_BH"], batch["count_BH"], batch["profile_BF"], batch["context_BF"]
+        )
 
     def _softmax(
         self, user_BD: Tensor, embed: Callable[[Tensor], Tensor], among: Candidates, popularity_weight: Tensor | None
@@ -488,7 +528,7 @@ class TwoTowerModule(L.LightningModule):
         self._ad_vectors_ND = ad_vectors(self.model, self.n_ads)
 
     def validation_step(self, batch: ValidationBatch, batch_idx: int) -> None:
-        user_BD = self.model.users(batch["history_BH"], batch["age_BH"], batch["count_BH"], batch["profile_BF"])
+        user_BD = self._users(batch)
         assert self._ad_vectors_ND is not None
         active_BN, target_BN = batch["active_BN"], batch["target_BN"] & batch["active_BN"]
         scores_BN = biased(

@@ -123,7 +123,7 @@ def stages() -> list[Stage[AdsidConfig]]:
             lambda cfg: {"data": cfg.data, "retrieval": _towers(cfg), "encoder": cfg.semantic_ids.embedding.encoder},
             make_two_tower,
             ("epochs", "val_recall"),
-            version=2,
+            version=3,
         ),
         Stage(
             "retrieval",

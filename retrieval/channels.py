@@ -111,18 +111,19 @@ class TowerScores:
         self.index, self.temperature = index, temperature
         self.weight, self.popularity = weight, popularity
 
-    def of(self, request: Request, ads_M: Ads) -> NDArray[np.floating]:
-        """Scores of ads that the index holds, ``(M,)``; the ads rise.
+    def of(self, request: Request, ads_M: Ads) -> tuple[Ads, NDArray[np.floating]]:
+        """Those of rising ads that the index holds now, and their scores; both ``(M,)``.
 
         Raises:
             ValueError: the user of the request has no vector.
         """
         if request.vector_D is None:
             raise ValueError(f"user {request.user} has no vector before period {request.period}")
-        score_M = self.index.vectors(ads_M) @ request.vector_D / self.temperature
+        ads_M, vectors_MD = self.index.held(ads_M)
+        score_M = vectors_MD @ request.vector_D / self.temperature
         if self.popularity is None or not self.weight:
-            return score_M
-        return score_M + self.weight * self.popularity(ads_M, request.market, request.period)
+            return ads_M, score_M
+        return ads_M, score_M + self.weight * self.popularity(ads_M, request.market, request.period)
 
     def best(self, request: Request, k: int, among: Ads) -> Ads:
         """The ``k`` best of some ads; none for a user without a vector."""
@@ -134,9 +135,7 @@ class TowerScores:
         if len(among) > self.index.cfg.exact_up_to:
             found = self.index.search(request.vector_D[None], OVERSAMPLED * k, among=among)[0][0]
             among = np.sort(found[found != NO_AD])
-        else:
-            among = among[self.index.holds(among)]
-        return best(among, self.of(request, among), k)
+        return best(*self.of(request, among), k)
 
 
 class TwoTowerChannel:
@@ -241,10 +240,10 @@ class ForecastChannel:
         among = request.active[chosen_A[self.ad_advertiser[request.active]]]
         if request.prior_weight == 0:
             return self.scores.best(request, k, among)
-        among = among[self.scores.index.holds(among)]
+        among, score_M = self.scores.of(request, among)
         own = self.ad_advertiser[among]
         share = request.log_prob_A[own] - np.log(np.bincount(own, minlength=len(request.log_prob_A))[own])
-        return best(among, self.scores.of(request, among) + request.prior_weight * share, k)
+        return best(among, score_M + request.prior_weight * share, k)
 
 
 class AdvertiserChannel:
@@ -294,10 +293,10 @@ class SeededChannel:
 
     def candidates(self, request: Request, k: int) -> Ads:
         seeds = forecast_advertisers(request, self.ad_advertiser, self.n_advertisers)
-        known = request.active[self.index.holds(request.active)]
-        if not len(seeds) or not len(known):
-            return known[:0]
-        own, vectors = self.ad_advertiser[known], self.index.vectors(known)
+        if not len(seeds):
+            return request.active[:0]
+        known, vectors = self.index.held(request.active)
+        own = self.ad_advertiser[known]
         found = self._means(seeds, own, vectors)
         if not found:
             return known[:0]

@@ -106,9 +106,9 @@ class _Visit:
     """The active ads of one request that have a vector and an advertiser, and what the two-tower says of them."""
 
     def __init__(self, log: Log, scores: TowerScores, request: Request, targets: NDArray[np.int32]) -> None:
-        ads_M = request.active[scores.index.holds(request.active) & (log.ad_advertiser[request.active] >= 0)]
+        ads_M, score_M = scores.of(request, request.active[log.ad_advertiser[request.active] >= 0])
+        score_M = score_M.astype(np.float64)
         self.advertiser_A, self.own_M = np.unique(log.ad_advertiser[ads_M], return_inverse=True)
-        score_M = scores.of(request, ads_M).astype(np.float64)
         top_A = np.full(len(self.advertiser_A), -np.inf)
         np.maximum.at(top_A, self.own_M, score_M)
         self.tower_A = top_A + np.log(np.bincount(self.own_M, np.exp(score_M - top_A[self.own_M])))

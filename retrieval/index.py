@@ -262,6 +262,13 @@ class AdIndex:
                 raise ValueError(f"ad {np.asarray(ads_M)[rows_M < 0][0]} has no vector in this index")
             return self._vectors(rows_M)
 
+    def held(self, ads_M: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Those of the ads that have a vector here, and the vectors, at one moment, whatever is removed meanwhile."""
+        with self._gate:
+            rows_M = self._rows_of(ads_M)
+            there_M = rows_M >= 0
+            return ads_M[there_M], self._vectors(rows_M[there_M])
+
     def holds(self, ads: NDArray[np.int32]) -> NDArray[np.bool_]:
         """Which of the ads have a vector here."""
         with self._gate:

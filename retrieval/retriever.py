@@ -48,7 +48,7 @@ class Retriever:
 
     def requests(self, targets: Targets | Requests) -> list[Request]:
         """Requests without a forecast, one a row."""
-        vector_RD = self.embed(targets.user, targets.period)
+        vector_RD = self.embed(targets.user, targets.market, targets.period)
         asked = zip(targets.user.tolist(), targets.market.tolist(), targets.period.tolist(), vector_RD, strict=True)
         return [self._request(*one) for one in asked]
 

@@ -10,6 +10,7 @@ Shapes: B users, I ads, A advertisers, D width.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -40,11 +41,13 @@ from retrieval.index import AdIndex, IndexConfig
 from retrieval.two_tower_data import (
     AGE_EDGES,
     COUNT_EDGES,
+    Contexts,
     Histories,
     LogPopularity,
     TrainingBatches,
     ValidationBatches,
     build_items,
+    context_values,
     log_popularity,
     profiles,
 )
@@ -88,7 +91,7 @@ class TrainedTwoTower:
                 expected=f"{expected[0]} ads and {expected[1]}, which the two-tower was trained on",
                 action="train the two-tower on this log.",
             )
-        return UserEmbedder(self.model, log, cfg)
+        return UserEmbedder(self.model, log, cfg, context=self.shape.context)
 
     def advertiser_scores(self, log: Log, cfg: PairsConfig) -> AdvertiserScores:
         """What the advertiser tower says of a user.
@@ -128,7 +131,8 @@ class TrainedTwoTower:
         try:
             facts = json.loads((directory / "two_tower.json").read_text())
             state = load_file(directory / "model.safetensors")
-            shape, cfg = TwoTowerShape(**facts["shape"]), TwoTowerConfig(**facts["config"])
+            # Towers saved before there was a context were trained without.
+            shape, cfg = TwoTowerShape(**facts["shape"]), TwoTowerConfig(**{"context": [], **facts["config"]})
             model = TwoTower(_blank_encoder(facts["rows"], shape, cfg), shape, cfg)
             model.load_state_dict(state)
         except Exception as error:
@@ -147,34 +151,43 @@ class TrainedTwoTower:
 
 
 class UserEmbedder:
-    """User vectors at the start of a period, from purchases before it.
+    """User vectors of visits at the start of a period, from purchases before it.
 
     Args:
         model: the towers.
         log: the purchases and profiles.
         cfg: length of the history.
+        context: values of the context's features that the towers were trained on.
     """
 
-    def __init__(self, model: TwoTower, log: Log, cfg: PairsConfig) -> None:
+    def __init__(self, model: TwoTower, log: Log, cfg: PairsConfig, *, context: Mapping[str, Sequence[Any]]) -> None:
         self.model, self.histories, self.profile_UF = model, Histories(log, cfg), profiles(log)
+        self.contexts = Contexts(log, context)
         self._x_ND = self._embed_items()
 
-    def __call__(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> NDArray[np.float32]:
+    def __call__(
+        self, user_B: NDArray[np.integer], market_B: NDArray[np.integer], period_B: NDArray[np.integer]
+    ) -> NDArray[np.float32]:
         """Unit vectors, shape ``(B, D)``; NaN for a user without any purchase before the period.
 
         The towers have a vector for such a user too, but it was learned from almost no example.
         """
         parts = []
         for start in range(0, len(user_B), 512):
-            user, period = user_B[start : start + 512], period_B[start : start + 512]
-            vectors = self.forward(self.inputs(user, period))
+            user, market, period = (values[start : start + 512] for values in (user_B, market_B, period_B))
+            vectors = self.forward(self.inputs(user, market, period))
             vectors[self.histories.sizes(user, period) == 0] = np.nan
             parts.append(vectors)
         return np.concatenate(parts) if parts else np.empty((0, self.model.dim), dtype=np.float32)
 
-    def inputs(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> dict[str, Tensor]:
+    def inputs(
+        self, user_B: NDArray[np.integer], market_B: NDArray[np.integer], period_B: NDArray[np.integer]
+    ) -> dict[str, Tensor]:
         """What the user tower reads, but for the embeddings of the history."""
-        found = self.histories(user_B, period_B).tensors() | {"profile_BF": torch.from_numpy(self.profile_UF[user_B])}
+        found = self.histories(user_B, period_B).tensors() | {
+            "profile_BF": torch.from_numpy(self.profile_UF[user_B]),
+            "context_BF": torch.from_numpy(self.contexts(market_B)),
+        }
         return {name: tensor.to(self._x_ND.device) for name, tensor in found.items()}
 
     @torch.no_grad()
@@ -187,6 +200,7 @@ class UserEmbedder:
             inputs["count_BH"],
             item_BH != NO_ITEM,
             inputs["profile_BF"],
+            inputs["context_BF"],
         )
         return vectors_BD.cpu().numpy()
 
@@ -268,11 +282,14 @@ def train_two_tower(
     # torch's generator is left alone: Lightning seeds what is drawn later, this seeds the weights.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
-        model, shape = build_model(log, codes_AL, text_AE, cfg.model)
+        context = context_values(log, targets, cfg.model.context)
+        model, shape = build_model(log, codes_AL, text_AE, cfg.model, context=context)
     module = TwoTowerModule(model, cfg.model, n_ads=len(log.ad_ids), k=cfg.pairs.recall_at)
     histories = Histories(log, cfg.pairs)
     with_advertisers = cfg.model.advertiser_weight is not None
-    train = TrainingBatches(log, targets, histories, cfg.pairs, seed=cfg.seed, advertisers=with_advertisers)
+    train = TrainingBatches(
+        log, targets, histories, cfg.pairs, seed=cfg.seed, context=context, advertisers=with_advertisers
+    )
     per_epoch = min(cfg.pairs.requests_per_epoch or len(train), len(train))
     train_loader: DataLoader = DataLoader(
         range(len(train)),  # type: ignore[arg-type]
@@ -283,7 +300,7 @@ def train_two_tower(
     select = log.ad_targets(select_span)
     rng = np.random.default_rng(cfg.seed)
     chosen = np.sort(rng.permutation(len(select))[: cfg.pairs.validation_requests])
-    validation = ValidationBatches(log, select, histories, cfg.pairs, seed=cfg.seed)
+    validation = ValidationBatches(log, select, histories, cfg.pairs, seed=cfg.seed, context=context)
     val_loader = DataLoader(chosen.tolist(), batch_size=128, collate_fn=validation)
     monitor = "val_recall" if len(chosen) else None
     result = fit(
@@ -307,9 +324,14 @@ def index_ads(model: TwoTower, shape: TwoTowerShape, cfg: IndexConfig) -> AdInde
 
 
 def build_model(
-    log: Log, codes_AL: NDArray[np.int64], text_AE: NDArray[np.float32], cfg: TwoTowerConfig
+    log: Log,
+    codes_AL: NDArray[np.int64],
+    text_AE: NDArray[np.float32],
+    cfg: TwoTowerConfig,
+    *,
+    context: Mapping[str, list[Any]] | None = None,
 ) -> tuple[TwoTower, TwoTowerShape]:
-    """Untrained towers of a log, and their sizes.
+    """Untrained towers of a log, and their sizes; ``context`` is of `context_values`, none leaves it out.
 
     Raises:
         ValueError: semantic IDs or text embeddings are of another number of advertisers.
@@ -323,6 +345,7 @@ def build_model(
         text_dim=text_AE.shape[1],
         ages=len(AGE_EDGES) + 1,
         counts=len(COUNT_EDGES) + 1,
+        context=dict(context or {}),
     )
     encoder = ItemEncoder(
         torch.from_numpy(items.codes_NF),

@@ -11,8 +11,9 @@ pairs, C candidates, M items, L lists of active ads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -178,6 +179,38 @@ class ActiveLists:
         return mask_LC[self.which_B]
 
 
+def context_values(log: Log, targets: Targets, names: Sequence[str]) -> dict[str, list[Any]]:
+    """The values of each feature of the context that some requests had; their codes are 1, 2, and so on."""
+    seen = np.unique(targets.market)
+    return {name: log.market_ids[seen[seen >= 0]].tolist() for name in names}  # market is all there is
+
+
+class Contexts:
+    """Looks up codes of requests' context.
+
+    Codes follow the values that the towers were trained on, not the log's own indexes: a log that goes on can have
+    more markets.
+
+    Args:
+        log: names its markets.
+        values: of `context_values`.
+    """
+
+    def __init__(self, log: Log, values: Mapping[str, Sequence[Any]]) -> None:
+        markets = log.market_ids.tolist()
+        self._codes, self._n_markets = [], len(markets)
+        for known in values.values():
+            code_of = {value: code for code, value in enumerate(known, 1)}
+            # The last is read by -1, no market.
+            self._codes.append(np.array([*(code_of.get(market, 0) for market in markets), 0], dtype=np.int64))
+
+    def __call__(self, market_B: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Codes at the markets of requests, 0 where one was not trained on, shape ``(B, F)``."""
+        known_B = np.where(market_B < self._n_markets, market_B, -1)
+        codes = [codes[known_B] for codes in self._codes]
+        return np.stack(codes, axis=1) if codes else np.zeros((len(market_B), 0), dtype=np.int64)
+
+
 class RequestBatches:
     """Collates requests, named by their row, into batches.
 
@@ -190,11 +223,21 @@ class RequestBatches:
         histories: looks up histories.
         cfg: sizes.
         seed: of the draws.
+        context: values of the context's features that the towers know; none leave it out.
     """
 
-    def __init__(self, log: Log, targets: Targets, histories: Histories, cfg: PairsConfig, *, seed: int) -> None:
+    def __init__(
+        self,
+        log: Log,
+        targets: Targets,
+        histories: Histories,
+        cfg: PairsConfig,
+        *,
+        seed: int,
+        context: Mapping[str, Sequence[Any]] | None = None,
+    ) -> None:
         self.log, self.targets, self.histories, self.cfg, self.seed = log, targets, histories, cfg, seed
-        self.profile_UF = profiles(log)
+        self.profile_UF, self.contexts = profiles(log), Contexts(log, context or {})
         self.popularity = log_popularity(log, cfg)
 
     def __len__(self) -> int:
@@ -206,6 +249,7 @@ class RequestBatches:
         return {
             **self.histories(user_B, period_B).tensors(),
             "profile_BF": torch.from_numpy(self.profile_UF[user_B]),
+            "context_BF": torch.from_numpy(self.contexts(self.targets.market[rows_B])),
         }
 
     def active(self, rows_B: NDArray[np.int64]) -> ActiveLists:
@@ -269,7 +313,7 @@ class TrainingBatches(RequestBatches):
     """Batches with targets and sampled candidates.
 
     Args:
-        log, targets, histories, cfg, seed: as of :class:`RequestBatches`.
+        log, targets, histories, cfg, seed, context: as of :class:`RequestBatches`.
         advertisers: whether an advertiser tower learns from them too.
     """
 
@@ -281,9 +325,10 @@ class TrainingBatches(RequestBatches):
         cfg: PairsConfig,
         *,
         seed: int,
+        context: Mapping[str, Sequence[Any]] | None = None,
         advertisers: bool = False,
     ) -> None:
-        super().__init__(log, targets, histories, cfg, seed=seed)
+        super().__init__(log, targets, histories, cfg, seed=seed, context=context)
         self.ads = Catalogue(np.log(self.expected_counts()), self.popularity)
         self.advertisers = None
         if advertisers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,19 @@ import torch
 from data.errors import LineageError, UserError
 from data.log import Log
 from models.training import TrainerConfig
-from models.two_tower import Candidates, RowAdam, RowsAndLayers, TwoTowerConfig, clip_gradients, sampled_softmax
+from models.two_tower import (
+    Batch,
+    Candidates,
+    ItemEncoder,
+    RowAdam,
+    RowsAndLayers,
+    TwoTower,
+    TwoTowerConfig,
+    TwoTowerModule,
+    TwoTowerShape,
+    clip_gradients,
+    sampled_softmax,
+)
 from retrieval.config import ForecastChannelConfig, PairsConfig, RetrievalConfig
 from retrieval.index import IndexConfig
 from retrieval.two_tower import TrainedTwoTower
@@ -62,8 +75,8 @@ def test_saved_and_loaded_it_embeds_the_same(log: Log, tmp_path: Path) -> None:
     towers, _ = train_tiny(log, cfg, tmp_path / "work")
     towers.save(tmp_path / "towers")
     again = TrainedTwoTower.load(tmp_path / "towers", IndexConfig())
-    users, periods = np.arange(20), np.full(20, 8)
-    ours, theirs = (one.embedder(log, cfg.pairs)(users, periods) for one in (towers, again))
+    asked = np.arange(20), np.arange(20) % 3, np.full(20, 8)
+    ours, theirs = (one.embedder(log, cfg.pairs)(*asked) for one in (towers, again))
     np.testing.assert_array_equal(ours, theirs)
     np.testing.assert_allclose(np.linalg.norm(ours, axis=1), 1.0, rtol=1e-5)
     (tmp_path / "towers" / "model.safetensors").write_bytes(b"cut")
@@ -75,11 +88,10 @@ def test_vectors_read_nothing_of_the_period_or_later(log: Log, tmp_path: Path) -
     cfg = tiny_retrieval()
     towers, _ = train_tiny(log, cfg, tmp_path)
     early = replace(log, events=log.events.select(log.events.period < 8))
-    users, periods = np.arange(40), np.full(40, 8)
-    np.testing.assert_array_equal(
-        towers.embedder(early, cfg.pairs)(users, periods), towers.embedder(log, cfg.pairs)(users, periods)
-    )
-    assert np.isnan(towers.embedder(log, cfg.pairs)(users[:3], np.ones(3, dtype=int))).all()
+    asked = np.arange(40), np.zeros(40, dtype=int), np.full(40, 8)
+    np.testing.assert_array_equal(towers.embedder(early, cfg.pairs)(*asked), towers.embedder(log, cfg.pairs)(*asked))
+    first = np.arange(3), np.zeros(3, dtype=int), np.ones(3, dtype=int)
+    assert np.isnan(towers.embedder(log, cfg.pairs)(*first)).all()
 
 
 def test_a_log_with_other_ads_is_refused(log: Log, tmp_path: Path) -> None:
@@ -90,23 +102,124 @@ def test_a_log_with_other_ads_is_refused(log: Log, tmp_path: Path) -> None:
 
 
 def test_vectors_looked_up_are_the_towers_own(log: Log, tmp_path: Path) -> None:
-    cfg = tiny_retrieval(model=TwoTowerConfig(dim=16, hidden=32, layers=1, id_dropout=0.2))
+    cfg = tiny_retrieval(model=TwoTowerConfig(dim=16, hidden=32, layers=1, id_dropout=0.2, context=["market"]))
     towers, _ = train_tiny(log, cfg, tmp_path)
     embed = towers.embedder(log, cfg.pairs)
-    users, periods = np.arange(30), np.full(30, 9)
+    users, markets, periods = np.arange(30), np.arange(30) % 3, np.full(30, 9)
     with torch.no_grad():
-        whole = towers.model.users(**embed.inputs(users, periods)).numpy()
+        whole = towers.model.users(**embed.inputs(users, markets, periods)).numpy()
     known = embed.histories.sizes(users, periods) > 0
-    np.testing.assert_allclose(embed(users, periods)[known], whole[known], atol=1e-5)
+    np.testing.assert_allclose(embed(users, markets, periods)[known], whole[known], atol=1e-5)
+
+
+WITH_MARKET = TwoTowerConfig(dim=16, hidden=32, context=["market"])
+
+
+def at_market(log: Log, towers: TrainedTwoTower, market: int) -> np.ndarray:
+    """Vectors of users who have bought something, all in one market."""
+    users = np.arange(20)
+    return towers.embedder(log, tiny_retrieval().pairs)(users, np.full(20, market), np.full(20, 9))
+
+
+def test_a_user_is_another_one_in_another_market(log: Log, tmp_path: Path) -> None:
+    towers, _ = train_tiny(log, tiny_retrieval(model=WITH_MARKET), tmp_path / "work")
+    here, there = at_market(log, towers, 0), at_market(log, towers, 1)
+    assert (np.abs(here - there).max(1) > 1e-3).all()
+    towers.save(tmp_path / "towers")
+    again = TrainedTwoTower.load(tmp_path / "towers", IndexConfig())
+    # A log that has grown numbers its markets otherwise.
+    grown = replace(log, market_ids=np.append(log.market_ids.min() - 1, log.market_ids))
+    np.testing.assert_array_equal(at_market(grown, again, 2), there)
+
+
+def test_a_market_that_was_not_trained_on_is_none(log: Log, tmp_path: Path) -> None:
+    towers, _ = train_tiny(log, tiny_retrieval(model=WITH_MARKET), tmp_path)
+    elsewhere = replace(log, market_ids=log.market_ids + 100)
+    nowhere = at_market(log, towers, -1)
+    assert np.isfinite(nowhere).all()
+    for found in (at_market(elsewhere, towers, 0), at_market(log, towers, len(log.market_ids))):
+        np.testing.assert_array_equal(found, nowhere)
+
+
+def test_training_reads_the_markets_that_serving_reads(log: Log, tmp_path: Path) -> None:
+    cfg = tiny_retrieval(model=WITH_MARKET)
+    towers, _ = train_tiny(log, cfg, tmp_path)
+    targets, rows = log.ad_targets("prior_fit"), np.arange(10, 30)
+    context = towers.shape.context
+    batch = TrainingBatches(log, targets, Histories(log, cfg.pairs), cfg.pairs, seed=0, context=context)(rows.tolist())
+    asked = targets.user[rows], targets.market[rows], targets.period[rows]
+    served = towers.embedder(log, cfg.pairs).inputs(*asked)
+    for name, expected in served.items():
+        assert torch.equal(batch[name], expected), name  # type: ignore[literal-required]
+    known = [context["market"][code - 1] for code in batch["context_BF"][:, 0].tolist()]
+    assert known == log.market_ids[targets.market[rows]].tolist()
+
+
+def test_towers_without_a_context_are_those_of_before(log: Log, tmp_path: Path) -> None:
+    towers, _ = train_tiny(log, tiny_retrieval(model=TwoTowerConfig(dim=16, hidden=32, context=[])), tmp_path / "work")
+    np.testing.assert_array_equal(at_market(log, towers, 0), at_market(log, towers, 1))
+    assert not [name for name in towers.model.state_dict() if "context" in name]
+    towers.save(tmp_path / "towers")
+    facts = json.loads((tmp_path / "towers" / "two_tower.json").read_text())
+    del facts["shape"]["context"], facts["config"]["context"]  # as they were written then
+    (tmp_path / "towers" / "two_tower.json").write_text(json.dumps(facts))
+    again = TrainedTwoTower.load(tmp_path / "towers", IndexConfig())
+    assert again.cfg.context == []
+    np.testing.assert_array_equal(at_market(log, again, 0), at_market(log, towers, 0))
+
+
+def market_steps(context: list[str]) -> tuple[float, TwoTower]:
+    """Loss after some steps on users of whom nothing is known, who buy ad 0 in one market and ad 1 in another."""
+    torch.manual_seed(0)
+    cfg = TwoTowerConfig(dim=16, hidden=32, dropout=0.0, popularity_weight=None, context=context)
+    shape = TwoTowerShape({"ad": 3}, {}, text_dim=0, ages=1, counts=1, context={name: ["a", "b"] for name in context})
+    encoder = ItemEncoder(torch.arange(1, 3)[:, None], torch.full((2,), -1), torch.zeros(0, 0), shape=shape, dim=16)
+    module = TwoTowerModule(TwoTower(encoder, shape, cfg), cfg, n_ads=2)
+    both, nothing = torch.arange(2), torch.zeros(2, 0, dtype=torch.int64)
+    among = Candidates(
+        item_C=both,
+        pair_row_P=both,
+        pair_column_P=both,
+        log_q_C=torch.zeros(2),
+        log_count_C=torch.zeros(2),
+        legal_BC=~torch.eye(2, dtype=torch.bool),
+        popularity_BC=torch.zeros(2, 2),
+    )
+    batch = Batch(
+        history_BH=nothing,
+        age_BH=nothing,
+        count_BH=nothing,
+        profile_BF=nothing,
+        context_BF=both[:, None][:, : len(context)] + 1,
+        ads=among,
+        advertisers=None,
+    )
+    optimizer = module.configure_optimizers()
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = module.loss(batch)
+        loss.backward()
+        optimizer.step()
+    return loss.item(), module.model
+
+
+def test_what_a_market_buys_is_learned() -> None:
+    blind, _ = market_steps([])
+    seeing, model = market_steps(["market"])
+    assert blind > 0.99 * np.log(2) > 10 * seeing
+    assert model.user_tower.context is not None
+    unknown, *known = model.user_tower.context.embedding_bags["market"].weight
+    assert not unknown.any()
+    assert all(row.any() for row in known)
 
 
 def test_layers_do_not_read_padding(log: Log, tmp_path: Path) -> None:
     """A longer history of the same items embeds the same: what pads it is not there."""
     cfg = tiny_retrieval(model=TwoTowerConfig(dim=16, hidden=32, layers=2))
     towers, _ = train_tiny(log, cfg, tmp_path)
-    users, periods = np.arange(30), np.full(30, 4)
+    asked = np.arange(30), np.zeros(30, dtype=int), np.full(30, 4)
     short, long = (PairsConfig(history=length, window=64) for length in (40, 60))
-    ours, theirs = (towers.embedder(log, pairs)(users, periods) for pairs in (short, long))
+    ours, theirs = (towers.embedder(log, pairs)(*asked) for pairs in (short, long))
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
@@ -181,7 +294,7 @@ def test_the_advertiser_tower_learns_and_is_saved(log: Log, tmp_path: Path) -> N
     loaded = TrainedTwoTower.load(tmp_path / "towers", IndexConfig())
     ours, theirs = (one.advertiser_scores(log, cfg.pairs) for one in (towers, loaded))
     targets = log.ad_targets("prior_select")
-    vectors, found, chance = towers.embedder(log, cfg.pairs)(targets.user, targets.period), [], []
+    vectors, found, chance = towers.embedder(log, cfg.pairs)(targets.user, targets.market, targets.period), [], []
     for row in np.flatnonzero(~np.isnan(vectors).any(1))[:200].tolist():
         market, period = int(targets.market[row]), int(targets.period[row])
         log_prob = ours(vectors[row], market, period)
@@ -290,6 +403,8 @@ BAD_SIZES: list[tuple[dict[str, Any], str]] = [
     ({"dim": 0}, "dim=0"),
     ({"id_dropout": 1.0}, "id_dropout=1.0"),
     ({"layers": -1}, "layers=-1"),
+    ({"context": ["weather"]}, r"context=\['weather'\]; expected distinct names out of market"),
+    ({"context": ["market", "market"]}, "expected distinct names"),
     ({"advertiser_weight": 0.0}, "advertiser_weight=0.0"),
     ({"layers": 1, "dim": 30, "heads": 4}, "heads that divide dim"),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,6 +81,20 @@ def test_towers_add_popularity_to_similarity_before_they_choose() -> None:
     assert TwoTowerChannel(near).candidates(request(None), 3).tolist()[0] == 8
     unweighted = TowerScores(INDEX, weight=0.0, popularity=counted)
     assert TwoTowerChannel(unweighted).candidates(request(None), 2).tolist() == [0, 1]
+
+
+def test_ads_removed_during_a_request_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = AdIndex.build(VECTORS, np.arange(12, dtype=np.int32), IndexConfig(exact_up_to=5))
+    search = index.search
+
+    def removed_meanwhile(*asked: Any, **how: Any) -> Any:
+        found = search(*asked, **how)
+        index.remove(np.array([0, 2], dtype=np.int32))
+        return found
+
+    monkeypatch.setattr(index, "search", removed_meanwhile)
+    scores = TowerScores(index, weight=0.3, popularity=lambda ads, *_: np.zeros(len(ads), np.float32))
+    assert TwoTowerChannel(scores).candidates(request(None), 3).tolist() == [1, 3, 4]
 
 
 def test_the_papers_rule_takes_forecast_advertisers_ads_by_two_tower_score() -> None:

@@ -60,7 +60,7 @@ def test_advertisers_are_ranked_among_those_active_in_the_visit(log: Log, factor
         score_A = np.full(len(log.advertiser_ids), -np.inf)
         owner = log.ad_advertiser[request.active]
         if request.vector_D is not None:
-            np.logaddexp.at(score_A, owner[owner >= 0], factors.scores.of(request, request.active)[owner >= 0])
+            np.logaddexp.at(score_A, owner[owner >= 0], factors.scores.of(request, request.active)[1][owner >= 0])
         summed.append(score_A)
     expected = np.where(with_vector, best_advertisers(log, factors, summed), np.nan)
     np.testing.assert_allclose(values[TOWER][RANKED, "all", TOP], expected)

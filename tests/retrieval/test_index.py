@@ -112,6 +112,8 @@ def test_concurrent_searches_see_the_index_before_or_after_a_change() -> None:
                 index.search(QUERIES, 5, among=ADS[50:150])
                 index.vectors(ADS[10:20])
                 assert index.holds(ADS[:20]).all()
+                held, vectors = index.held(ADS[:100])
+                np.testing.assert_array_equal(vectors, VECTORS[:100][np.isin(ADS[:100], held)])
                 assert np.isin(index.ads, ADS).all()
         except BaseException as error:
             failures.append(error)
