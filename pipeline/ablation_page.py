@@ -119,8 +119,11 @@ def sections(result: Result) -> tuple[Section, ...]:
         Section("figures", "Figures", ("Means over user-periods and seeds.",), grids(kind.levels, arms)),
     ]
     if len(arms) > 1:
+        with_intervals = any(row.ci_low is not None for row in result.rows)
         note = (
             f"Paired, with {LEVEL:.0%} intervals over users and seeds; ▲ better, ▼ worse, no mark where zero is inside."
+            if with_intervals
+            else "Means over seeds; a run has one such figure, so there is no interval."
         )
         found.append(Section("against", f"Less {first}", (note,), grids(kind.levels, arms[1:], first)))
     if kind.within:

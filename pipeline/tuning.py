@@ -103,8 +103,8 @@ def _names(keys: Sequence[str], points: Sequence[tuple[str, ...]]) -> list[str]:
     shown = [last if short.count(last) == 1 else key for key, last in zip(keys, short, strict=True)]
     names: list[str] = []
     for point in points:
-        parts = (f"{key}={one.partition('=')[2]}" for key, one in zip(shown, point, strict=True))
-        name = _UNSAFE.sub("", ", ".join(parts).replace("/", "-"))
+        values = (_UNSAFE.sub("", one.partition("=")[2].replace("/", "-")) or "none" for one in point)
+        name = ", ".join(f"{key}={value}" for key, value in zip(shown, values, strict=True))
         names.append(name if name not in names else f"{name} ({len(names) + 1})")
     return names
 

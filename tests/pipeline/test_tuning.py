@@ -51,6 +51,8 @@ def test_trials_are_drawn_once_and_for_all() -> None:
             [f"prior.lora.learning_rate={a}, prior.head.learning_rate={b}" for a in "12" for b in ("3", "3.5")],
         ),
         (["ranker.seeds=[0],[1]", "prior.base.name='/a/b'"], ["seeds=0", "seeds=1"]),
+        (["retrieval.model.context=[],[market]"], ["context=none", "context=market"]),
+        (["prior.base.name='/a/b','/c'"], ["name=-a-b", "name=-c"]),
     ],
 )
 def test_names_are_short_and_can_be_folders(sweep: list[str], names: list[str]) -> None:
