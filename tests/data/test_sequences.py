@@ -342,7 +342,7 @@ def test_a_wrong_config_is_told(changes: dict[str, object], message: str, source
 def test_published_figures(
     name: str, users: int, items: int, interactions: int, advertisers: int, branded: int, tmp_path: Path
 ) -> None:
-    """Of ../shared/data/README.md, which counts the empty brand of Office among its 778."""
+    """Of the description beside the data, which counts the empty brand of Office among its 778."""
     made = written(Path(SHARED or "") / name, tmp_path / "out", impressions_per_visit=1)
     got = Tables.open(made)
     assert (len(got.users), len(got.ads), len(got.advertisers)) == (users, items, advertisers)
