@@ -14,14 +14,13 @@ from typing import Any
 
 from markupsafe import Markup
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from data.artifacts import atomic_write_text, to_plain
 from data.statistics import LEVEL, Interval, Row
 from pipeline import figures, verdict
 from pipeline.ablation import Recommendation, Result, Shown, Study
-from pipeline.grids import NONE, Grid, Section, console_parts
+from pipeline.grids import NONE, Grid, Section, sections_to_console
 from pipeline.pages import template
 from pipeline.verdict import DIFFERENCE, Outcome, number
 
@@ -70,10 +69,7 @@ def render(result: Result) -> str:
 
 def to_console(result: Result) -> Group:
     """The tables for the terminal."""
-    parts: list[Text | Table] = [Text(), Text(scope(result))]
-    for section in sections(result):
-        parts += console_parts(section)
-    return Group(*parts)
+    return Group(Text(), sections_to_console(scope(result), sections(result)))
 
 
 def to_markdown(result: Result) -> str:

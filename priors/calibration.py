@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from models.prior_lm import Targeted, row_nll, target_log_prob, weighted_log_softmax
+from priors.anchor import TunedAnchor
 
 WEIGHT_DEVIATION, EXPONENT_DEVIATION = 1.0, 0.05
 """Standard deviations of the normal priors around 1 of τ and α: how far they go on the word of few prompts."""
@@ -130,6 +131,22 @@ def fit_calibration(batches: Sequence[Targeted], lm_logits: Sequence[list[Tensor
         _minimise(loss_without, [exponent])
         return Calibration(tuple(fixed.tolist()), tuple(exponent.detach().tolist()))
     return Calibration(tuple(weight.detach().tolist()), tuple(exponent.detach().tolist()))
+
+
+def calibrate(
+    base: TunedAnchor, batches: Sequence[Targeted], lm_logits: Sequence[list[Tensor]]
+) -> tuple[TunedAnchor, Calibration, tuple[float, ...]]:
+    """The last fit of a base alone and of the LM over it, on the same prompts, so that their difference is the LM's.
+
+    Args:
+        base: whose scores the decisions have.
+        batches, lm_logits: as of :func:`fit_calibration`.
+
+    Returns:
+        The base raised to its exponents, the weights of the LM over it, and those exponents.
+    """
+    alone_L = fit_exponents(batches)
+    return base.raised(alone_L), fit_calibration(batches, lm_logits).over(alone_L), alone_L
 
 
 def fit_exponents(batches: Sequence[Targeted], bias_LV: Sequence[Tensor] | None = None) -> tuple[float, ...]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ from models.training import EpochSampler, FitResult, History, TokenBatchSampler,
 from priors.anchor import Anchor, Counts, TunedAnchor, choose_constants
 from priors.artifact import PriorModel, check_advertisers, heads_of, history_vectors
 from priors.base_model import BaseModel, load_base_model, quick_attention
-from priors.calibration import calibrated_nll, fit_anchor_levels, fit_calibration, fit_exponents
+from priors.calibration import calibrate, calibrated_nll, fit_anchor_levels
 from priors.config import AnchorConfig, PriorConfig
 from priors.dataset import PromptDataset, TreeCollator
 from priors.history import fit_history, freeze_history, history_size, history_states
@@ -60,11 +60,26 @@ from semantic_ids.advertiser_ids import AdvertiserIds
 from semantic_ids.trie import Trie
 
 START = "start.safetensors"
-Scores = tuple[list[list[Tensor]], list[Tensor], Tensor]
-"""Of some batches, as of :func:`logits_at_decisions`."""
 _SELECT = 0
 _STANDARDISE = 32
 """Prompts that the head's constants are taken from where there is no probe."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model's heads say at the decisions of some prompts.
+
+    Attributes:
+        batches: of the prompts.
+        logits: of advertisers, ``(N, V)`` a level, for each batch.
+        interest_logits: of interests, for each batch that asks for any.
+        constant_LH: mean of what the head reads at each level.
+    """
+
+    batches: list[TreeBatch]
+    logits: list[list[Tensor]]
+    interest_logits: list[Tensor]
+    constant_LH: Tensor
 
 
 def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path) -> tuple[PriorModel, dict[str, Any]]:
@@ -131,21 +146,13 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
         model, train_set, select_set, collator, cfg, probe=probe_set, history=(history_set, history_select),
         user_ids=log.user_ids, work_dir=work_dir, callbacks=(interest_history,),
     )  # fmt: skip
-    select_batches = list(batches(select_set, collator, cfg.batch_size))
-    logits, interest_logits, constant_LH = scores
-    # The anchor gets the same last fit as the LM over it, so that their difference is the LM's.
-    alone_L = fit_exponents(select_batches)
-    calibration = fit_calibration(select_batches, logits).over(alone_L)
+    base, calibration, alone_L = calibrate(base, scores.batches, scores.logits)
     zeros, ones = torch.zeros(trie.n_levels), torch.ones(trie.n_levels)
-    select_anchor = float(calibrated_nll(select_batches, None, zeros, ones).mean())
+    select_anchor = float(calibrated_nll(scores.batches, None, zeros, ones).mean())
     if interests is not None:
-        asked = [batch.interests for batch in select_batches if batch.interests is not None]
-        interests_alone = fit_exponents(asked)
-        interests = replace(
-            interests,
-            base=interests.base.raised(interests_alone),
-            calibration=fit_calibration(asked, [[one] for one in interest_logits]).over(interests_alone),
-        )
+        asked = [batch.interests for batch in scores.batches if batch.interests is not None]
+        raised, weights, _ = calibrate(interests.base, asked, [[one] for one in scores.interest_logits])
+        interests = replace(interests, base=raised, calibration=weights)
         interest_metrics |= {
             "column": interests.space.column,
             "categories": len(interests.space),
@@ -154,9 +161,8 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
             "select_nll_anchor": _interest_anchor_nll(asked),
             "calibration": to_plain(interests.calibration),
         }
-    base = base.raised(alone_L)
     fitted = PriorModel(
-        model.eval(), base, calibration, compiler, constant_LH, cfg, base_model.reference, ids, interests
+        model.eval(), base, calibration, compiler, scores.constant_LH, cfg, base_model.reference, ids, interests
     )
     metrics = {
         **anchor_metrics,
@@ -446,7 +452,7 @@ def _judge_best(
     ones = torch.ones(model.head.n_levels)
 
     def nll_of(scores: Scores) -> NDArray[np.float64]:
-        return calibrated_nll(select_batches, scores[0], ones, ones).double().numpy()
+        return calibrated_nll(select_batches, scores.logits, ones, ones).double().numpy()
 
     trained = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
     scores = logits_at_decisions(model, select_batches)
@@ -526,7 +532,7 @@ def _load_start(model: PriorLM, work_dir: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def logits_at_decisions(model: PriorLM, select: list[TreeBatch]) -> Scores:
-    """The head's scores at all decisions, those of interests, and the mean of what the head reads at each level."""
+    """What a model's heads say at all decisions of some batches."""
     model.eval()
     interests = []
     logits, sums = [], [torch.zeros(()) for _ in range(model.head.n_levels)]
@@ -542,7 +548,7 @@ def logits_at_decisions(model: PriorLM, select: list[TreeBatch]) -> Scores:
         if batch.interests is not None and model.interest_head is not None:
             asked = batch.interests.levels[0]
             interests.append(model.interest_head(batch.states(hidden, asked), 0))
-    return logits, interests, torch.stack(sums) / counts.clamp_min(1)[:, None]
+    return Scores(select, logits, interests, torch.stack(sums) / counts.clamp_min(1)[:, None])
 
 
 def _interest_anchor_nll(asked: Sequence[InterestTargets]) -> float:

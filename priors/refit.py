@@ -27,7 +27,7 @@ from data.split import Span
 from models.prior_lm import TreeBatch, weighted_log_softmax
 from priors.anchor import path_log_probs
 from priors.artifact import PriorModel
-from priors.calibration import Calibration, fit_anchor_levels, fit_calibration, fit_exponents
+from priors.calibration import Calibration, calibrate, fit_anchor_levels, fit_calibration
 from priors.config import PriorConfig
 from priors.dataset import PromptDataset, TreeCollator
 from priors.evaluate import constant_scores, head_logits
@@ -110,9 +110,8 @@ def refit(prior: PriorModel, log: Log, *, before: int) -> PriorModel:
     fit_history(model, history, chosen_by, collator, cfg.history, cfg.head, seed=cfg.seed)
     fitted = replace(prior, base=base, model=model.eval())
     tree_batches = _tree_batches(fitted, selection_rows(choosing, cfg))
-    alone_L = fit_exponents(tree_batches)
-    calibration = fit_calibration(tree_batches, _logits(fitted, tree_batches)).over(alone_L)
-    return replace(fitted, base=base.raised(alone_L), calibration=calibration)
+    base, calibration, _ = calibrate(base, tree_batches, _logits(fitted, tree_batches))
+    return replace(fitted, base=base, calibration=calibration)
 
 
 def spans_before(log: Log, cfg: PriorConfig, before: int) -> tuple[Span, Span]:

@@ -91,8 +91,8 @@ def fit_reward(
     taken = accepted_for(recall=figures[f"recall@{PAID}"]["difference"], nll=figures["nll"]["difference"])
     metrics = {"prompts": len(train), "steps": steps, "accepted_for": taken, "select": to_plain(figures)}
     if taken == ALL:
-        *_, constant_LH = logits_at_decisions(model, list(batches(select, prior.collator, cfg.batch_size)))
-        return replace(prior, model=model, constant_LH=constant_LH, reward=taken), metrics
+        scores = logits_at_decisions(model, list(batches(select, prior.collator, cfg.batch_size)))
+        return replace(prior, model=model, constant_LH=scores.constant_LH, reward=taken), metrics
     return replace(prior, reward=taken, list_model=model if taken == FOR_LISTS else None), metrics
 
 
