@@ -41,15 +41,13 @@ from retrieval.index import AdIndex, IndexConfig
 from retrieval.two_tower_data import (
     AGE_EDGES,
     COUNT_EDGES,
-    Contexts,
-    Histories,
     LogPopularity,
     TrainingBatches,
+    UserInputs,
     ValidationBatches,
     build_items,
     context_values,
     log_popularity,
-    profiles,
 )
 
 ITEMS_AT_ONCE = 8192
@@ -161,8 +159,7 @@ class UserEmbedder:
     """
 
     def __init__(self, model: TwoTower, log: Log, cfg: PairsConfig, *, context: Mapping[str, Sequence[Any]]) -> None:
-        self.model, self.histories, self.profile_UF = model, Histories(log, cfg), profiles(log)
-        self.contexts = Contexts(log, context)
+        self.model, self.users = model, UserInputs(log, cfg, context=context)
         self._x_ND = self._embed_items()
 
     def __call__(
@@ -176,7 +173,7 @@ class UserEmbedder:
         for start in range(0, len(user_B), 512):
             user, market, period = (values[start : start + 512] for values in (user_B, market_B, period_B))
             vectors = self.forward(self.inputs(user, market, period))
-            vectors[self.histories.sizes(user, period) == 0] = np.nan
+            vectors[self.users.histories.sizes(user, period) == 0] = np.nan
             parts.append(vectors)
         return np.concatenate(parts) if parts else np.empty((0, self.model.dim), dtype=np.float32)
 
@@ -184,10 +181,7 @@ class UserEmbedder:
         self, user_B: NDArray[np.integer], market_B: NDArray[np.integer], period_B: NDArray[np.integer]
     ) -> dict[str, Tensor]:
         """What the user tower reads, but for the embeddings of the history."""
-        found = self.histories(user_B, period_B).tensors() | {
-            "profile_BF": torch.from_numpy(self.profile_UF[user_B]),
-            "context_BF": torch.from_numpy(self.contexts(market_B)),
-        }
+        found = self.users(user_B, market_B, period_B)
         return {name: tensor.to(self._x_ND.device) for name, tensor in found.items()}
 
     @torch.no_grad()
@@ -285,11 +279,9 @@ def train_two_tower(
         context = context_values(log, targets, cfg.model.context)
         model, shape = build_model(log, codes_AL, text_AE, cfg.model, context=context)
     module = TwoTowerModule(model, cfg.model, n_ads=len(log.ad_ids), k=cfg.pairs.recall_at)
-    histories = Histories(log, cfg.pairs)
+    users = UserInputs(log, cfg.pairs, context=context)
     with_advertisers = cfg.model.advertiser_weight is not None
-    train = TrainingBatches(
-        log, targets, histories, cfg.pairs, seed=cfg.seed, context=context, advertisers=with_advertisers
-    )
+    train = TrainingBatches(log, targets, users, cfg.pairs, seed=cfg.seed, advertisers=with_advertisers)
     per_epoch = min(cfg.pairs.requests_per_epoch or len(train), len(train))
     train_loader: DataLoader = DataLoader(
         range(len(train)),  # type: ignore[arg-type]
@@ -300,7 +292,7 @@ def train_two_tower(
     select = log.ad_targets(select_span)
     rng = np.random.default_rng(cfg.seed)
     chosen = np.sort(rng.permutation(len(select))[: cfg.pairs.validation_requests])
-    validation = ValidationBatches(log, select, histories, cfg.pairs, seed=cfg.seed, context=context)
+    validation = ValidationBatches(log, select, users, cfg.pairs, seed=cfg.seed)
     val_loader = DataLoader(chosen.tolist(), batch_size=128, collate_fn=validation)
     monitor = "val_recall" if len(chosen) else None
     result = fit(

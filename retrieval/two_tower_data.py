@@ -211,6 +211,30 @@ class Contexts:
         return np.stack(codes, axis=1) if codes else np.zeros((len(market_B), 0), dtype=np.int64)
 
 
+class UserInputs:
+    """Looks up what the user tower reads of requests, in training and serving alike.
+
+    Args:
+        log: the purchases, profiles and markets.
+        cfg: length of a history and of the window it is taken from.
+        context: values of the context's features that the towers know; none leave it out.
+    """
+
+    def __init__(self, log: Log, cfg: PairsConfig, *, context: Mapping[str, Sequence[Any]] | None = None) -> None:
+        self.histories = Histories(log, cfg)
+        self._profile_UF, self._contexts = profiles(log), Contexts(log, context or {})
+
+    def __call__(
+        self, user_B: NDArray[np.integer], market_B: NDArray[np.integer], period_B: NDArray[np.integer]
+    ) -> dict[str, torch.Tensor]:
+        """The user side of a :class:`~models.two_tower.Batch`."""
+        return {
+            **self.histories(user_B, period_B).tensors(),
+            "profile_BF": torch.from_numpy(self._profile_UF[user_B]),
+            "context_BF": torch.from_numpy(self._contexts(market_B)),
+        }
+
+
 class RequestBatches:
     """Collates requests, named by their row, into batches.
 
@@ -220,24 +244,13 @@ class RequestBatches:
     Args:
         log: the log.
         targets: converted ads of requests.
-        histories: looks up histories.
+        users: looks up what the user tower reads.
         cfg: sizes.
         seed: of the draws.
-        context: values of the context's features that the towers know; none leave it out.
     """
 
-    def __init__(
-        self,
-        log: Log,
-        targets: Targets,
-        histories: Histories,
-        cfg: PairsConfig,
-        *,
-        seed: int,
-        context: Mapping[str, Sequence[Any]] | None = None,
-    ) -> None:
-        self.log, self.targets, self.histories, self.cfg, self.seed = log, targets, histories, cfg, seed
-        self.profile_UF, self.contexts = profiles(log), Contexts(log, context or {})
+    def __init__(self, log: Log, targets: Targets, users: UserInputs, cfg: PairsConfig, *, seed: int) -> None:
+        self.log, self.targets, self.users, self.cfg, self.seed = log, targets, users, cfg, seed
         self.popularity = log_popularity(log, cfg)
 
     def __len__(self) -> int:
@@ -245,12 +258,8 @@ class RequestBatches:
 
     def inputs(self, rows_B: NDArray[np.int64]) -> dict[str, torch.Tensor]:
         """The user side of requests."""
-        user_B, period_B = self.targets.user[rows_B], self.targets.period[rows_B]
-        return {
-            **self.histories(user_B, period_B).tensors(),
-            "profile_BF": torch.from_numpy(self.profile_UF[user_B]),
-            "context_BF": torch.from_numpy(self.contexts(self.targets.market[rows_B])),
-        }
+        targets = self.targets
+        return self.users(targets.user[rows_B], targets.market[rows_B], targets.period[rows_B])
 
     def active(self, rows_B: NDArray[np.int64]) -> ActiveLists:
         """Active ads of requests."""
@@ -313,7 +322,7 @@ class TrainingBatches(RequestBatches):
     """Batches with targets and sampled candidates.
 
     Args:
-        log, targets, histories, cfg, seed, context: as of :class:`RequestBatches`.
+        log, targets, users, cfg, seed: as of :class:`RequestBatches`.
         advertisers: whether an advertiser tower learns from them too.
     """
 
@@ -321,14 +330,13 @@ class TrainingBatches(RequestBatches):
         self,
         log: Log,
         targets: Targets,
-        histories: Histories,
+        users: UserInputs,
         cfg: PairsConfig,
         *,
         seed: int,
-        context: Mapping[str, Sequence[Any]] | None = None,
         advertisers: bool = False,
     ) -> None:
-        super().__init__(log, targets, histories, cfg, seed=seed, context=context)
+        super().__init__(log, targets, users, cfg, seed=seed)
         self.ads = Catalogue(np.log(self.expected_counts()), self.popularity)
         self.advertisers = None
         if advertisers:

@@ -31,7 +31,7 @@ from models.two_tower import (
 from retrieval.config import ForecastChannelConfig, PairsConfig, RetrievalConfig
 from retrieval.index import IndexConfig
 from retrieval.two_tower import TrainedTwoTower
-from retrieval.two_tower_data import Histories, TrainingBatches, log_popularity
+from retrieval.two_tower_data import TrainingBatches, UserInputs, log_popularity
 from tests.logs import tiny_log
 from tests.retrieval.common import tiny_retrieval, train_tiny
 
@@ -108,7 +108,7 @@ def test_vectors_looked_up_are_the_towers_own(log: Log, tmp_path: Path) -> None:
     users, markets, periods = np.arange(30), np.arange(30) % 3, np.full(30, 9)
     with torch.no_grad():
         whole = towers.model.users(**embed.inputs(users, markets, periods)).numpy()
-    known = embed.histories.sizes(users, periods) > 0
+    known = embed.users.histories.sizes(users, periods) > 0
     np.testing.assert_allclose(embed(users, markets, periods)[known], whole[known], atol=1e-5)
 
 
@@ -146,7 +146,7 @@ def test_training_reads_the_markets_that_serving_reads(log: Log, tmp_path: Path)
     towers, _ = train_tiny(log, cfg, tmp_path)
     targets, rows = log.ad_targets("prior_fit"), np.arange(10, 30)
     context = towers.shape.context
-    batch = TrainingBatches(log, targets, Histories(log, cfg.pairs), cfg.pairs, seed=0, context=context)(rows.tolist())
+    batch = TrainingBatches(log, targets, UserInputs(log, cfg.pairs, context=context), cfg.pairs, seed=0)(rows.tolist())
     asked = targets.user[rows], targets.market[rows], targets.period[rows]
     served = towers.embedder(log, cfg.pairs).inputs(*asked)
     for name, expected in served.items():
@@ -226,7 +226,7 @@ def test_layers_do_not_read_padding(log: Log, tmp_path: Path) -> None:
 def test_popularity_is_counted_for_every_request(log: Log) -> None:
     cfg = tiny_retrieval().pairs
     targets = log.ad_targets("prior_fit")
-    batches = TrainingBatches(log, targets, Histories(log, cfg), cfg, seed=0)
+    batches = TrainingBatches(log, targets, UserInputs(log, cfg), cfg, seed=0)
     batch = batches(range(10, 30))["ads"]
     counted, scored = log_popularity(log, cfg), batch["popularity_BC"].numpy() != 0
     assert scored.any()
@@ -241,7 +241,7 @@ WITH_ADVERTISERS = TwoTowerConfig(dim=16, hidden=32, advertiser_weight=0.5)
 
 def advertiser_batches(log: Log, cfg: PairsConfig) -> TrainingBatches:
     targets = log.ad_targets("prior_fit")
-    return TrainingBatches(log, targets, Histories(log, cfg), cfg, seed=0, advertisers=True)
+    return TrainingBatches(log, targets, UserInputs(log, cfg), cfg, seed=0, advertisers=True)
 
 
 def test_candidates_of_the_advertiser_tower_are_the_owners_of_the_ads(log: Log) -> None:
