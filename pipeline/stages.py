@@ -107,7 +107,7 @@ def stages() -> list[Stage[AdsidConfig]]:
             lambda cfg: {"data": cfg.data, "prior": _fitting(cfg)},
             make_prior,
             ("prompts", "select_nll_by_part"),
-            version=6,
+            version=7,
         ),
         Stage(
             "forecasts",

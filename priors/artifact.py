@@ -228,7 +228,7 @@ def _history_config(plain: dict[str, Any]) -> HistoryConfig:
 
 def history_vectors(cfg: HistoryConfig, counts: Counts, ids: AdvertiserIds) -> HistoryVectors | None:
     """What gives the history vectors; None where they are left out."""
-    return HistoryVectors(counts, ids, decay=cfg.decay) if cfg.prompts else None
+    return HistoryVectors(counts, ids, decays=cfg.decays) if cfg.prompts else None
 
 
 def heads_of(model: PriorLM) -> dict[str, Tensor]:
@@ -297,7 +297,7 @@ def load_model(directory: Path, plain: dict[str, Any], ids: AdvertiserIds) -> tu
             first_id_token=plain["first_id_token"],
             head=plain["head"]["kind"],
             n_interests=len(plain["interests"]["names"]) if plain.get("interests") else None,
-            history_size=history_size(ids) if _history_config(plain).prompts else 0,
+            history_size=history_size(ids, _history_config(plain)),
         )
         given = model.load_state_dict(state, strict=False)
         lacking = sorted(set(heads_of(model)) & set(given.missing_keys)) + given.unexpected_keys

@@ -91,7 +91,8 @@ class HistoryConfig:
 
     Attributes:
         prompts: user-periods of the fit span that its weights are fitted on, at the most; 0 leaves the vector out.
-        decay: by which a purchase's weight falls a period.
+        decays: by which a purchase's weight falls a period; of several values, e.g. [0.5, 0.97], each gives a vector of
+            its own, so that what was bought last and what was ever bought are told apart.
         epochs: passes over them, at the most; each level keeps its best one, and stops where three brought no gain.
         learning_rate, weight_decay: AdamW's.
         dropout: share of the vector's features that are hidden from the head while they are fitted.
@@ -99,7 +100,7 @@ class HistoryConfig:
     """
 
     prompts: int = 30_000
-    decay: float = 0.97
+    decays: list[float] = field(default_factory=lambda: [0.97])
     epochs: int = 40
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
@@ -108,12 +109,12 @@ class HistoryConfig:
 
     def __post_init__(self) -> None:
         errors = _too_small(self, "history", {"prompts": 0, "epochs": 1, "batch_size": 1}, without="the history vector")
-        if not 0 < self.decay <= 1:
+        if not self.decays or not all(0 < decay <= 1 for decay in self.decays):
             errors.append(
                 UserError(
-                    f"prior.history.decay={self.decay}",
-                    expected="above 0, at most 1: what is left of a purchase's weight after a period",
-                    action="set prior.history.decay, e.g. to 0.97",
+                    f"prior.history.decays={list(self.decays)}",
+                    expected="at least one, all above 0, at most 1: the part of a weight that a period leaves",
+                    action="set prior.history.decays, e.g. to [0.97]",
                 )
             )
         if not 0 <= self.dropout < 1:

@@ -245,7 +245,7 @@ def build_model(
         dropout=cfg.head.dropout,
         train_input_rows=cfg.base.train_input_rows,
         n_interests=None if interests is None else len(interests.space),
-        history_size=history_size(ids) if compiler.history is not None else 0,
+        history_size=history_size(ids, cfg.history),
     )
     if model.interest_head is not None:
         model.interest_head.requires_grad_(cfg.interests.weight > 0)

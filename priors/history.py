@@ -9,7 +9,8 @@ hidden state:
 
 with the RQ-VAE's code vectors ``z_l`` that the head itself is tied to, every level at one mean length. An advertiser
 that shares codes with what a user bought gains, whoever bought it before; a new one too. The levels that only tell
-colliding IDs apart have no vectors and no part in it.
+colliding IDs apart have no vectors and no part in it. Several decays give several means, of what was bought last and of
+what was ever bought, which the head reads after one another.
 
 The weights that read the vector are fitted first, on all user-periods of the fit span, which needs no LM and takes
 about a minute; then they stay as they are, and the LM learns what is left. So its own share is told apart: forecasts
@@ -20,7 +21,7 @@ Shapes: B user-periods, F features, L levels with vectors, V codes and D feature
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,26 +48,37 @@ class HistoryVectors:
     Args:
         counts: purchases by user, period and advertiser.
         ids: codes of the advertisers and the codes' vectors.
-        decay: by which a purchase's weight falls a period.
+        decays: by which a purchase's weight falls a period; each gives a mean of its own.
     """
 
-    def __init__(self, counts: Counts, ids: AdvertiserIds, *, decay: float) -> None:
-        self.decay, self._counts = decay, counts
+    def __init__(self, counts: Counts, ids: AdvertiserIds, *, decays: Sequence[float]) -> None:
+        self.decays, self._counts = tuple(decays), counts
         self._levels = []
         for level, vectors_VD in enumerate(ids.codebooks):
             if vectors_VD.any():
                 length = np.linalg.norm(vectors_VD, axis=1).mean()
                 self._levels.append((ids.codes_AL[:, level], vectors_VD.astype(np.float64) / length))
-        self.size = history_size(ids)
+        self.size = len(self.decays) * _vector_size(ids)
 
     def __call__(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> NDArray[np.float32]:
-        """Vectors of length one, ``(B, F)``; zeros for a user who bought nothing before the period."""
+        """Vectors, of length one for each decay, ``(B, F)``; zeros for a user who bought nothing before the period."""
         n, n_advertisers = len(user_B), self._counts.n_advertisers
         row_R, index_R, ago_R = self._counts.history(np.asarray(user_B, np.int64), np.asarray(period_B, np.int64))
         pair_R = row_R * n_advertisers + self._counts.advertiser_R[index_R]
         pair_P, place_R = np.unique(pair_R, return_inverse=True)
-        weight_P = np.log1p(np.bincount(place_R, self._counts.count_R[index_R] * self.decay**ago_R))
         row_P, advertiser_P = np.divmod(pair_P, n_advertisers)
+        vectors = [
+            self._mean(
+                np.log1p(np.bincount(place_R, self._counts.count_R[index_R] * decay**ago_R)), row_P, advertiser_P, n
+            )
+            for decay in self.decays
+        ]
+        return np.concatenate(vectors, axis=1)
+
+    def _mean(
+        self, weight_P: NDArray[np.float64], row_P: NDArray[np.int64], advertiser_P: NDArray[np.int64], n: int
+    ) -> NDArray[np.float32]:
+        """What advertisers P of rows P weigh, as one vector a row."""
         parts = []
         for codes_A, vectors_VD in self._levels:
             cell_P = row_P * len(vectors_VD) + codes_A[advertiser_P]
@@ -77,8 +89,12 @@ class HistoryVectors:
         return np.divide(sum_BF, length_B1, out=np.zeros_like(sum_BF), where=length_B1 > 1e-9).astype(np.float32)
 
 
-def history_size(ids: AdvertiserIds) -> int:
-    """F."""
+def history_size(ids: AdvertiserIds, cfg: HistoryConfig) -> int:
+    """F; 0 where the vector is left out."""
+    return len(cfg.decays) * _vector_size(ids) if cfg.prompts else 0
+
+
+def _vector_size(ids: AdvertiserIds) -> int:
     return sum(vectors_VD.shape[1] for vectors_VD in ids.codebooks if vectors_VD.any())
 
 

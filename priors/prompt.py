@@ -35,7 +35,7 @@ FRAME = "frame"
 class HistoryReader(Protocol):
     """Gives history vectors; see `priors.history`."""
 
-    decay: float
+    decays: tuple[float, ...]
 
     def __call__(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> NDArray[np.float32]:
         """Those of users at the start of periods, ``(B, F)``."""

@@ -46,24 +46,26 @@ def ids_of(n: int, rng: np.random.Generator, *, extra_level: bool = False) -> Ad
 def test_it_is_the_mean_of_code_vectors_of_all_that_was_bought(seed: int, extra: bool, decay: float) -> None:
     rng = np.random.default_rng(seed)
     ids, of_log = ids_of(12, rng, extra_level=extra), counts(12, rng)
-    vectors = HistoryVectors(of_log, ids, decay=decay)
-    assert vectors.size == history_size(ids) == (6 if extra else 9)
+    decays = [decay, 0.8]
+    vectors = HistoryVectors(of_log, ids, decays=decays)
+    assert vectors.size == history_size(ids, HistoryConfig(decays=decays)) == 2 * (6 if extra else 9)
     user_B, period_B = rng.integers(0, N_USERS, 9), rng.integers(0, N_PERIODS + 2, 9)
     for user, period, ours in zip(user_B, period_B, vectors(user_B, period_B), strict=True):
-        weight_A = np.zeros(12)
-        for row in range(of_log.user_ptr[user], of_log.user_ptr[user + 1]):
-            if of_log.period_R[row] < period:
-                weight = of_log.count_R[row] * decay ** (period - of_log.period_R[row])
-                weight_A[of_log.advertiser_R[row]] += weight
-        summed = [
-            np.log1p(weight_A) @ (book / np.linalg.norm(book, axis=1).mean())[ids.codes_AL[:, level]]
-            for level, book in enumerate(ids.codebooks)
-            if book.any()
-        ]
-        expected = np.concatenate(summed)
-        if weight_A.any():
-            expected /= np.linalg.norm(expected)
-        np.testing.assert_allclose(ours, expected, atol=1e-6)
+        means = []
+        for one in decays:
+            weight_A = np.zeros(12)
+            for row in range(of_log.user_ptr[user], of_log.user_ptr[user + 1]):
+                if of_log.period_R[row] < period:
+                    weight = of_log.count_R[row] * one ** (period - of_log.period_R[row])
+                    weight_A[of_log.advertiser_R[row]] += weight
+            summed = [
+                np.log1p(weight_A) @ (book / np.linalg.norm(book, axis=1).mean())[ids.codes_AL[:, level]]
+                for level, book in enumerate(ids.codebooks)
+                if book.any()
+            ]
+            mean = np.concatenate(summed)
+            means.append(mean / np.linalg.norm(mean) if weight_A.any() else mean)
+        np.testing.assert_allclose(ours, np.concatenate(means), atol=1e-6)
 
 
 def test_it_knows_nothing_of_its_period_or_later(fitted: Fitted) -> None:
@@ -73,11 +75,11 @@ def test_it_knows_nothing_of_its_period_or_later(fitted: Fitted) -> None:
     changed = replace(log, events=replace(log.events, advertiser=moved.astype(log.events.advertiser.dtype)))
     users = np.arange(len(log.user_ids))
     before, same = (
-        HistoryVectors(Counts.of(one), fitted.ids, decay=0.97)(users, np.full(len(users), period))
+        HistoryVectors(Counts.of(one), fitted.ids, decays=[0.97])(users, np.full(len(users), period))
         for one in (log, changed)
     )
     np.testing.assert_array_equal(before, same)
-    after = HistoryVectors(Counts.of(changed), fitted.ids, decay=0.97)(users, np.full(len(users), period + 2))
+    after = HistoryVectors(Counts.of(changed), fitted.ids, decays=[0.97])(users, np.full(len(users), period + 2))
     assert not np.allclose(before, after)
 
 
@@ -255,10 +257,11 @@ def test_a_forecaster_without_it_has_no_such_control(fitted: Fitted, tmp_path: P
         ({"prompts": -1}, r"history\.prompts=-1.*at least 0"),
         ({"epochs": 0}, r"history\.epochs=0.*at least 1"),
         ({"batch_size": 0}, r"history\.batch_size=0.*at least 1"),
-        ({"decay": 0.0}, r"history\.decay=0\.0.*above 0"),
-        ({"decay": 1.5}, r"history\.decay=1\.5.*at most 1"),
+        ({"decays": [0.97, 0.0]}, r"history\.decays=\[0\.97, 0\.0\].*above 0"),
+        ({"decays": [1.5]}, r"history\.decays=\[1\.5\].*at most 1"),
+        ({"decays": []}, r"history\.decays=\[\].*at least one"),
         ({"dropout": 1.0}, r"history\.dropout=1\.0.*below 1"),
-        ({"epochs": 0, "decay": 2.0}, r"(?s)history\.epochs=0.*history\.decay=2\.0"),
+        ({"epochs": 0, "decays": [2.0]}, r"(?s)history\.epochs=0.*history\.decays=\[2\.0\]"),
     ],
 )
 def test_settings_that_mean_nothing_are_told(changes: dict[str, Any], expected: str) -> None:
