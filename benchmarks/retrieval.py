@@ -392,14 +392,9 @@ class _UserAndAd(nn.Module):
 
 
 BEAUTY = (
-    "data=parquet", "data.origin='2000-01-01'", "data.label_kinds=[click_conversion]", "data.label_window_days=1",
+    "experiment=full", "data=parquet", "data.origin='2000-01-01'", "data.label_kinds=[click_conversion]", "data.label_window_days=1",
     "data.split.by=leave_one_out", "data.ad_columns=[category]", "trainer.progress_bar=false",
-    "retrieval.pairs.history=20", "retrieval.pairs.window=20", "retrieval.pairs.targets_per_request=1",
-    "retrieval.pairs.sampled_negatives=2048", "retrieval.pairs.requests_per_epoch=16384",
-    "retrieval.pairs.validation_requests=4096", "retrieval.pairs.recall_at=10",
-    "retrieval.pairs.popularity.market_weight=0", "retrieval.pairs.popularity.decay=1.0",
-    "retrieval.trainer.max_epochs=40", "retrieval.trainer.patience=4", "retrieval.model.layers=0",
-    "retrieval.model.dropout=0.3",
+    "retrieval=sequences", "retrieval.pairs.recall_at=10",
 )  # fmt: skip
 TOP = 10
 EASE_RIDGES, KNN_DECAYS = (200.0, 500.0), (1.0, 0.8, 0.6, 0.4)
