@@ -392,9 +392,9 @@ class _UserAndAd(nn.Module):
 
 
 BEAUTY = (
-    "experiment=full", "data=parquet", "data.origin='2000-01-01'", "data.label_kinds=[click_conversion]", "data.label_window_days=1",
-    "data.split.by=leave_one_out", "data.ad_columns=[category]", "trainer.progress_bar=false",
-    "retrieval=sequences", "retrieval.pairs.recall_at=10",
+    "experiment=full", "retrieval=sequences", "retrieval.pairs.recall_at=10", "trainer.progress_bar=false",
+    "data=parquet", "data.origin='2000-01-01'", "data.label_kinds=[click_conversion]", "data.label_window_days=1",
+    "data.split.by=leave_one_out", "data.ad_columns=[category]",
 )  # fmt: skip
 TOP = 10
 EASE_RIDGES, KNN_DECAYS = (200.0, 500.0), (1.0, 0.8, 0.6, 0.4)

@@ -466,7 +466,9 @@ def _fitting(cfg: AdsidConfig) -> dict[str, Any]:
     """The prior's config without what only decoding and evaluation read."""
     plain = to_plain(cfg.prior)
     return {
-        key: value for key, value in plain.items() if key not in ("decode", "panel", "evaluation_prompts", "baselines")
+        key: value
+        for key, value in plain.items()
+        if key not in ("decode", "panel", "evaluation_prompts", "controls", "baselines")
     }
 
 

@@ -130,6 +130,8 @@ class HistoryConfig:
 
 
 AUTO = "auto"
+CONTROLS = ("other_prompt", "constant_hidden", "history_alone")
+"""What the forecast may be compared with beside its anchor: see `priors.evaluate`."""
 
 
 @dataclass
@@ -421,6 +423,7 @@ class PriorConfig:
         max_targets: targets of a training prompt; of more, so many are drawn.
         select_prompts: prompts of the selection span, for stopping and calibrating.
         evaluation_prompts: prompts of the evaluated span whose exact likelihood is computed, with controls.
+        controls: which controls the evaluation computes, out of `CONTROLS`; each is a further reading of its prompts.
         batch_size: prompts of a training batch, on average, and of a batch of evaluation.
         batch_tokens: the most tokens of a training batch, padding included; null: ``batch_size`` times the mean
             length, and at least the longest.
@@ -449,6 +452,7 @@ class PriorConfig:
     max_targets: int = 8
     select_prompts: int = 256
     evaluation_prompts: int = 512
+    controls: list[str] = field(default_factory=lambda: list(CONTROLS))
     batch_size: int = 8
     batch_tokens: int | None = None
     train: str = "lora"
@@ -495,6 +499,14 @@ class PriorConfig:
                     f"prior.base.id_rows={self.base.id_rows}",
                     expected="words or words+codebook",
                     action="set prior.base.id_rows to one of them",
+                )
+            )
+        if unknown := [name for name in self.controls if name not in CONTROLS]:
+            errors.append(
+                UserError(
+                    f"prior.controls={list(self.controls)}",
+                    expected=f"none, or some of {', '.join(CONTROLS)}",
+                    action=f"correct {', '.join(unknown)}",
                 )
             )
         if self.train not in ("lora", "full"):

@@ -1,11 +1,11 @@
 """How good the forecast is, on the evaluated span: LM, tuned anchor, controls and baselines.
 
 *Likelihood* is exact: the targets are forced through the tree of their own prompt, as of the start of
-their own period. The controls (DESIGN §5) answer whether the LM has read anything: ``other prompt`` shows another
-user's prompt, and history, with one's own anchor, ``constant hidden`` gives the head the mean of what it reads. Where
-there are history vectors (`priors.history`), ``history alone`` gives it the user's own beside the mean hidden state:
-what the forecaster says without the LM. *Lists* are those that retrieval and ranking get: the newest forecast of the
-schedule, and at the same times that of every baseline.
+their own period. The controls (DESIGN §5), those named in ``prior.controls``, answer whether the LM has read anything:
+``other prompt`` shows another user's prompt, and history, with one's own anchor, ``constant hidden`` gives the head the
+mean of what it reads. Where there are history vectors (`priors.history`), ``history alone`` gives it the user's own
+beside the mean hidden state: what the forecaster says without the LM. *Lists* are those that retrieval and ranking get:
+the newest forecast of the schedule, and at the same times that of every baseline.
 
     evaluation prompts ─► exact log-probability of every target ─► nll
                        ─► lists of the controls ─────────────────► recall, ndcg     as of the own period
@@ -43,6 +43,7 @@ from priors.forecast import TableForecast
 from priors.interests import TOP_INTERESTS, shares
 from priors.judge import (
     CONSTANT_HIDDEN,
+    CONTROL_ARMS,
     CONTROLS,
     HEADLINE,
     HISTORY_ALONE,
@@ -128,20 +129,24 @@ def _likelihood(
     prior: PriorModel, popularity: TunedAnchor, log: Log, targets: Targets, cfg: PriorConfig
 ) -> dict[Measure, Float]:
     """Exact NLL of LM, anchors and controls on the same prompts, by segment."""
-    own = PromptDataset(targets, prior.compiler)
-    other = PromptDataset(targets, prior.compiler, prompt_of=another_user(targets))
+    own, controls = PromptDataset(targets, prior.compiler), _controls(prior, cfg)
     untuned = TunedAnchor.untuned(prior.base.anchor, prior.base.trie)
     tree_batches = list(batches(own, prior.collator, cfg.batch_size))
-    other_batches = list(batches(other, prior.collator, cfg.batch_size))
     log_prob_T = {
         "lm": exact_log_prob(prior.model, tree_batches, prior.calibration),
-        OTHER_PROMPT: exact_log_prob(prior.model, other_batches, prior.calibration),
-        CONSTANT_HIDDEN: exact_log_prob(prior.model, tree_batches, prior.calibration, constant_LH=prior.constant_LH),
         "anchor": anchor_log_prob(prior.base, targets),
         "anchor, untuned": anchor_log_prob(untuned, targets),
         "popularity": anchor_log_prob(popularity, targets),
     }
-    if prior.compiler.history is not None:
+    if OTHER_PROMPT in controls:
+        other = PromptDataset(targets, prior.compiler, prompt_of=another_user(targets))
+        other_batches = list(batches(other, prior.collator, cfg.batch_size))
+        log_prob_T[OTHER_PROMPT] = exact_log_prob(prior.model, other_batches, prior.calibration)
+    if CONSTANT_HIDDEN in controls:
+        log_prob_T[CONSTANT_HIDDEN] = exact_log_prob(
+            prior.model, tree_batches, prior.calibration, constant_LH=prior.constant_LH
+        )
+    if HISTORY_ALONE in controls:
         log_prob_T[HISTORY_ALONE] = exact_log_prob(
             prior.model, tree_batches, prior.calibration, constant_LH=prior.constant_hidden, own_history=True
         )
@@ -151,6 +156,12 @@ def _likelihood(
         for name in segments.masks
         for arm, values_T in log_prob_T.items()
     }
+
+
+def _controls(prior: PriorModel, cfg: PriorConfig) -> set[str]:
+    """The arms of the configured controls; without history vectors there is one less."""
+    asked = {CONTROL_ARMS[name] for name in cfg.controls}
+    return asked - {HISTORY_ALONE} if prior.compiler.history is None else asked
 
 
 def exact_log_prob(
@@ -255,16 +266,21 @@ def anchor_log_prob(base: TunedAnchor, targets: Targets) -> Float:
 
 
 def _control_lists(prior: PriorModel, targets: Targets, cfg: PriorConfig) -> dict[Measure, Float]:
-    """Recall and NDCG of the LM and its controls, all as of the period asked for."""
+    """Recall and NDCG of the LM and its controls, all as of the period asked for; without a control there is none."""
     decoder = TreeDecoder(prior.model, prior.base, prior.calibration, cfg.decode)
     ranks: dict[str, list[NDArray[np.int64]]] = {}
-    reader: dict[str, NDArray[np.integer]] = {"lm": targets.user, OTHER_PROMPT: another_user(targets)}
+    controls = _controls(prior, cfg)
+    reader: dict[str, NDArray[np.integer]] = {"lm": targets.user}
+    if OTHER_PROMPT in controls:
+        reader[OTHER_PROMPT] = another_user(targets)
     for start in range(0, len(targets), cfg.decode.batch_size):
         rows = np.arange(start, min(start + cfg.decode.batch_size, len(targets)))
         part = targets.select(rows)
         anchor_BA = prior.base.log_probs(part.user, part.period)
-        scores = {CONSTANT_HIDDEN: constant_log_probs(prior, part.user, part.period), "anchor": anchor_BA}
-        if prior.compiler.history is not None:
+        scores = {"anchor": anchor_BA}
+        if CONSTANT_HIDDEN in controls:
+            scores[CONSTANT_HIDDEN] = constant_log_probs(prior, part.user, part.period)
+        if HISTORY_ALONE in controls:
             scores[HISTORY_ALONE] = constant_log_probs(prior, part.user, part.period, own_history=True)
         for arm, user_R in reader.items():
             prompts = [

@@ -27,6 +27,7 @@ from data.artifacts import atomic_file
 from data.errors import UserError
 from data.log import Log, Targets
 from data.statistics import Interval, Row, bootstrap_mean, paired_bootstrap
+from priors import config
 from priors.metrics import (
     calibration_pairs,
     expected_calibration_error,
@@ -47,6 +48,8 @@ OTHER_PROMPT, CONSTANT_HIDDEN, HISTORY_ALONE = "lm, other prompt", "lm, constant
 CONTROLS = (OTHER_PROMPT, CONSTANT_HIDDEN, HISTORY_ALONE)
 """What the LM has to beat, if it has read anything: another user's prompt, a hidden state that is the same for all, and
 that beside the user's own history vector."""
+CONTROL_ARMS = dict(zip(config.CONTROLS, CONTROLS, strict=True))
+"""Arm of each control, by its name in ``prior.controls``."""
 REQUESTS = "requests.safetensors"
 _CHUNK = 512
 

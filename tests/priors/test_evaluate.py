@@ -14,7 +14,7 @@ from priors.evaluate import ForecastEvaluation, constant_log_probs, evaluate_for
 from priors.fit import batches
 from priors.forecast import TableForecast
 from priors.generate import generate_priors
-from priors.judge import Measure, Segments, judge_lists, load_requests, save_requests
+from priors.judge import CONTROL_ARMS, Measure, Segments, judge_lists, load_requests, save_requests
 from priors.table import PriorTable
 from tests.priors.conftest import Fitted
 
@@ -22,12 +22,16 @@ SEGMENTS = {"all", "new", "active", "sparse users", "middle users", "busy users"
 
 
 @pytest.fixture(scope="module")
-def evaluation(fitted: Fitted, tmp_path_factory: pytest.TempPathFactory) -> ForecastEvaluation:
+def forecasts(fitted: Fitted, tmp_path_factory: pytest.TempPathFactory) -> dict[str, TableForecast]:
     directory = tmp_path_factory.mktemp("table")
     (directory / "out").mkdir()
     generate_priors(fitted.prior, fitted.log, fitted.cfg, out_dir=directory / "out", work_dir=directory / "work")
     table = PriorTable.load(directory / "out", fitted.log)
-    forecasts = {arm: TableForecast(table, fitted.prior.base, arm=arm) for arm in ("anchor", "lm")}
+    return {arm: TableForecast(table, fitted.prior.base, arm=arm) for arm in ("anchor", "lm")}
+
+
+@pytest.fixture(scope="module")
+def evaluation(fitted: Fitted, forecasts: dict[str, TableForecast]) -> ForecastEvaluation:
     return evaluate_forecast(fitted.prior, forecasts, fitted.log, fitted.cfg, {"untuned": untuned(fitted)})
 
 
@@ -61,7 +65,7 @@ def test_every_arm_control_segment_and_difference_is_there(evaluation: ForecastE
     assert found["interest_nll", "anchor", "all"].value < found["interest_nll", "popularity", "all"].value
 
 
-def testjudge_interests_are_judged_by_the_shares_of_conversions(fitted: Fitted, evaluation: ForecastEvaluation) -> None:
+def test_interests_are_judged_by_the_shares_of_conversions(fitted: Fitted, evaluation: ForecastEvaluation) -> None:
     """The anchor's, whose forecast needs no LM, request by request."""
     exact, interests = evaluation.requests[0], fitted.prior.interests
     assert interests is not None
@@ -76,9 +80,23 @@ def testjudge_interests_are_judged_by_the_shares_of_conversions(fitted: Fitted, 
         assert exact.values[Measure("interest_recall", "anchor", "all", 5)][row] == pytest.approx(recall)
 
 
-def test_withoutjudge_interests_none_are_judged(fitted: Fitted) -> None:
+def test_without_interests_none_are_judged(fitted: Fitted) -> None:
     targets = fitted.log.advertiser_targets("validation").select(np.arange(3))
     assert judge_interests(replace(fitted.prior, interests=None), targets, fitted.cfg) == {}
+
+
+@pytest.mark.parametrize("controls", [[], ["constant_hidden"], ["other_prompt", "history_alone"]])
+def test_the_controls_asked_for_are_computed(
+    fitted: Fitted, forecasts: dict[str, TableForecast], evaluation: ForecastEvaluation, controls: list[str]
+) -> None:
+    cfg = replace(fitted.cfg, controls=controls)
+    found = evaluate_forecast(fitted.prior, forecasts, fitted.log, cfg).requests[0].values
+    named = {"lm, other prompt", "lm, constant hidden", "lm, history alone"}
+    for metric in ("nll", "recall"):
+        arms = {measure.arm for measure in found if measure.metric == metric}
+        assert arms & named == {CONTROL_ARMS[name] for name in controls}
+    for measure, value_R in found.items():  # the others' figures are what they were
+        np.testing.assert_allclose(value_R, evaluation.requests[0].values[measure], rtol=1e-6)
 
 
 def test_one_figure_of_each_kind(evaluation: ForecastEvaluation) -> None:

@@ -276,6 +276,7 @@ def test_what_cannot_be_fitted_is_told(fitted: Fitted, tmp_path: Path, name: str
         ({"train": "full", "base": BaseModelConfig(dtype="bfloat16")}, r"train=full with prior\.base\.dtype=bfloat16"),
         ({"batch_tokens": 0}, r"prior\.batch_tokens=0"),
         ({"base": BaseModelConfig(id_rows="free")}, r"prior\.base\.id_rows=free"),
+        ({"controls": ["constant_hidden", "mine"]}, r"(?s)prior\.controls=\[.constant_hidden., .mine.\].*correct mine"),
     ],
 )
 def test_a_config_that_cannot_be_is_told(changes: dict[str, Any], match: str) -> None:
