@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands import ablate, bench, data, ids, priors, rank, tune
+from pipeline.commands import ablate, bench, data, ids, priors, rank, results, tune
 from pipeline.commands.terminal import Debug, guarded, terminal_overrides
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.add_typer(priors.app)
 app.add_typer(ablate.app)
 app.add_typer(bench.app)
 app.command(epilog=tune.EPILOG)(tune.tune)
+app.command(epilog=results.EPILOG)(results.results)
 app.command(epilog="Example:\n\n  adsid rank --user 1")(rank.rank)
 app.command(epilog="Example:\n\n  adsid export runs/quickstart --out serving")(rank.export)
 

@@ -20,7 +20,7 @@ from data.artifacts import atomic_write_text, to_plain
 from data.statistics import LEVEL, Interval, Row
 from pipeline import figures, verdict
 from pipeline.ablation import Recommendation, Result, Shown, Study
-from pipeline.grids import NONE, Grid, Section, sections_to_console
+from pipeline.grids import NONE, Grid, Section, sections_to_console, sections_to_markdown
 from pipeline.pages import template
 from pipeline.verdict import DIFFERENCE, Outcome, number
 
@@ -74,13 +74,7 @@ def to_console(result: Result) -> Group:
 
 def to_markdown(result: Result) -> str:
     """The tables for a page of the docs."""
-    lines = [result.study.about, "", scope(result), ""]
-    for section in sections(result):
-        lines += [f"**{section.title}.** {' '.join(section.notes)}", ""]
-        for grid in section.grids:
-            lines += [_line(grid.columns), _line(["---"] * len(grid.columns))]
-            lines += [_line(line) for line in grid.lines] + [""]
-    return "\n".join(lines)
+    return "\n".join([result.study.about, "", scope(result), "", sections_to_markdown(sections(result))])
 
 
 def scope(result: Result) -> str:
@@ -218,10 +212,6 @@ def _difference(row: Row | None) -> str:
         return NONE
     mark = {Outcome.GAIN: " ▲", Outcome.LOSS: " ▼"}.get(verdict.judge(row), "")
     return verdict.figure(row) + mark
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _document(result: Result) -> dict[str, Any]:

@@ -48,6 +48,21 @@ def sections_to_console(scope: str, sections: Iterable[Section]) -> Group:
     return Group(Text(scope), *(part for section in sections for part in console_parts(section)))
 
 
+def sections_to_markdown(sections: Iterable[Section]) -> str:
+    """Figures for a page of the docs."""
+    lines = []
+    for section in sections:
+        lines += [f"**{section.title}.** {' '.join(section.notes)}", ""]
+        for grid in section.grids:
+            lines += [_line(grid.columns), _line(["---"] * len(grid.columns))]
+            lines += [_line(line) for line in grid.lines] + [""]
+    return "\n".join(lines)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
 def console_parts(section: Section) -> list[Text | Table]:
     """A section for the terminal: its title, its notes, its grids."""
     parts: list[Text | Table] = [Text(), Text(section.title, style="bold")]
