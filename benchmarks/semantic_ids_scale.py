@@ -38,7 +38,7 @@ from models.rqvae import RQVAEConfig
 from models.training import TrainerConfig
 from pipeline.quiet import quiet_libraries
 from semantic_ids.advertiser_ids import AdvertiserIds
-from semantic_ids.config import TOKENIZERS, RQKMeansConfig, SemanticIdsConfig
+from semantic_ids.config import RQKMeansConfig, SemanticIdsConfig
 from semantic_ids.embeddings import Embeddings
 from semantic_ids.tokenizer import fit_tokenizer, quantize
 from semantic_ids.trie import Trie
@@ -55,7 +55,9 @@ Codes = NDArray[np.int64]
 def main() -> None:
     """Run the tokenizers that the command line names."""
     tokenizers: dict[str, Callable[[str], dict[str, Any]]] = {
-        f"{kind}_{size}": partial(_tokenize, kind=kind, size=size) for kind in TOKENIZERS for size in (256, 1024)
+        f"{kind}_{size}": partial(_tokenize, kind=kind, size=size)
+        for kind in ("rqvae", "rqkmeans")
+        for size in (256, 1024)
     }
     if serve({**tokenizers, "trie": _trie, "new": _new, "equal": _equal}):
         return

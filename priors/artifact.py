@@ -292,7 +292,7 @@ def load_model(directory: Path, plain: dict[str, Any], ids: AdvertiserIds) -> tu
     try:
         model = PriorLM(
             decoder,
-            codebooks=[torch.from_numpy(codebook) for codebook in ids.codebooks],
+            codebooks=[torch.from_numpy(vectors_VD) for vectors_VD in ids.code_vectors],
             id_rows=id_rows,
             first_id_token=plain["first_id_token"],
             head=plain["head"]["kind"],

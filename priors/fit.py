@@ -238,7 +238,7 @@ def build_model(
             last_layer(decoder).requires_grad_(True)  # peft freezes all that is not its own
     model = PriorLM(
         decoder,
-        codebooks=[torch.from_numpy(codebook) for codebook in ids.codebooks],
+        codebooks=[torch.from_numpy(vectors_VD) for vectors_VD in ids.code_vectors],
         id_rows=input_rows(base_model, ids, log, cfg.base.id_rows),
         first_id_token=compiler.first_id_token,
         head=cfg.head.kind,

@@ -54,7 +54,7 @@ class HistoryVectors:
     def __init__(self, counts: Counts, ids: AdvertiserIds, *, decays: Sequence[float]) -> None:
         self.decays, self._counts = tuple(decays), counts
         self._levels = []
-        for level, vectors_VD in enumerate(ids.codebooks):
+        for level, vectors_VD in enumerate(ids.code_vectors):
             if vectors_VD.any():
                 length = np.linalg.norm(vectors_VD, axis=1).mean()
                 self._levels.append((ids.codes_AL[:, level], vectors_VD.astype(np.float64) / length))
@@ -95,7 +95,7 @@ def history_size(ids: AdvertiserIds, cfg: HistoryConfig) -> int:
 
 
 def _vector_size(ids: AdvertiserIds) -> int:
-    return sum(vectors_VD.shape[1] for vectors_VD in ids.codebooks if vectors_VD.any())
+    return sum(vectors_VD.shape[1] for vectors_VD in ids.code_vectors if vectors_VD.any())
 
 
 def fit_history(

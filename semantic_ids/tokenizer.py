@@ -2,9 +2,10 @@
 
     x_AD ──► latent ──► z_AE ──► quantize with the codebooks ──► codes_AL, ẑ_AE ──► decode ──► x̂_AD
 
-Two of them behind one interface, chosen by ``semantic_ids.tokenizer``: the RQ-VAE (`models.rqvae`), and residual
-k-means by FAISS on the embeddings as they are. Both are quantised by `quantize`, greedy from the coarse level to the
-fine. On disk a tokenizer is a folder::
+Three of them behind one interface, chosen by ``semantic_ids.tokenizer``: the RQ-VAE (`models.rqvae`), residual
+k-means by FAISS on the embeddings as they are, and the words of names (`semantic_ids.names`): codebooks like those of
+k-means, but not fitted. All are quantised by `quantize`, greedy from the coarse level to the fine. On disk a tokenizer
+is a folder::
 
     tokenizer.json         format, kind, what the kind needs to know of its shape
     weights.safetensors    all its numbers
@@ -30,8 +31,9 @@ from torch.utils.data import DataLoader, Dataset
 from data.errors import UserError
 from models.rqvae import RQVAE, RQVAEConfig, RQVAEModule
 from models.training import EpochSampler, fit
-from semantic_ids.config import COLLABORATIVE, RQKMeansConfig, SemanticIdsConfig
+from semantic_ids.config import COLLABORATIVE, NAMES, RQKMeansConfig, SemanticIdsConfig
 from semantic_ids.embeddings import Embeddings
+from semantic_ids.names import word_codebooks
 
 FORMAT_VERSION = 1
 DESCRIPTION, WEIGHTS = "tokenizer.json", "weights.safetensors"
@@ -113,10 +115,10 @@ class RQVAETokenizer:
 
 @dataclass(frozen=True)
 class RQKMeansTokenizer:
-    """Residual k-means: the latent is the embedding about the mean.
+    """Codebooks of residual k-means, or of words: the latent is the embedding about the mean.
 
     Args:
-        mean_D: mean of the embeddings.
+        mean_D: mean of the embeddings; zero for words.
         books: vectors of each level.
     """
 
@@ -181,7 +183,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 def fit_tokenizer(
     embeddings: Embeddings, cfg: SemanticIdsConfig, *, work_dir: Path, start: Tokenizer | None = None
 ) -> Tokenizer:
-    """Train the tokenizer that the config names.
+    """Train the tokenizer that the config names, or take its codebooks from the words of names.
 
     Args:
         embeddings: all entities.
@@ -194,6 +196,7 @@ def fit_tokenizer(
 
     Raises:
         UserError: there are no embeddings, or ``start`` is of another kind or shape.
+        ValueError: a start for names, which are not trained.
     """
     if not len(embeddings.vectors_AD):
         raise UserError(
@@ -201,6 +204,10 @@ def fit_tokenizer(
             expected="at least one",
             action="check the tables advertisers and ads of the data",
         )
+    if cfg.tokenizer == NAMES:
+        if start is not None:
+            raise ValueError("names are not trained, so there is no start")
+        return RQKMeansTokenizer(np.zeros(embeddings.vectors_AD.shape[1], np.float32), (*word_codebooks(embeddings),))
     if start is not None:
         _check_start(start, embeddings, cfg)
     if cfg.tokenizer == "rqkmeans":

@@ -154,6 +154,33 @@ def place_new(
     return np.column_stack([codes, extra_N]) if len(sizes) > n_levels else codes
 
 
+def number_collisions(
+    greedy_AL: NDArray[np.integer], codebooks: Sequence[NDArray[np.floating]]
+) -> tuple[Ints, list[NDArray[np.float32]]]:
+    """Greedy codes as they are, and a number on one more level where several entities share them.
+
+    For codes that say something of their own, as the words of a name do: a neighbouring code would say something else.
+
+    Args:
+        greedy_AL: greedy codes, not unique.
+        codebooks: vectors of each level, ``(V_l, E)``.
+
+    Returns:
+        As of `resolve_collisions`; entities with the same greedy codes are numbered in the order given.
+    """
+    greedy = np.asarray(greedy_AL, dtype=np.int64)
+    books = [np.asarray(book, dtype=np.float32) for book in codebooks]
+    word_A, _ = _prefixes(greedy, greedy[:0])
+    count = np.bincount(word_A)
+    if count.max(initial=0) <= 1:
+        return greedy, books
+    order = np.argsort(word_A, kind="stable")
+    number_A = np.empty(len(greedy), dtype=np.int64)
+    number_A[order] = np.arange(len(greedy)) - np.repeat(np.cumsum(count) - count, count)
+    zeros = np.zeros((int(count.max()), books[-1].shape[1]), dtype=np.float32)
+    return np.column_stack([greedy, number_A]), [*books, zeros]
+
+
 def n_shared(codes_AL: NDArray[np.integer]) -> int:
     """How many rows repeat an earlier one."""
     codes = np.asarray(codes_AL, dtype=np.int64)

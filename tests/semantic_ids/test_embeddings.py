@@ -19,6 +19,7 @@ from semantic_ids.config import (
     PACKAGED_ENCODER,
     EmbeddingConfig,
     EncoderConfig,
+    NamesConfig,
     PrecomputedConfig,
     RQKMeansConfig,
     SemanticIdsConfig,
@@ -324,6 +325,7 @@ def test_numbers_that_are_none_are_refused_for_all_sources_at_once() -> None:
         (PrecomputedConfig, {"path": "a", "missing": "skip"}, "precomputed.missing=skip"),
         (RQKMeansConfig, {"level_sizes": [1, 4]}, "semantic_ids.rqkmeans.level_sizes=[1, 4]"),
         (RQKMeansConfig, {"iterations": 0}, "semantic_ids.rqkmeans.iterations=0"),
+        (NamesConfig, {"levels": 0}, "semantic_ids.names.levels=0"),
         (SemanticIdsConfig, {"entity": "brand"}, "semantic_ids.entity=brand"),
         (SemanticIdsConfig, {"tokenizer": "opq"}, "semantic_ids.tokenizer=opq"),
         (
