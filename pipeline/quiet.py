@@ -8,6 +8,7 @@ import warnings
 QUIET_LOGGERS = (
     "lightning.pytorch.utilities.rank_zero",  # devices seen, tips, "max_epochs reached"
     "lightning.pytorch.accelerators.cuda",
+    "lightning.pytorch.trainer.connectors.checkpoint_connector",  # how a checkpoint is read
     "torchrec",
     "fbgemm_gpu",
     "transformers",
