@@ -191,13 +191,17 @@ def forest_axis(scale: float, better: Literal["higher", "lower"] | None) -> Mark
     """The axis above a group of forest rows: its ends, zero, and on which side better lies."""
     panel = Panel(8, 0, FOREST_WIDTH - 16, 20, (-scale, scale), (0, 1))
     for value, style in ((-scale, ""), (0.0, "mid"), (scale, "end")):
-        text = "0" if value == 0 else f"{'+' if value > 0 else MINUS}{abs(value):g}"
-        panel.text(panel.px(value), 14, text, f"tick {style}")
+        panel.text(panel.px(value), 14, difference_tick(value), f"tick {style}")
     if better == "higher":
         panel.text(panel.px(0) + 14, 14, "better →", "tick")
     elif better == "lower":
         panel.text(panel.px(0) - 14, 14, "← better", "tick end")
     return svg(FOREST_WIDTH, 20, "axis of the differences", panel.parts, "forest")
+
+
+def difference_tick(value: float) -> str:
+    """A tick of an axis of differences, with its sign."""
+    return "0" if value == 0 else f"{'+' if value > 0 else MINUS}{abs(value):g}"
 
 
 def _ends(row: Row) -> list[float]:

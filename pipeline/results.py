@@ -17,12 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 from data.artifacts import MANIFEST, Manifest, atomic_write_text
 from data.errors import UserError
 from data.statistics import LEVEL, Row
-from pipeline.figures import Panel, forest_scale, svg
+from pipeline.figures import Panel, difference_tick, forest_scale, svg
 from pipeline.grids import Grid, Section, sections_to_markdown
 from pipeline.stages import read_rows
 from pipeline.verdict import AGAINST, DIFFERENCE, MINUS, Headline, figure, find, is_known, judge, metric_of, number
@@ -262,6 +260,7 @@ def picture(runs: Sequence[Run]) -> str:
 
 
 def _panel(claim: Claim, measured: Sequence[tuple[str, Row]], left: float, top: float) -> list[str]:
+    """A line a run about the zero line of the measure, as SVG elements."""
     scale = forest_scale([row for _, row in measured])
     panel = Panel(left + _LABELS, top + _HEAD, _WIDTH, _STEP * len(measured), (-scale, scale), (0.0, len(measured)))
     bottom = panel.top + panel.height
@@ -276,10 +275,9 @@ def _panel(claim: Claim, measured: Sequence[tuple[str, Row]], left: float, top: 
         if abs(row.value) <= scale:
             panel.dot(row.value, len(measured) - place - 0.5, style, radius=4)
     better = metric_of(claim.headline.metric).better
-    for value, anchored in ((-scale, "mid"), (0.0, "mid"), (scale, "mid")):
-        text = "0" if value == 0 else f"{'+' if value > 0 else MINUS}{abs(value):g}"
-        panel.text(panel.px(value), bottom + 14, text, f"axis {anchored}")
+    for value in (-scale, 0.0, scale):
+        panel.text(panel.px(value), bottom + 14, difference_tick(value), "axis mid")
     if better is not None:
         at, told = (panel.px(scale / 2), "better →") if better == "higher" else (panel.px(-scale / 2), "← better")
         panel.text(at, bottom + 14, told, "axis mid")
-    return [str(Markup(part)) for part in panel.parts]
+    return panel.parts
