@@ -24,7 +24,7 @@ import transformers
 import yaml
 from rich.console import Console
 
-from data.artifacts import Manifest
+from data.artifacts import MANIFEST, Manifest
 from data.errors import UserError
 from data.statistics import Interval, Row
 from pipeline import config as configuration
@@ -243,10 +243,24 @@ def run_study(
         Rows and costs.
 
     Raises:
-        UserError: an override is wrong, in any arm (all are told before anything runs), or a stage was given
-            something wrong.
+        UserError: an override is wrong, in any arm, or a run to take from is none (all are told before anything
+            runs), or a stage was given something wrong.
     """
-    configs = arm_configs(study, kind, out, overrides)
+    errors = [
+        UserError(
+            f"--reuse {run}, which holds no artifact of a run",
+            expected="a run directory, or that of an arm: OUT/<ARM>/seed=<SEED>",
+            action="correct the path, or leave it out",
+        )
+        for run in reuse
+        if not any((run / stage.name / MANIFEST).exists() for stage in stages())
+    ]
+    try:
+        configs = arm_configs(study, kind, out, overrides)
+    except UserError as error:
+        errors.append(error)
+    if errors:
+        raise UserError.collect(errors)
     transformers.utils.logging.disable_progress_bar()
     shared: dict[Any, Any] = {}
     done: list[Path] = []

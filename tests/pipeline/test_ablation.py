@@ -154,6 +154,13 @@ def test_all_arms_are_checked_before_any_runs(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_no_run_to_take_from_is_told_with_the_rest(tmp_path: Path) -> None:
+    study = replace(STUDY, arms={"a": ("prior.prompts=x",), "b": ()})
+    with pytest.raises(UserError, match=r"(?s)--reuse .*nowhere, which holds no artifact.*arm a.*prior\.prompts"):
+        run_study(study, PRIOR, tmp_path / "out", TINY, console=QUIET, reuse=[tmp_path / "nowhere"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_arms_judged_on_other_requests_are_refused(result: Result, tmp_path: Path, source: str, out: Path) -> None:
     study = replace(STUDY, arms={"all": (), "few": ("prior.panel=10",)}, seeds=(0,))
     with pytest.raises(UserError, match=r"(?s)arms few and all.*same user-periods"):
