@@ -23,11 +23,23 @@ from data.statistics import LEVEL, Row
 from pipeline.figures import Panel, difference_tick, forest_scale, svg
 from pipeline.grids import Grid, Section, sections_to_markdown
 from pipeline.stages import read_rows
-from pipeline.verdict import AGAINST, DIFFERENCE, MINUS, Headline, figure, find, is_known, judge, metric_of, number
+from pipeline.verdict import (
+    AGAINST,
+    DIFFERENCE,
+    MINUS,
+    SEGMENT,
+    Headline,
+    figure,
+    is_known,
+    judge,
+    metric_label,
+    metric_of,
+    number,
+)
 
 MARKDOWN, PICTURE = "headline.md", "headline.svg"
-STAGES = ("semantic_ids", "prior", "forecasts", "two_tower", "retrieval", "ranker", "ranker_ablation")
-"""Stages whose artifacts are read, as far as they are there; of the last two the ablation leads, which has more."""
+NEEDED, MORE = ("prior", "forecasts"), ("retrieval", "ranker", "ranker_ablation")
+"""Stages that are read, the second ones as far as they are there; of the rankers the ablation leads, which has more."""
 PACKAGES = ("adsid", "torch", "transformers", "torchrec", "faiss-cpu", "lightning")
 
 
@@ -43,20 +55,18 @@ class Claim:
     """
 
     headline: Headline
-    segment: str = "all"
+    segment: str = SEGMENT
     baseline: str = "none"
     control: str | None = None
 
-    @property
-    def label(self) -> str:
-        """As in a table."""
-        label = metric_of(self.headline.metric).label
-        label = label if self.headline.k is None else f"{label}@{self.headline.k}"
-        section = "" if self.headline.section == "forecast" else f"{self.headline.section}, "
-        return f"{section}{label}{'' if self.segment == 'all' else f', {self.segment}'}"
+
+def _label(row: Row) -> str:
+    """A measure with its section and segment, where they are not the first ones."""
+    section = "" if row.section == "forecast" else f"{row.section}, "
+    return f"{section}{metric_label(row)}{'' if row.segment == SEGMENT else f', {row.segment}'}"
 
 
-def _forecast(metric: str, k: int | None = None, segment: str = "all") -> Claim:
+def _forecast(metric: str, k: int | None = None, segment: str = SEGMENT) -> Claim:
     control = f"lm{DIFFERENCE}lm, other prompt" if metric == "nll" else None
     return Claim(Headline("forecast", metric, k), segment, "popularity", control)
 
@@ -97,8 +107,9 @@ class Run:
     def find(self, claim: Claim, arm: str) -> Row | None:
         """The row of a measure; None where this list length was not measured."""
         wanted = claim.headline
-        row = find(self.rows, wanted.section, wanted.metric, arm, segment=claim.segment, k=wanted.k)
-        return row if row is not None and row.k == wanted.k and is_known(row.value) else None
+        key = (wanted.section, wanted.metric, arm, claim.segment, wanted.k)
+        rows = (row for row in self.rows if (row.section, row.metric, row.arm, row.segment, row.k) == key)
+        return next((row for row in rows if is_known(row.value)), None)
 
     def difference(self, claim: Claim, against: str) -> Row | None:
         """The forecast less an arm."""
@@ -126,11 +137,13 @@ def read_runs(named: Sequence[str]) -> list[Run]:
             continue
         directory = Path(folder)
         manifests = {
-            stage: Manifest.read(directory / stage) for stage in STAGES if (directory / stage / MANIFEST).exists()
+            stage: Manifest.read(directory / stage)
+            for stage in (*NEEDED, *MORE)
+            if (directory / stage / MANIFEST).exists()
         }
-        left_out = {"ranker"} if "ranker_ablation" in manifests else set()
-        rows = [row for stage in manifests if stage not in left_out for row in read_rows(directory / stage)]
-        if not any(row.section == "forecast" for row in rows):
+        if "ranker_ablation" in manifests:
+            manifests.pop("ranker", None)
+        if not manifests.keys() >= set(NEEDED):
             errors.append(
                 UserError(
                     f"{directory}, which holds no figures of a forecast",
@@ -138,7 +151,7 @@ def read_runs(named: Sequence[str]) -> list[Run]:
                     action="make one with `adsid run`, or correct the path",
                 )
             )
-        runs[name] = Run(name, rows, manifests)
+        runs[name] = Run(name, [row for stage in manifests for row in read_rows(directory / stage)], manifests)
     if errors:
         raise UserError.collect(errors)
     return list(runs.values())
@@ -181,7 +194,7 @@ def _line(run: Run, claim: Claim) -> tuple[str, ...] | None:
     levels = (run.find(claim, arm) for arm in (AGAINST[0], "lm"))
     control = None if claim.control is None else run.find(claim, claim.control)
     return (
-        claim.label,
+        _label(headline),
         *("" if row is None else number(row.value, digits) for row in levels),
         figure(headline),
         *("" if row is None else figure(row) for row in (run.difference(claim, claim.baseline), control)),
@@ -196,7 +209,7 @@ def _scope(run: Run) -> str:
         f"forecasts of {number(forecasts['users'], 0)} users",
         *([] if prompts is None else [f"NLL of {number(prompts.n, 0)} user-periods"]),
     ]
-    ranking = find(run.rows, "ranking", "auc", f"lm{DIFFERENCE}anchor")
+    ranking = run.difference(_ranking("auc"), AGAINST[0])
     if ranking is not None:
         parts.append(f"rankers of {ranking.seeds} seeds on {number(ranking.n, 0)} rows")
     return ", ".join(parts) + "."
@@ -204,7 +217,7 @@ def _scope(run: Run) -> str:
 
 def _cost(run: Run) -> tuple[str, ...]:
     prior, forecasts = run.manifests["prior"], run.manifests["forecasts"]
-    rankers = run.manifests.get("ranker_ablation", run.manifests.get("ranker"))
+    rankers = run.manifests.get("ranker_ablation") or run.manifests.get("ranker")
     return (
         run.name,
         number(prior.metrics["prompts"], 0),
@@ -244,27 +257,27 @@ def picture(runs: Sequence[Run]) -> str:
     for claim in CLAIMS:
         measured = [(run.name, row) for run in runs if (row := run.difference(claim, AGAINST[0])) is not None]
         if measured:
-            panels.append((claim, measured))
+            panels.append(measured)
     heights = [
-        max(_HEAD + _STEP * len(measured) + _FOOT for _, measured in panels[start : start + _ACROSS])
+        _HEAD + _STEP * max(map(len, panels[start : start + _ACROSS])) + _FOOT
         for start in range(0, len(panels), _ACROSS)
     ]
     column = _LABELS + _WIDTH + 40
     width, height = _ACROSS * column, sum(heights) + 20
     parts = [f"<style>{_STYLE}</style>", f'<rect class="paper" width="{width:g}" height="{height:g}"/>']
-    for place, (claim, measured) in enumerate(panels):
+    for place, measured in enumerate(panels):
         down, across = divmod(place, _ACROSS)
-        parts += _panel(claim, measured, across * column + 10, sum(heights[:down]) + 10)
+        parts += _panel(measured, across * column + 10, sum(heights[:down]) + 10)
     drawing = svg(width, height, f"Forecast less anchor, with {LEVEL:.0%} intervals", parts)
     return str(drawing).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1) + "\n"
 
 
-def _panel(claim: Claim, measured: Sequence[tuple[str, Row]], left: float, top: float) -> list[str]:
+def _panel(measured: Sequence[tuple[str, Row]], left: float, top: float) -> list[str]:
     """A line a run about the zero line of the measure, as SVG elements."""
     scale = forest_scale([row for _, row in measured])
     panel = Panel(left + _LABELS, top + _HEAD, _WIDTH, _STEP * len(measured), (-scale, scale), (0.0, len(measured)))
     bottom = panel.top + panel.height
-    panel.text(left, top + 14, claim.label, "name")
+    panel.text(left, top + 14, _label(measured[0][1]), "name")
     panel.line(panel.px(0), panel.top - 4, panel.px(0), bottom, "zero")
     for place, (name, row) in enumerate(measured):
         y, style = panel.top + _STEP * (place + 0.5), judge(row).name.lower()
@@ -274,7 +287,7 @@ def _panel(claim: Claim, measured: Sequence[tuple[str, Row]], left: float, top: 
         panel.line(panel.px(low), y, panel.px(high), y, f"whisker {style}")
         if abs(row.value) <= scale:
             panel.dot(row.value, len(measured) - place - 0.5, style, radius=4)
-    better = metric_of(claim.headline.metric).better
+    better = metric_of(measured[0][1].metric).better
     for value in (-scale, 0.0, scale):
         panel.text(panel.px(value), bottom + 14, difference_tick(value), "axis mid")
     if better is not None:
