@@ -3,7 +3,7 @@
     adsid results "Amazon Beauty=runs/beauty" "The Complete Journey=runs/full" --out docs/results
         │   rows that the runs' stages left, `data.statistics.Row`, and their manifests
         ▼
-    headline.md     a table a run, and what each cost
+    headline.md     all runs at a glance, a table a run, and what each cost
     headline.svg    forecast − anchor of every run, a panel a measure
 
 Nothing on the page is typed in: it can say no other thing than its runs. Which measures are on it is fixed here, before
@@ -20,7 +20,7 @@ from typing import Any
 from data.artifacts import MANIFEST, Manifest, atomic_write_text
 from data.errors import UserError
 from data.statistics import LEVEL, Row
-from pipeline.figures import Panel, difference_tick, forest_scale, svg
+from pipeline.figures import Panel, difference_tick, forest_scale, outcome_mark, svg
 from pipeline.grids import Grid, Section, sections_to_markdown
 from pipeline.stages import read_rows
 from pipeline.verdict import (
@@ -173,7 +173,7 @@ def write_results(runs: Sequence[Run], out: Path) -> None:
 
 
 def sections(runs: Sequence[Run]) -> list[Section]:
-    """A table a run, and one of what they cost."""
+    """All runs at a glance, a table a run, and one of what they cost."""
     columns = ("", "anchor", "forecast", f"forecast {MINUS} anchor", f"forecast {MINUS} none", "control")
     found = []
     for run in runs:
@@ -183,7 +183,31 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     versions = {name: version for run in runs for name, version in run.manifests["forecasts"].versions.items()}
     told = ", ".join(f"{name} {versions[name]}" for name in PACKAGES if name in versions)
     table = Grid(costs, tuple(_cost(run) for run in runs))
-    return [*found, Section("cost", "What it cost", (f"Versions: {told}.",), (table,))]
+    return [_glance(runs), *found, Section("cost", "What it cost", (f"Versions: {told}.",), (table,))]
+
+
+def _glance(runs: Sequence[Run]) -> Section:
+    """What the forecast brings over the anchor and over none, a line a run; of all users and advertisers."""
+    grids = []
+    for title, against in (("anchor", AGAINST[0]), ("none", None)):
+        columns: list[list[str]] = []
+        for claim in (claim for claim in CLAIMS if claim.segment == SEGMENT):
+            found = [run.difference(claim, against or claim.baseline) for run in runs]
+            measured = next((row for row in found if row is not None), None)
+            if measured is not None:
+                columns.append([_label(measured), *map(_marked, found)])
+        names = [f"forecast {MINUS} {title}", *(run.name for run in runs)]
+        head, *lines = zip(names, *columns, strict=True)
+        grids.append(Grid(head, tuple(lines)))
+    legend = "▲ better, ▼ worse, ○ the interval includes zero; NLL and NE are better when lower."
+    return Section("glance", "At a glance", (legend,), tuple(grids))
+
+
+def _marked(row: Row | None) -> str:
+    if row is None:
+        return ""
+    digits = metric_of(row.metric).difference_digits
+    return f"{number(row.value, digits, signed=True)} {outcome_mark(judge(row))}"
 
 
 def _line(run: Run, claim: Claim) -> tuple[str, ...] | None:

@@ -64,6 +64,8 @@ def test_the_page_shows_what_the_stages_left(tmp_path: Path) -> None:
     nll = ["NLL", "5.000", "4.800", "−0.2000 [−0.3000, −0.1000]", "−1.0000 [−1.1000, −0.9000]", ""]
     assert cells(page, "One") == [nll]  # recall@5 is no headline, and does not stand in for recall@10
     assert cells(page, "The=Two") == [nll, ["ranking, AUC", "", "", "+0.4000 [+0.3000, +0.5000]", "", ""]]
+    assert cells(page, "At a glance") == [["One", "−0.2000 ▲", ""], ["The=Two", "−0.2000 ▲", "+0.4000 ▲"]]
+    assert "| forecast − none | NLL |" in page  # of the ranker there is no row without a forecast
     assert cells(page, "What it cost") == [
         ["One", "3,000", "not kept", "60 s", "0.0 GiB", "5,000", "0.125 s", ""],
         ["The=Two", "3,000", "kept", "60 s", "0.0 GiB", "5,000", "0.125 s", "12, 60 s"],
@@ -110,4 +112,4 @@ def test_the_command(tmp_path: Path) -> None:
     assert (tmp_path / "docs" / MARKDOWN).exists()
     wrong = CliRunner().invoke(cli.app, ["results", str(directory), "--out", str(tmp_path / "docs")])
     assert wrong.exit_code == USER_MISTAKE
-    assert sections(read_runs([f"One={directory}"]))[0].title == "One"
+    assert [section.id for section in sections(read_runs([f"One={directory}"]))] == ["glance", "One", "cost"]
