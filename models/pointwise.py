@@ -294,7 +294,8 @@ class PointwiseModule(L.LightningModule):
         self.log("val_loss", self._over_tasks(loss_T), prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = self.optimizer(fused=self.trainer.precision != "16-mixed")  # its loss scaler clips by itself
+        # Under autocast Lightning refuses to clip the gradients of a fused optimiser.
+        optimizer = self.optimizer(fused=not str(self.trainer.precision).endswith("mixed"))
         steps = int(self.trainer.estimated_stepping_batches)
         decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}

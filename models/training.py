@@ -45,6 +45,11 @@ _WINDOW_BATCHES = 32
 """Batches whose samples are sorted by length together: enough that little is padding, few enough to stay mixed."""
 
 
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
+"""Lightning's names of what stages train on, and in."""
+
+
 @dataclass
 class TrainerConfig:
     """How long and on what a stage is trained.
@@ -73,7 +78,12 @@ class TrainerConfig:
     progress_bar: bool = True
 
     def __post_init__(self) -> None:
-        counts = {"accumulate": self.accumulate, "devices": self.devices, "checkpoint_every": self.checkpoint_every}
+        counts = {
+            "max_epochs": self.max_epochs,
+            "accumulate": self.accumulate,
+            "devices": self.devices,
+            "checkpoint_every": self.checkpoint_every,
+        }
         errors = [
             UserError(
                 f"trainer.{name}={value}",
@@ -83,6 +93,18 @@ class TrainerConfig:
             for name, value in counts.items()
             if value is not None and value < 1
         ]
+        for name, value, known in (
+            ("accelerator", self.accelerator, ACCELERATORS),
+            ("precision", self.precision, PRECISIONS),
+        ):
+            if value not in known:
+                errors.append(
+                    UserError(
+                        f"trainer.{name}={value}",
+                        expected=f"one of {', '.join(known)}",
+                        action=f"set trainer.{name} to one of them, or leave it at auto",
+                    )
+                )
         if errors:
             raise UserError.collect(errors)
 
@@ -414,9 +436,16 @@ def fit(
 
     Raises:
         FloatingPointError: loss or gradient became NaN or infinite; the error names the batch.
-        UserError: checkpoints within an epoch on several devices, of a loader that is not shared by its own sampler;
-            several devices in a command that does more than train one stage, or more of them than batches.
+        UserError: a GPU is asked for and there is none; checkpoints within an epoch on several devices, of a loader
+            that is not shared by its own sampler; several devices in a command that does more than train one stage,
+            or more of them than batches.
     """
+    if cfg.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UserError(
+            f"trainer.accelerator={cfg.accelerator} where torch sees no CUDA device",
+            expected="a device of that kind; `adsid doctor` tells what there is",
+            action="set trainer.accelerator=auto or trainer=cpu, or install a CUDA build of torch",
+        )
     shares_itself = isinstance(train_loader.batch_sampler, TokenBatchSampler)
     if cfg.checkpoint_every is not None and cfg.devices > 1 and not shares_itself:
         raise UserError(

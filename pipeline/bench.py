@@ -19,7 +19,7 @@ from data.artifacts import MANIFEST, atomic_write_text, make_directory, package_
 from data.errors import UserError
 from pipeline import config as configuration
 from pipeline.config import AdsidConfig, compose, recompose, run_directory
-from pipeline.engine import Context
+from pipeline.engine import Context, check_inputs
 from pipeline.run import run_stages
 from pipeline.stages import TRAINED, ab_bench, retrieval_bench
 from ranking.simulated_ab import SimulatedAB
@@ -119,6 +119,8 @@ def _check_artifacts(run: Path, names: Sequence[str], hint: str = "") -> None:
             expected=f"finished artifacts of {', '.join(names)}",
             action=f"make them with `adsid run`{hint}",
         )
+    for stage in names:
+        check_inputs(run, stage)
 
 
 def config_beside(run: Path, overrides: Sequence[str]) -> AdsidConfig:

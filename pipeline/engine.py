@@ -89,6 +89,28 @@ class Stage(Generic[Config]):
     version: int = 1
 
 
+def check_inputs(run: Path, name: str) -> None:
+    """Refuse an artifact of a run directory that was made from others than lie beside it now.
+
+    Args:
+        run: the run directory.
+        name: of the artifact's stage.
+
+    Raises:
+        LineageError: an input was made anew since, so figures of both would be of different runs.
+        UserError: there is no such artifact, or its manifest cannot be read.
+    """
+    for before, content in Manifest.read(run / name).inputs.items():
+        other = run / before
+        if (other / MANIFEST).exists() and Manifest.read(other).content_hash != content:
+            raise LineageError(
+                f"{run / name} (made from {before} {content[:12]}) beside {other} "
+                f"({Manifest.read(other).content_hash[:12]})",
+                expected=f"a {name} made from this very {before}",
+                action=f"make it again with `adsid run run.until={name}` and the same overrides",
+            )
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What became of a stage: its manifest, and whether it had to run."""
@@ -115,6 +137,7 @@ class Run(Generic[Config]):
         config: handed to the stages.
         observer: told about starts and ends.
         follows: help another process with its stage: everything is worked on, nothing is kept.
+        on_begin: called once the directory is this process's own, before its first stage.
 
     Raises:
         ValueError: a stage names an input that does not come before it, or a name stands twice.
@@ -128,8 +151,9 @@ class Run(Generic[Config]):
         *,
         observer: Observer | None = None,
         follows: bool = False,
+        on_begin: Callable[[], None] = lambda: None,
     ) -> None:
-        self.directory, self.follows = directory, follows
+        self.directory, self.follows, self._on_begin = directory, follows, on_begin
         self.stages: dict[str, Stage[Config]] = {}
         for stage in stages:
             missing = [name for name in stage.inputs if name not in self.stages]
@@ -155,6 +179,7 @@ class Run(Generic[Config]):
         last = [until] if isinstance(until, str) else until
         wanted = list(self.stages) if last is None else self._needed(*last)
         with locked(self.directory):
+            self._on_begin()
             return [self._bring_up_to_date(self.stages[name]) for name in wanted]
 
     def execute_one(self, name: str, *, again: bool = False) -> Outcome:
@@ -181,6 +206,7 @@ class Run(Generic[Config]):
             return self._follow(stage)
         with locked(self.directory):
             self._check_lineage(stage)
+            self._on_begin()
             return self._bring_up_to_date(stage, again=again)
 
     def take_over(self, others: Sequence[Path], *, until: str | None = None) -> list[str]:
@@ -253,16 +279,8 @@ class Run(Generic[Config]):
             directory = self.directory / name
             if not (directory / MANIFEST).exists():
                 continue  # not read by this stage; what was made from it is checked by hash
+            check_inputs(self.directory, name)
             manifest = Manifest.read(directory)
-            for before, content in manifest.inputs.items():
-                other = self.directory / before
-                if (other / MANIFEST).exists() and Manifest.read(other).content_hash != content:
-                    raise LineageError(
-                        f"{directory} (made from {before} {content[:12]}) beside {other} "
-                        f"({Manifest.read(other).content_hash[:12]})",
-                        expected=f"a {name} made from this very {before}",
-                        action=f"make it again with `adsid run run.until={name}` and the same overrides",
-                    )
             settings = to_plain(self.stages[name].settings(self.config))
             if manifest.key != self._key(self.stages[name], manifest.inputs):
                 changed = _differences(manifest.config, settings) or ["the version of the stage's code"]

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from data.artifacts import MANIFEST, Manifest, atomic_write_text
-from data.errors import UserError
+from data.errors import LineageError, UserError
 from data.statistics import LEVEL, Row
+from pipeline.engine import check_inputs
 from pipeline.figures import Panel, difference_tick, forest_scale, outcome_mark, svg
 from pipeline.grids import Grid, Section, sections_to_markdown
 from pipeline.stages import read_rows
@@ -120,12 +121,13 @@ def read_runs(named: Sequence[str]) -> list[Run]:
     """Runs given as ``NAME=RUN_DIR``.
 
     Raises:
-        UserError: one is not of that form, two have one name, or a directory holds no figures; all at once.
+        UserError: one is not of that form, two have one name, or a directory holds no figures, or such as were made
+            from others than lie beside them; all at once.
     """
     errors: list[UserError] = []
     runs: dict[str, Run] = {}
     for one in named:
-        name, equals, folder = (part.strip() for part in one.rpartition("="))
+        name, equals, folder = (part.strip() for part in one.partition("="))  # a run's path may have one more
         if not (name and equals and folder) or name in runs:
             errors.append(
                 UserError(
@@ -141,8 +143,7 @@ def read_runs(named: Sequence[str]) -> list[Run]:
             for stage in (*NEEDED, *MORE)
             if (directory / stage / MANIFEST).exists()
         }
-        if "ranker_ablation" in manifests:
-            manifests.pop("ranker", None)
+        errors += _choose_rankers(directory, manifests)
         if not manifests.keys() >= set(NEEDED):
             errors.append(
                 UserError(
@@ -155,6 +156,21 @@ def read_runs(named: Sequence[str]) -> list[Run]:
     if errors:
         raise UserError.collect(errors)
     return list(runs.values())
+
+
+def _choose_rankers(directory: Path, manifests: dict[str, Manifest]) -> list[UserError]:
+    """Leave one stage of rankers, the ablation unless it is of other forecasts; what else does not fit together."""
+    errors: dict[str, UserError] = {}
+    for stage in manifests:
+        try:
+            check_inputs(directory, stage)
+        except LineageError as error:
+            errors[stage] = error
+    if "ranker" in manifests and "ranker_ablation" in manifests:
+        dropped = "ranker_ablation" if "ranker_ablation" in errors else "ranker"
+        manifests.pop(dropped)
+        errors.pop(dropped, None)
+    return list(errors.values())
 
 
 def write_results(runs: Sequence[Run], out: Path) -> None:

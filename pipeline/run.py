@@ -51,7 +51,11 @@ def run_stages(
     directory = configuration.run_directory(config)
     if follows:
         console.quiet = True
-    run = Run(directory, stages(), config, observer=ConsoleObserver(console), follows=follows)
+    run = Run(
+        directory, stages(), config, observer=ConsoleObserver(console), follows=follows,
+        # Before the first stage: artifacts of a run that stops half-way are read by the configuration that made them.
+        on_begin=lambda: configuration.save(config, directory / CONFIG_FILE),
+    )  # fmt: skip
     if shared is not None:
         run.shared = shared
     console.print(f"run directory [bold]{directory}[/], experiment {config.experiment}", highlight=False)
@@ -60,8 +64,6 @@ def run_stages(
             outcomes = [run.execute_one(only)]
     else:
         outcomes = run.execute(until=until or config.run.until)
-    if not follows:
-        configuration.save(config, directory / CONFIG_FILE)
     if all(outcome.status == "skipped" for outcome in outcomes):
         console.print("everything is up to date, nothing was done")
     return outcomes

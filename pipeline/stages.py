@@ -31,7 +31,7 @@ from data.writer import untracked
 from models.sharded import is_leader
 from pipeline.config import AdsidConfig
 from pipeline.console import progress_bars
-from pipeline.engine import Context, Stage
+from pipeline.engine import Context, Stage, check_inputs
 from pipeline.example import user_example
 from pipeline.ranker_ablation import write_ablation
 from pipeline.report import Curves, RunInfo, write_report
@@ -58,6 +58,7 @@ from ranking.ablation import (
 )
 from ranking.features import FeatureBuilder
 from ranking.oracle import OracleForecast, true_chance
+from ranking.ranker import VERSION as RANKER_VERSION
 from ranking.ranker import Ranker, RankerSpans
 from ranking.simulated_ab import Market, SimulatedAB, Stack, oracle_arm, run_ab
 from retrieval.benchmark import PARTS, RetrievalBenchmark, bench_retrieval
@@ -149,7 +150,7 @@ def stages() -> list[Stage[AdsidConfig]]:
             },
             make_ranker,
             ("auc", "rankers"),
-            version=4,
+            version=RANKER_VERSION,
         ),
         Stage(
             "report",
@@ -175,7 +176,7 @@ def ablations() -> list[Stage[AdsidConfig]]:
             },
             make_ranker_ablation,
             ("rankers",),
-            version=2,
+            version=RANKER_VERSION,
         )
     ]
 
@@ -425,10 +426,11 @@ def load_ranker(directory: Path, *, arm: str, seed: int) -> Ranker:
         seed: that it was trained with.
 
     Raises:
+        LineageError: a stage before it was made anew since.
         UserError: a stage is missing, or there is no ranker of this arm and seed.
     """
     for name in ("data", "semantic_ids", "prior", "forecasts", "ranker"):
-        Manifest.read(directory / name)
+        check_inputs(directory, name)
     return _ranker_of(directory / "ranker", arm, seed)
 
 

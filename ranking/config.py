@@ -104,8 +104,8 @@ class RankerConfig:
         batch_size: rows of a step.
         learning_rate: of AdamW at the first step; it falls linearly to zero over ``trainer.max_epochs``.
         embedding_learning_rate: the same for embeddings, smaller, since ids of few rows are soon memorised.
-        strategy: ``auto`` trains in one process, or as ``trainer.devices`` says; ``torchrec`` shards the tables over
-            the processes that ``torchrun`` started (see `models.sharded`).
+        strategy: ``auto`` trains in one process, on one device; ``torchrec`` shards the tables over the
+            processes that ``torchrun`` started (see `models.sharded`).
         sharded_learning_rate: of sharded tables, in place of the one above: row-wise Adagrad at the first step.
         weight_decay: of AdamW.
         seeds: one ranker is trained for each arm and seed.

@@ -47,6 +47,8 @@ from ranking.spec import FeatureSpec
 from ranking.tasks import LABEL, check_tasks
 
 KIND = "ranker"
+VERSION = 4
+"""Raised when the training code gives other weights for the same rows and configuration; of the stages too."""
 TRAINING_ROWS = "rows.parquet"
 WEIGHTS, SPEC = "weights.safetensors", "feature_spec.json"
 
@@ -295,10 +297,17 @@ def train_ranker(rows: ArmRows, *, seed: int, cfg: RankerConfig, directory: Path
         The ranker at its best epoch by the loss on ``ranker_stop``, its level set to that span's.
 
     Raises:
-        UserError: the training rows of a task are of one class.
+        UserError: the training rows of a task are of one class, or several devices without processes that share tables.
     """
     started = time.monotonic()
     sharded = cfg.strategy == SHARDED
+    if cfg.trainer.devices > 1 and not sharded:
+        raise UserError(
+            f"ranker.trainer.devices={cfg.trainer.devices} with strategy={cfg.strategy}",
+            expected="one device, or the processes of torchrun, which share tables and rows",
+            action=f"torchrun --nproc-per-node {cfg.trainer.devices} train.py stage=ranker strategy={SHARDED} "
+            "<overrides>, or set ranker.trainer.devices=1",
+        )
     if sharded:
         join_processes()
     key = _key(rows, seed, cfg)
@@ -365,4 +374,4 @@ def _key(rows: ArmRows, seed: int, cfg: RankerConfig) -> str:
     sizes = asdict(getattr(cfg, cfg.model)) if hasattr(cfg, cfg.model) else {}
     several = len(cfg.tasks) > 1
     heads = (cfg.multi_task, asdict(getattr(cfg, cfg.multi_task)), _task_weights(cfg)) if several else ()
-    return fingerprint((rows.fingerprint, cfg.model, sizes, cfg.tasks, heads, training, seed))
+    return fingerprint((VERSION, rows.fingerprint, cfg.model, sizes, cfg.tasks, heads, training, seed))

@@ -118,10 +118,26 @@ def test_what_is_no_number_stops_with_the_last_good_checkpoint(tmp_path: Path, w
         torch.testing.assert_close(module.state_dict()[name], value, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["accumulate", "devices", "checkpoint_every"])
-def test_a_count_below_one_is_told(name: str) -> None:
-    with pytest.raises(UserError, match=f"trainer.{name}=0"):
-        TrainerConfig(**{name: 0})  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_epochs", 0),
+        ("accumulate", 0),
+        ("devices", 0),
+        ("checkpoint_every", 0),
+        ("accelerator", "fast"),
+        ("precision", "fp16"),
+    ],
+)
+def test_what_no_training_can_have_is_told(name: str, value: object) -> None:
+    with pytest.raises(UserError, match=f"trainer.{name}={value}"):
+        TrainerConfig(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"(?s)accelerator=gpu where torch sees no CUDA device.*trainer=cpu"):
+        run(Noisy(), tmp_path, accelerator="gpu")
 
 
 def test_checkpoints_within_an_epoch_need_one_device_or_a_sampler_that_shares(tmp_path: Path) -> None:

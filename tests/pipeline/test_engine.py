@@ -146,6 +146,21 @@ def test_a_failure_keeps_earlier_artifacts_and_the_checkpoints(tmp_path: Path) -
     assert list((tmp_path / WORK).iterdir()) == []
 
 
+def test_what_begins_a_run_happens_before_its_first_stage_and_not_where_it_is_refused(tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    def begun(**values: Any) -> Run[Settings]:
+        run = make(tmp_path, calls, **values)
+        return Run(tmp_path, list(run.stages.values()), run.config, on_begin=lambda: calls.append("begun"))
+
+    with pytest.raises(RuntimeError, match="second failed"):
+        begun(fail=["second"]).execute()
+    assert calls == ["begun", "first", "second"]
+    with pytest.raises(LineageError):
+        begun(first=9).execute_one("second")
+    assert calls == ["begun", "first", "second"]
+
+
 def test_time_of_earlier_attempts_counts(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         make(tmp_path, [], fail=["first"]).execute()

@@ -24,14 +24,32 @@ FORECASTS = {"users": 1234, "forecasts_made": 5000, "seconds_per_forecast": 0.12
 
 
 def run_of(
-    directory: Path, *, ranking: Sequence[tuple[str, float]] = (), best_part: int = -1, gain: float = -0.2
+    directory: Path,
+    *,
+    ranking: Sequence[tuple[str, float]] = (),
+    best_part: int = -1,
+    gain: float = -0.2,
+    made_from: Mapping[str, str] | None = None,
 ) -> Path:
-    """A run directory as its stages leave it; ``ranking`` names stages with an AUC of the LM over the anchor."""
+    """A run directory as its stages leave it.
+
+    Args:
+        directory: of the run.
+        ranking: stages with an AUC of the LM over the anchor.
+        best_part: of the fit.
+        gain: NLL of the LM over the anchor.
+        made_from: hash of the forecasts that a stage was made from.
+    """
+    made_from = made_from or {}
 
     def stage(name: str, metrics: Mapping[str, object], rows: Sequence[Row]) -> None:
         (directory / name).mkdir(parents=True)
         config = {"data": {"source": "simulator"}, "evaluate": "validation"}
-        manifest = Manifest(name, "key", config, versions={"torch": "9.9"}, metrics=dict(metrics), seconds=60.0)
+        inputs = {"forecasts": made_from[name]} if name in made_from else {}
+        manifest = Manifest(
+            name, "key", config, inputs=inputs, content_hash=f"of {name}", versions={"torch": "9.9"},
+            metrics=dict(metrics), seconds=60.0,
+        )  # fmt: skip
         manifest.write(directory / name)
         (directory / name / ROWS).write_text(json.dumps([to_plain(row) for row in rows]), encoding="utf-8")
 
@@ -58,17 +76,17 @@ def cells(page: str, title: str) -> list[list[str]]:
 
 def test_the_page_shows_what_the_stages_left(tmp_path: Path) -> None:
     run_of(tmp_path / "one")
-    run_of(tmp_path / "two", best_part=2, ranking=[("ranker", 0.3), ("ranker_ablation", 0.4)])
-    write_results(read_runs([f"One={tmp_path / 'one'}", f"The=Two={tmp_path / 'two'}"]), tmp_path / "out")
+    run_of(tmp_path / "two=2", best_part=2, ranking=[("ranker", 0.3), ("ranker_ablation", 0.4)])
+    write_results(read_runs([f"One={tmp_path / 'one'}", f"Two={tmp_path / 'two=2'}"]), tmp_path / "out")
     page = (tmp_path / "out" / MARKDOWN).read_text(encoding="utf-8")
     nll = ["NLL", "5.000", "4.800", "−0.2000 [−0.3000, −0.1000]", "−1.0000 [−1.1000, −0.9000]", ""]
     assert cells(page, "One") == [nll]  # recall@5 is no headline, and does not stand in for recall@10
-    assert cells(page, "The=Two") == [nll, ["ranking, AUC", "", "", "+0.4000 [+0.3000, +0.5000]", "", ""]]
-    assert cells(page, "At a glance") == [["One", "−0.2000 ▲", ""], ["The=Two", "−0.2000 ▲", "+0.4000 ▲"]]
+    assert cells(page, "Two") == [nll, ["ranking, AUC", "", "", "+0.4000 [+0.3000, +0.5000]", "", ""]]
+    assert cells(page, "At a glance") == [["One", "−0.2000 ▲", ""], ["Two", "−0.2000 ▲", "+0.4000 ▲"]]
     assert "| forecast − none | NLL |" in page  # of the ranker there is no row without a forecast
     assert cells(page, "What it cost") == [
         ["One", "3,000", "not kept", "60 s", "0.0 GiB", "5,000", "0.125 s", ""],
-        ["The=Two", "3,000", "kept", "60 s", "0.0 GiB", "5,000", "0.125 s", "12, 60 s"],
+        ["Two", "3,000", "kept", "60 s", "0.0 GiB", "5,000", "0.125 s", "12, 60 s"],
     ]
     assert "torch 9.9" in page
     assert "simulator, span validation, forecasts of 1,234 users, NLL of 77 user-periods" in page
@@ -87,6 +105,17 @@ def test_the_picture_marks_what_is_shown(tmp_path: Path) -> None:
     assert [style for _, style in dots] == ["gain", "not_shown", "loss"]
     places = [float(x) for x, _ in dots]
     assert places == sorted(places)  # lower is better, and stands on the left
+
+
+def test_stages_of_other_forecasts_are_left_out_or_told(tmp_path: Path) -> None:
+    ranking = [("ranker", 0.3), ("ranker_ablation", 0.4)]
+    fresh = run_of(tmp_path / "fresh", ranking=ranking, made_from={"ranker_ablation": "of earlier forecasts"})
+    (run,) = read_runs([f"One={fresh}"])
+    assert "ranker_ablation" not in run.manifests
+    assert [row.value for row in run.rows if row.metric == "auc"] == [0.3]
+    stale = run_of(tmp_path / "stale", ranking=ranking[:1], made_from={"ranker": "of earlier forecasts"})
+    with pytest.raises(UserError, match=r"(?s)ranker \(made from forecasts of earlier.*run\.until=ranker"):
+        read_runs([f"One={stale}"])
 
 
 @pytest.mark.parametrize(

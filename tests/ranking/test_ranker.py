@@ -93,6 +93,23 @@ def test_a_finished_ranker_is_not_trained_again_and_a_changed_one_is(
             )
     with pytest.raises(AssertionError, match="trained again"):
         train_ranker(ArmRows.of(spans, None, CFG), seed=0, cfg=CFG, directory=directory)
+    monkeypatch.setattr(ranker_module, "VERSION", ranker_module.VERSION + 1)
+    with pytest.raises(AssertionError, match="trained again"):
+        train_ranker(ArmRows.of(spans, tastes(spans.log), CFG), seed=0, cfg=CFG, directory=directory)
+
+
+def test_it_trains_under_autocast_as_on_a_gpu(spans: RankerSpans, tmp_path: Path) -> None:
+    cfg = replace(CFG, trainer=replace(CFG.trainer, precision="bf16-mixed", max_epochs=1, gradient_clip=1.0))
+    ranker = train_ranker(ArmRows.of(spans, tastes(spans.log), cfg), seed=0, cfg=cfg, directory=tmp_path / "lm-0")
+    probability = ranker.probabilities(spans.evaluation.with_prior(tastes(spans.log), GROUPS))
+    assert np.isfinite(probability).all()
+    assert probability.std() > 0
+
+
+def test_several_devices_by_themselves_are_refused(spans: RankerSpans, tmp_path: Path) -> None:
+    cfg = replace(CFG, trainer=replace(CFG.trainer, devices=2))
+    with pytest.raises(UserError, match=r"(?s)devices=2 with strategy=auto.*torchrun --nproc-per-node 2 train\.py"):
+        train_ranker(ArmRows.of(spans, None, cfg), seed=0, cfg=cfg, directory=tmp_path / "none-0")
 
 
 def test_killed_and_started_again_it_equals_an_undisturbed_run(
