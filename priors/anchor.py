@@ -1,4 +1,4 @@
-"""The anchor: how often, and how lately, users have converted with advertisers (DESIGN §4).
+"""The anchor: how often, and how lately, users have converted with advertisers.
 
     q_u(a) = λ · own(a) + μ · co(a) + the rest · pop(a)       pop alone where the user has no history
     pop(a) ∝ s + Σ over promoted conversions with a before t of  ρ^(periods ago)

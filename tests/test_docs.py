@@ -89,3 +89,13 @@ def test_help_is_there_for_every_command() -> None:
         result = CliRunner().invoke(cli.app, [*names, "--help"])
         assert result.exit_code == 0
         assert "Example" in result.output
+
+
+def test_what_stands_in_brackets_is_not_lost_in_the_help() -> None:
+    for names, shown in (
+        (["bench", "retrieval"], "retrieval.channels=[own,popularity,forecast]"),
+        (["ablate", "ranker"], "ranker.ablation.models=[logistic]"),
+        (["data", "validate"], "data.label_kinds=[click]"),
+        (["priors", "generate"], "'adsid[ray]'"),
+    ):
+        assert shown in CliRunner().invoke(cli.app, [*names, "--help"]).output

@@ -12,7 +12,7 @@ EPILOG = (
     "Examples:\n\n"
     "  adsid ablate ranker experiment=quickstart\n\n"
     "  adsid ablate ranker experiment=quickstart ranker=dcn_v2 --seeds 5\n\n"
-    "  adsid ablate ranker experiment=quickstart ranker.ablation.groups=false ranker.ablation.models=[logistic]\n\n"
+    "  adsid ablate ranker experiment=quickstart ranker.ablation.groups=false ranker.ablation.models=\\[logistic]\n\n"
     "The forecasts must be there: adsid run run.until=forecasts, with the same overrides. Interrupted, it goes on "
     "where it was; another seed, group or model later trains that one alone."
 )

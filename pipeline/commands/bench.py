@@ -34,7 +34,7 @@ def _group() -> None:
     "  adsid bench retrieval --run runs/quickstart                        of artifacts that are there\n\n"
     "  adsid bench retrieval --run runs/quickstart retrieval=paper        another choice of channels and blend\n\n"
     "  adsid bench retrieval --run runs/quickstart --part factors         where the forecast's ads are lost\n\n"
-    "  adsid bench retrieval --run runs/quickstart retrieval.channels=[own,popularity,forecast]\n\n"
+    "  adsid bench retrieval --run runs/quickstart retrieval.channels=\\[own,popularity,forecast]\n\n"
     "  adsid bench retrieval --run runs/quickstart retrieval.blend.per_advertiser=10 retrieval.index.kind=hnsw",
 )
 def bench_retrieval(

@@ -68,7 +68,7 @@ def data_prepare(
     "validate",
     epilog="Examples:\n\n"
     "  adsid data validate runs/data/complete_journey\n\n"
-    "  adsid data validate /data/my_tables data.label_kinds=[click] data.split.by=quantiles\n\n"
+    "  adsid data validate /data/my_tables data.label_kinds=\\[click] data.split.by=quantiles\n\n"
     "Exit code 2 and every problem at once, where something is wrong.",
 )
 def data_validate(

@@ -134,7 +134,7 @@ def priors_generate(
     incremental: Annotated[
         bool, typer.Option("--incremental", help="Carry over users without an event since the last as-of in the table.")
     ] = False,
-    engine: Annotated[str, typer.Option(help="local, or ray (pip install 'adsid[ray]').")] = "local",
+    engine: Annotated[str, typer.Option(help="local, or ray (pip install 'adsid\\[ray]').")] = "local",
     workers: Annotated[int, typer.Option(help="Workers of Ray.")] = 2,
     price: Annotated[float, typer.Option(help="Of an hour of the machine, for the cost sheet.")] = 1.0,
     json: Annotated[bool, typer.Option("--json", help="Print the cost sheet as JSON.")] = False,
