@@ -288,8 +288,8 @@ def _first_distinct(rows_BE: Tensor, n: int) -> Tensor:
     if not n or not len(rows_BE):
         return rows_BE[:0]
     _, inverse_B = torch.unique(rows_BE, dim=0, return_inverse=True)
-    first = torch.full((int(inverse_B.max()) + 1,), len(rows_BE), dtype=torch.long)
-    first.scatter_reduce_(0, inverse_B, torch.arange(len(rows_BE)), reduce="amin")
+    first = torch.full((int(inverse_B.max()) + 1,), len(rows_BE), dtype=torch.long, device=rows_BE.device)
+    first.scatter_reduce_(0, inverse_B, torch.arange(len(rows_BE), device=rows_BE.device), reduce="amin")
     return rows_BE[first.sort().values[:n]]
 
 
@@ -899,10 +899,10 @@ class RQVAEModule(lightning.LightningModule):
         generator = torch.Generator().manual_seed(self.current_epoch)
         self._clusters = []
         for book in self.model.books:
-            vectors_VE = book.weight.detach()
+            vectors_VE = book.weight.detach().cpu()  # as the generator is
             n_clusters = min(self.cfg.diversity_clusters, len(vectors_VE) // 2)
             centres_GE = kmeans(vectors_VE, n_clusters, iterations=20, generator=generator, balance=1.0)
-            self._clusters.append(_nearest(vectors_VE, centres_GE)[1])
+            self._clusters.append(_nearest(vectors_VE, centres_GE)[1].to(book.weight.device))
 
     def training_step(self, x_BD: Tensor, batch_idx: int) -> Tensor:
         known_BS = self.model.known(x_BD)

@@ -41,6 +41,8 @@ from data.errors import UserError
 TRAINER_STATE = "trainer.pt"
 """Of a checkpoint that several processes wrote: all but the weights."""
 _STARTS_HELPERS: ContextVar[bool] = ContextVar("starts_helpers", default=False)
+_SEEDS = 1 << 63
+"""So many seeds a torch generator takes."""
 _WINDOW_BATCHES = 32
 """Batches whose samples are sorted by length together: enough that little is padding, few enough to stay mixed."""
 
@@ -168,7 +170,7 @@ class EpochSampler(Sampler[int]):
             position, left = position + len(taken), left - len(taken)
 
     def _lap(self, lap: int) -> list[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + lap)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + lap) % _SEEDS)
         return torch.randperm(self.length, generator=generator).tolist()
 
 
@@ -305,7 +307,7 @@ class _SeededBatches(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        torch.manual_seed((self.seed * 1_000_003 + trainer.current_epoch) * 1_000_003 + batch_idx)
+        torch.manual_seed(((self.seed * 1_000_003 + trainer.current_epoch) * 1_000_003 + batch_idx) % _SEEDS)
 
 
 class History(Callback):

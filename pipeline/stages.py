@@ -39,7 +39,7 @@ from priors.anchor import TunedAnchor
 from priors.artifact import FOR_LISTS, PriorModel, load_base, load_interests, read_plain
 from priors.baselines import fit_baselines
 from priors.card import model_card
-from priors.evaluate import evaluate_forecast
+from priors.evaluate import evaluate_forecast, evaluated_rows
 from priors.fit import fit_prior
 from priors.forecast import Forecast, TableForecast
 from priors.generate import generate_priors
@@ -214,7 +214,9 @@ def make_prior(context: Work) -> dict[str, Any]:
 
 def make_forecasts(context: Work) -> dict[str, Any]:
     """The panel's forecasts, and how good they are."""
-    cfg, log, prior = context.config.prior, _log(context), _prior(context)
+    cfg, log = context.config.prior, _log(context)
+    evaluated_rows(log, cfg)  # before any is made
+    prior = _prior(context)
     metrics = generate_priors(prior, log, cfg, out_dir=context.output, work_dir=context.work)
     table = PriorTable.load(context.output, log)
     forecasts = {arm: TableForecast(table, prior.base, arm=arm, interests=prior.interests) for arm in ("anchor", "lm")}

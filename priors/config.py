@@ -196,14 +196,32 @@ class AnchorConfig:
                 )
             )
         for name in ANCHOR_GRID:
-            if not getattr(self, name):
-                errors.append(
-                    UserError(
-                        f"prior.anchor.{name}=[]",
-                        expected="at least one value to choose from",
-                        action=f"give prior.anchor.{name} a list of values",
-                    )
+            values = list(getattr(self, name))
+            if not values:
+                expected = "at least one value to choose from"
+            elif name.endswith("_decay") and not all(0 < value <= 1 for value in values):
+                expected = "values above 0, at most 1: the part of a weight that a period leaves"
+            elif name == "smoothing" and min(values) <= 0:
+                expected = "values above 0: what keeps an advertiser that nobody bought from possible"
+            elif min(values) < 0:
+                expected = "values of at least 0"
+            else:
+                continue
+            errors.append(
+                UserError(
+                    f"prior.anchor.{name}={values}",
+                    expected=expected,
+                    action=f"give prior.anchor.{name} a list of such values",
                 )
+            )
+        if self.select_rows < 1:
+            errors.append(
+                UserError(
+                    f"prior.anchor.select_rows={self.select_rows}",
+                    expected="a whole number, at least 1",
+                    action="raise prior.anchor.select_rows",
+                )
+            )
         if self.own_weight and self.co_weight and min(self.own_weight) + min(self.co_weight) >= 1:
             errors.append(
                 UserError(

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from data.errors import UserError
 from data.log import Log, Targets
 from data.statistics import Row
 from models.prior_lm import PriorLM, TreeBatch, with_history
@@ -99,8 +100,11 @@ def evaluate_forecast(
 
     Returns:
         Rows, curves and the values behind them.
+
+    Raises:
+        UserError: as of :func:`evaluated_rows`.
     """
-    targets = rows_of(log.advertiser_targets(log.evaluate), log.panel(cfg.panel, cfg.seed))
+    targets = evaluated_rows(log, cfg)
     # Drawn by a seed of its own: forecasters of other training seeds are judged on the same prompts.
     prompts = sample_rows(targets, cfg.evaluation_prompts, _SAMPLE)
     popularity = TunedAnchor.untuned(prior.base.anchor.popularity_alone(), prior.base.trie)
@@ -120,6 +124,22 @@ def evaluate_forecast(
     for row in rows:  # where a figure is of both, the exact prompts' is only there to be compared with
         found[row.metric, row.arm, row.segment, row.k] = row
     return ForecastEvaluation(list(found.values()), {"reliability": curves}, [exact, lists])
+
+
+def evaluated_rows(log: Log, cfg: PriorConfig) -> Targets:
+    """User-periods of the panel that a forecast is judged by.
+
+    Raises:
+        UserError: nobody of the panel converts in the evaluated span.
+    """
+    targets = rows_of(log.advertiser_targets(log.evaluate), log.panel(cfg.panel, cfg.seed))
+    if not len(targets):
+        raise UserError(
+            f"prior.panel={cfg.panel}, of whose users none converts in the {log.evaluate} span",
+            expected="somebody to judge the forecast by",
+            action=f"raise prior.panel (null takes all users), or widen data.split.{log.evaluate}",
+        )
+    return targets
 
 
 # --- likelihood and controls, on the evaluation prompts ----------------------------------------------------

@@ -118,7 +118,8 @@ class ShardMaker:
         before = events.period < shard.period
         seen = [int(before.sum()), int(events.timestamp[before].sum() % (1 << 62))]
         previous = self._previous(shard.period, directory) if self.incremental else None
-        return fingerprint([self.settings, shard.period, shard.user_R, seen, previous])
+        users = self.log.user_ids[shard.user_R].tolist()  # their numbers in the log change when users come in
+        return fingerprint([self.settings, shard.period, shard.user_R, users, seen, previous])
 
     def make(self, shard: Shard, directory: Path, key: str) -> Cost:
         """Decode a shard and write it.
@@ -212,7 +213,7 @@ def run_job(
     engine: Engine | None = None,
     progress_bar: bool = False,
 ) -> Cost:
-    """Make all shards of a table that are not there yet.
+    """Make all shards of a table that are not there yet; of each period asked for, others than these are removed.
 
     Args:
         maker: makes them.
@@ -247,6 +248,10 @@ def run_job(
             for made in (engine or _here(maker))(missing, directory):
                 cost.add(made)
                 progress.advance(task, made.decoded + made.carried)
+            asked_for = {directory / Shard(period, number, part).path for number, part in enumerate(parts)}
+            for path in (directory / Shard(period, 0, users).path).parent.glob("*.parquet"):
+                if path not in asked_for:  # of another split, or of users who are no longer asked for
+                    path.unlink()
     return cost
 
 

@@ -102,7 +102,16 @@ class PriorLookup:
         Args:
             user_id: as in the table.
             at: in the table's own clock, without a time zone.
+
+        Raises:
+            UserError: ids of the table are numbers and this one is text, or the other way round.
         """
+        if isinstance(user_id, str) != (self._users.dtype.kind not in "iu"):
+            raise UserError(
+                f"user {user_id!r}",
+                expected="an id as in the table" + "".join(f", e.g. {one!r}" for one in self._users[:1].tolist()),
+                action="give it as the log does: a number without quotes, or text",
+            )
         wanted = np.array(user_id, dtype=self._users.dtype) if not isinstance(user_id, str) else user_id
         user = int(np.searchsorted(self._users, wanted))
         if user == len(self._users) or self._users[user] != user_id:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -36,6 +37,18 @@ def test_tables_come_through_as_they_are(source: Path, tmp_path: Path) -> None:
         assert table.equals(pl.read_parquet(out / f"{name}.parquet"))
         assert counts[name] == len(table)
     assert len(load_log(out, config(source), evaluate="validation").advertiser_targets("validation")) > 0
+
+
+@pytest.mark.parametrize(("values", "names"), [([3, None, 20], ("20", "3")), ([True, None, False], ("false", "true"))])
+def test_features_may_be_numbers_or_flags(tmp_path: Path, values: list[object], names: tuple[str, ...]) -> None:
+    tables = tiny_tables()
+    age = pl.Series("age", [values[user % 3] for user in range(len(tables.users))])
+    write_tables(replace(tables, users=tables.users.with_columns(age)), tmp_path)
+    log = load_log(tmp_path, tiny_config(), evaluate="validation")
+    assert log.user_vocabularies["age"][1:] == names
+    found = [log.user_vocabularies["age"][code] for code in log.user_features["age"][:3]]
+    assert [found[0], found[2]] == [str(values[0]).lower(), str(values[2]).lower()]
+    assert log.user_features["age"][1] == 0
 
 
 def nan_value(frame: pl.DataFrame) -> pl.DataFrame:

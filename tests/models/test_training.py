@@ -214,6 +214,13 @@ def test_what_cannot_be_batched_is_told(lengths: list[int], match: str) -> None:
         TokenBatchSampler(lengths, budget=200, seed=0)
 
 
+def test_any_seed_is_one(tmp_path: Path) -> None:
+    data, seed = TensorDataset(X, Y), 2**62
+    loader: DataLoader = DataLoader(data, 8, sampler=EpochSampler(data, seed=seed))
+    cfg = TrainerConfig(max_epochs=1, progress_bar=False)
+    assert fit(Noisy(), loader, None, cfg, work_dir=tmp_path, seed=seed).steps == 8
+
+
 def test_epochs_walk_through_whole_passes() -> None:
     sampler = EpochSampler(10, seed=5, per_epoch=4)
     seen = []

@@ -123,6 +123,10 @@ def test_without_an_anchor_every_legal_child_is_as_likely(log: Log) -> None:
         ({"kind": "everything"}, "prior.anchor.kind=everything"),
         ({"co_weight": []}, r"prior\.anchor\.co_weight=\[\]"),
         ({"own_weight": [0.7], "co_weight": [0.3, 0.5]}, "leaves popularity a weight"),
+        ({"smoothing": [0.0, 1.0]}, r"(?s)prior\.anchor\.smoothing=\[0\.0, 1\.0\].*above 0"),
+        ({"own_decay": [1.5]}, r"(?s)prior\.anchor\.own_decay=\[1\.5\].*at most 1"),
+        ({"co_shrinkage": [-1.0]}, r"(?s)prior\.anchor\.co_shrinkage=\[-1\.0\].*at least 0"),
+        ({"select_rows": 0}, r"prior\.anchor\.select_rows=0"),
     ],
 )
 def test_a_bad_grid_is_told(changes: dict[str, Any], message: str) -> None:

@@ -10,7 +10,14 @@ import pytest
 
 from data.errors import UserError
 from priors.dataset import PromptDataset
-from priors.evaluate import ForecastEvaluation, constant_log_probs, evaluate_forecast, exact_log_prob, judge_interests
+from priors.evaluate import (
+    ForecastEvaluation,
+    constant_log_probs,
+    evaluate_forecast,
+    evaluated_rows,
+    exact_log_prob,
+    judge_interests,
+)
 from priors.fit import batches
 from priors.forecast import TableForecast
 from priors.generate import generate_priors
@@ -33,6 +40,14 @@ def forecasts(fitted: Fitted, tmp_path_factory: pytest.TempPathFactory) -> dict[
 @pytest.fixture(scope="module")
 def evaluation(fitted: Fitted, forecasts: dict[str, TableForecast]) -> ForecastEvaluation:
     return evaluate_forecast(fitted.prior, forecasts, fitted.log, fitted.cfg, {"untuned": untuned(fitted)})
+
+
+def test_a_panel_that_nobody_of_converts_is_told(fitted: Fitted) -> None:
+    targets = fitted.log.advertiser_targets("validation")
+    alone = (replace(fitted.cfg, panel=1, seed=seed) for seed in range(100))
+    cfg = next(one for one in alone if not np.isin(targets.user, fitted.log.panel(1, one.seed)).any())
+    with pytest.raises(UserError, match=r"(?s)prior\.panel=1.*validation span.*raise prior\.panel"):
+        evaluated_rows(fitted.log, cfg)
 
 
 def untuned(fitted: Fitted):  # type: ignore[no-untyped-def]

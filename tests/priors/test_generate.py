@@ -106,6 +106,15 @@ def test_a_user_who_was_not_in_the_last_table_is_decoded(fitted: Fitted, tmp_pat
     assert cost.carried < 5
 
 
+def test_a_table_made_again_holds_those_asked_for_once(fitted: Fitted, tmp_path: Path) -> None:
+    run_job(maker_of(fitted, shard_users=3), USERS, PERIODS[:1], tmp_path)
+    run_job(maker_of(fitted), USERS[:7], PERIODS[:1], tmp_path)
+    np.testing.assert_array_equal(PriorTable.load(tmp_path, fitted.log).user_R, USERS[:7])
+    renamed = replace(fitted.log, user_ids=np.array([f"x{one}" for one in fitted.log.user_ids]))
+    cost = run_job(ShardMaker(fitted.prior, renamed, maker_of(fitted).cfg, False), USERS[:7], PERIODS[:1], tmp_path)
+    assert cost.kept == 0  # the same numbers are other users
+
+
 def test_a_full_disk_is_told_and_loses_nothing(
     fitted: Fitted, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,6 +49,8 @@ def test_the_lookup_finds_the_newest_row_before_a_time(fitted: Fitted, directory
             assert found.mass == pytest.approx(np.exp(found.log_prob_K).sum())
     assert lookup.find("nobody", calendar.start(9)) is None
     assert lookup.find("", calendar.start(9)) is None
+    with pytest.raises(UserError, match=r"(?s)user 5.*as in the table"):
+        lookup.find(5, calendar.start(9))
 
 
 def test_a_lookup_takes_less_than_a_millisecond_among_many_users(tmp_path: Path) -> None:
