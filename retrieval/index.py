@@ -168,7 +168,9 @@ class AdIndex:
     def add(self, vectors_MD: NDArray[np.float32], ads_M: NDArray[np.int32], *, until: int = FOREVER) -> None:
         """Add ads, or give ads that are there another vector.
 
-        An index without any ad so far is trained on these, where its kind is trained.
+        An index that never held an ad is made anew for these, where its kind is trained: its clusters and codes are
+        theirs. One that was built from few ads keeps the few clusters and codes they were enough for, however many are
+        added; build it again once it has grown.
 
         Args:
             vectors_MD: one vector an ad.
@@ -183,9 +185,13 @@ class AdIndex:
         if vectors_MD.shape[1] != self.dim:
             raise ValueError(f"vectors of width {vectors_MD.shape[1]} for an index of width {self.dim}")
         self._check_writable()
+        if not len(ads_M):
+            return
         with self._gate.changing():
-            if not self._index.is_trained and len(ads_M):
-                self._index.train(vectors_MD)
+            if not self._index.ntotal:
+                index = _new_index(self.dim, len(ads_M), self.cfg)
+                index.train(vectors_MD)
+                self._index = index
             self._index.add(vectors_MD)
             rows_M = self._rows_of(ads_M)
             self._ads_N[rows_M[rows_M >= 0]] = NO_AD
@@ -514,4 +520,7 @@ def _on_gpu(index: Any, cfg: IndexConfig) -> Any | None:
     """A copy on all GPUs that FAISS sees; None where it sees none or its GPUs know no such index."""
     if cfg.device == "cpu" or cfg.kind == "hnsw" or faiss.get_num_gpus() < 1:
         return None
-    return faiss.index_cpu_to_all_gpus(index)
+    try:
+        return faiss.index_cpu_to_all_gpus(index)
+    except RuntimeError:  # e.g. codes of 3 bits; the index on the CPU answers alone
+        return None

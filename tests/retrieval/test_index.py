@@ -98,6 +98,27 @@ def test_an_empty_index_finds_nothing_and_can_be_filled(kind: str) -> None:
     assert (index.search(QUERIES, 3)[0] != NO_AD).all()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_index_filled_later_finds_what_one_built_of_the_same_ads_does(kind: str) -> None:
+    later = AdIndex.build(VECTORS[:0], ADS[:0], config(kind))
+    later.add(VECTORS[:0], ADS[:0])
+    later.add(VECTORS, ADS)
+    built = AdIndex.build(VECTORS, ADS, config(kind))
+    np.testing.assert_array_equal(later.search(QUERIES, 10)[0], built.search(QUERIES, 10)[0])
+
+
+def test_an_index_that_no_gpu_knows_is_searched_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    import faiss
+
+    def refuses(index: object) -> object:
+        raise RuntimeError("this index type is not implemented on the GPU")
+
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", refuses, raising=False)
+    index = AdIndex.build(VECTORS, ADS, config("exact"))
+    np.testing.assert_array_equal(index.search(QUERIES, 10)[0], exact(10))
+
+
 def test_concurrent_searches_see_the_index_before_or_after_a_change() -> None:
     index = AdIndex.build(VECTORS[:100], ADS[:100], config("hnsw"))
     failures: list[BaseException] = []
