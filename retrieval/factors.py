@@ -26,7 +26,7 @@ from scipy.special import log_softmax
 
 from data.log import Log, Targets
 from priors.forecast import Forecast
-from retrieval.channels import Request, TowerScores, best
+from retrieval.channels import Ads, Request, TowerScores, best
 from retrieval.retriever import with_forecast
 
 TOP = 20
@@ -44,7 +44,7 @@ class Factors:
     Args:
         log: advertisers of ads, and who is new to whom.
         scores: of the two-tower.
-        requests: asked; one of a user without a vector is passed over.
+        requests: asked; one of a user without a vector, or where no ad with a vector runs, is passed over.
         targets: of these requests.
         budget: places of the list of ads.
     """
@@ -92,11 +92,15 @@ class Factors:
 
     @cached_property
     def _visits(self) -> list[_Visit | None]:
-        """What no forecast changes of each request; None for a user without a vector."""
-        return [
-            None if request.vector_D is None else _Visit(self.log, self.scores, request, self.targets.of(row))
-            for row, request in enumerate(self.requests)
-        ]
+        """What no forecast changes of each request; None for one that is passed over."""
+        return [self._visit(request, self.targets.of(row)) for row, request in enumerate(self.requests)]
+
+    def _visit(self, request: Request, targets: Ads) -> _Visit | None:
+        if request.vector_D is None:
+            return None
+        owned = request.active[self.log.ad_advertiser[request.active] >= 0]
+        ads_M, score_M = self.scores.of(request, owned)
+        return _Visit(self.log, request, ads_M, score_M.astype(np.float64), targets) if len(ads_M) else None
 
     def _asked(self, forecast: Forecast | None) -> list[Request]:
         return self.requests if forecast is None else with_forecast(self.requests, forecast)
@@ -105,9 +109,7 @@ class Factors:
 class _Visit:
     """The active ads of one request that have a vector and an advertiser, and what the two-tower says of them."""
 
-    def __init__(self, log: Log, scores: TowerScores, request: Request, targets: NDArray[np.int32]) -> None:
-        ads_M, score_M = scores.of(request, request.active[log.ad_advertiser[request.active] >= 0])
-        score_M = score_M.astype(np.float64)
+    def __init__(self, log: Log, request: Request, ads_M: Ads, score_M: F64, targets: Ads) -> None:
         self.advertiser_A, self.own_M = np.unique(log.ad_advertiser[ads_M], return_inverse=True)
         top_A = np.full(len(self.advertiser_A), -np.inf)
         np.maximum.at(top_A, self.own_M, score_M)

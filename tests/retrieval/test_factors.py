@@ -85,9 +85,16 @@ def test_knowing_advertisers_and_ads_alike_finds_every_ad_that_fits(log: Log, re
     assert found[PRODUCT, "all", BUDGET].tolist() == [1.0]
 
 
-def test_a_user_without_a_vector_is_passed_over(log: Log, factors: Factors) -> None:
-    targets = factors.targets.select(np.array([0]))
+NOTHING_KNOWN: list[dict[str, object]] = [{"vector_D": None}, {"active": np.zeros(0, np.int32)}]
+
+
+@pytest.mark.parametrize("change", NOTHING_KNOWN, ids=["no vector of the user", "no ad with a vector runs"])
+def test_a_visit_that_nothing_is_known_of_is_passed_over(
+    log: Log, factors: Factors, change: dict[str, object]
+) -> None:
+    row = next(row for row, request in enumerate(factors.requests) if request.vector_D is not None)
+    targets = factors.targets.select(np.array([row]))
     scores: TowerScores = factors.scores
-    unknown = Factors(log, scores, [replace(factors.requests[0], vector_D=None)], targets, BUDGET)
+    unknown = Factors(log, scores, [replace(factors.requests[row], **change)], targets, BUDGET)  # type: ignore[arg-type]
     measured = [*unknown.advertisers({"lm": tastes(log)}).values(), *unknown.product("lm", tastes(log)).values()]
     assert all(np.isnan(values_R).all() for values in measured for values_R in values.values())
