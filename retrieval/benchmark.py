@@ -154,6 +154,8 @@ class _Bench:
             left = [other for other in self.cfg.channels if other != name]
             if not any(other in self.cfg.base_channels for other in left):
                 continue
+            if not sum(shares.values()):  # this channel had them all: the others' are tuned
+                shares = {}
             cfg = replace(self.cfg, channels=left, blend=replace(self.cfg.blend, shares=shares))
             without[name] = self._kept(f"{self.head}, without {name}", cfg)
         self._add(WITHOUT, {ALL: whole.values} | without, [(ALL, name) for name in without])

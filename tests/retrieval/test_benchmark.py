@@ -12,7 +12,7 @@ from models.two_tower import TwoTowerConfig
 from retrieval import evaluate
 from retrieval.benchmark import ADVERTISERS, ALL, ALONE, BLEND, PRODUCT, WITHOUT, RetrievalBenchmark, bench_retrieval
 from retrieval.channels import Request
-from retrieval.config import CHANNELS, POPULARITY, AdvertiserChannelConfig
+from retrieval.config import CHANNELS, POPULARITY, AdvertiserChannelConfig, BlendConfig
 from retrieval.retriever import Retriever
 from retrieval.two_tower import TrainedTwoTower
 from tests.logs import tiny_log
@@ -84,6 +84,13 @@ def test_parts_are_measured_alone(log: Log, towers: TrainedTwoTower) -> None:
     assert {row.section for row in found.rows} == {ADVERTISERS, PRODUCT}
     assert {row.arm for row in found.rows} >= {"two_tower", "lm", "lm - two_tower"}
     assert found.latency == found.plans == {}
+
+
+def test_the_others_are_tuned_without_a_channel_that_had_all_shares(log: Log, towers: TrainedTwoTower) -> None:
+    cfg = tiny_retrieval(channels=["two_tower", "own"], blend=BlendConfig(shares={"two_tower": 1.0, "own": 0.0}))
+    found = bench_retrieval(retriever_of(log, towers, cfg), {"none": None}, users=np.arange(20), parts=["channels"])
+    assert found.plans["none, without two_tower"]["blend"]["shares"] == {"own": 1.0}
+    assert set(recall(found, WITHOUT)) >= {ALL, "two_tower", "own"}
 
 
 def test_an_arm_is_planned_and_judged_once(log: Log, towers: TrainedTwoTower, monkeypatch: pytest.MonkeyPatch) -> None:
