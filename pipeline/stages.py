@@ -372,7 +372,7 @@ def ab_bench(context: Work, rankers: Path) -> SimulatedAB:
         rankers: folder for those that are trained on the exact forecast.
 
     Raises:
-        UserError: the log is not a simulated one, or a ranker is missing.
+        UserError: the log is not a simulated one, or a ranker is missing or has no task ``label``.
     """
     cfg, log, ids = context.config, _log(context), _ids(context)
     if not (context.inputs["data"] / TRUTH).exists():

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
+from data.errors import UserError
 from data.log import Log, Requests, Visits
 from data.sampling import hash_ids
 from data.statistics import Row
@@ -35,8 +36,9 @@ from ranking.auction import AuctionConfig, Entrants, Floats, Ints, Sold, best_of
 from ranking.features import FeatureBuilder
 from ranking.metrics import interval
 from ranking.oracle import kinds_of_truth
-from ranking.ranker import Ranker
+from ranking.ranker import Ranker, predict
 from ranking.rows import Rows
+from ranking.tasks import LABEL
 from retrieval.blend import Blended
 from retrieval.metrics import gini
 
@@ -209,12 +211,24 @@ class Stack:
     Attributes:
         candidates: of each request of the market.
         forecast: what its rankers read; None for the arm without.
-        rankers: one a seed.
+        rankers: one a seed; what they say of the task ``label`` is bid with, whatever they rank by elsewhere.
+
+    Raises:
+        UserError: a ranker has no such task.
     """
 
     candidates: Sequence[Blended]
     forecast: Forecast | None
     rankers: Sequence[Ranker]
+
+    def __post_init__(self) -> None:
+        for ranker in self.rankers:
+            if LABEL not in ranker.tasks:
+                raise UserError(
+                    f"rankers of ranker.tasks=[{', '.join(ranker.tasks)}]",
+                    expected=f"{LABEL} among the tasks: advertisers bid for a conversion",
+                    action=f"add {LABEL} to ranker.tasks and make the run again",
+                )
 
 
 def run_ab(
@@ -278,7 +292,7 @@ def _entrants(market: Market, stack: Stack, builder: FeatureBuilder) -> list[Ent
     features = builder.build(rows).with_prior(stack.forecast, builder.cfg.prior)
     found = []
     for ranker in stack.rankers:
-        chance_N = ranker.probabilities(features)
+        chance_N = predict(ranker.module, ranker.spec.apply(features))[:, ranker.tasks.index(LABEL)]
         best = best_of_advertisers(request_N, rows.advertiser, chance_N)
         ptr = np.searchsorted(request_N[best], np.arange(n_requests + 1))
         found.append(Entrants(ptr, rows.advertiser[best].astype(np.int64), chance_N[best]))

@@ -16,9 +16,23 @@ from data.statistics import Row
 from data.truth import TRUTH, Truth
 from pipeline.config import compose
 from ranking.auction import AuctionConfig, Entrants, sell
-from ranking.simulated_ab import ALL_ADS, TRUE_CHANCE, Market, compare_stacks, correlations, divergences
+from ranking.features import FeatureBuilder
+from ranking.ranker import Ranker, build_module
+from ranking.rows import Rows
+from ranking.simulated_ab import (
+    ALL_ADS,
+    TRUE_CHANCE,
+    Market,
+    Stack,
+    compare_stacks,
+    correlations,
+    divergences,
+    run_ab,
+)
+from ranking.spec import FeatureSpec
+from retrieval.blend import Blended
 from retrieval.metrics import gini
-from tests.ranking.common import KnownForecast
+from tests.ranking.common import KnownForecast, tiny_ids, tiny_ranker
 
 CFG = AuctionConfig(budgets=[1.0, 100.0], seeds=[0, 1], draws=50)
 
@@ -160,6 +174,39 @@ def test_a_forecast_is_as_far_off_as_it_says(market: Market) -> None:
         running = market.running[request]
         true = market.truth.score(market.user_R[request], running, market.period_R[request])
         assert off_R[request] == pytest.approx(np.log(len(running)) + (true * np.log(true)).sum())
+
+
+@pytest.fixture(scope="module")
+def builder(market: Market) -> FeatureBuilder:
+    return FeatureBuilder(market.log, tiny_ids(market.log), tiny_ranker().features)
+
+
+@pytest.fixture(scope="module")
+def ranker(market: Market, builder: FeatureBuilder) -> Ranker:
+    """As it comes, of two tasks: three in ten for the first and one in a thousand for the second."""
+    cfg = tiny_ranker(tasks=["click", "label"])
+    features = builder.build(Rows.of_span(market.log, "ranker_stop", market.users)).with_prior(None, cfg.features.prior)
+    spec = FeatureSpec.fit(features, cfg.features, semantic_ids=builder.ids.version)
+    module = build_module(spec, cfg, base_rates=[0.3, 0.001], seed=0).eval()
+    return Ranker(module, spec, cfg.model, tuple(cfg.tasks))
+
+
+def test_what_is_bid_with_is_the_chance_of_a_conversion(market: Market, builder: FeatureBuilder, ranker: Ranker) -> None:
+    """Also where rankers rank by clicks."""
+    asked = zip(market.requests.market, market.requests.period, strict=True)
+    ads = [market.log.active_ads(int(place), int(period)).ad[:5] for place, period in asked]
+    candidates = [Blended(one, ("own",) * len(one), (("own",),) * len(one)) for one in ads]
+    predicted = []
+    for tasks in (("click", "label"), ("label", "click")):
+        stacks = {"none": Stack(candidates, None, [replace(ranker, tasks=tasks)])}
+        found = run_ab(market, stacks, builder, replace(CFG, budgets=[1.0], seeds=[0], draws=2), facts={})
+        predicted += [row.value for row in found.rows if (row.metric, row.arm) == ("offered_calibration", "none")]
+    assert 100 * predicted[0] < predicted[1]
+
+
+def test_rankers_without_a_task_of_conversions_are_refused(ranker: Ranker) -> None:
+    with pytest.raises(UserError, match=r"(?s)tasks=\[click\].*label among.*add label"):
+        Stack([], None, [replace(ranker, tasks=("click",))])
 
 
 def test_correlations_are_those_of_each_group() -> None:
