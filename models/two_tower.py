@@ -486,6 +486,8 @@ def sampled_softmax(scores_BC: Tensor, among: Candidates) -> Tensor:
 class TwoTowerModule(L.LightningModule):
     """Training of the towers; ``val_recall`` is recall@k among the ads active in each request's market.
 
+    It is the mean over the requests of all processes that train together, so that all of them choose the same epoch.
+
     Args:
         model: the towers.
         cfg: their config.
@@ -497,6 +499,7 @@ class TwoTowerModule(L.LightningModule):
         super().__init__()
         self.model, self.cfg, self.n_ads, self.k = model, cfg, n_ads, k
         self._ad_vectors_ND: Tensor | None = None
+        self._validated = torch.zeros(3)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self.loss(batch)
@@ -526,6 +529,7 @@ class TwoTowerModule(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self._ad_vectors_ND = ad_vectors(self.model, self.n_ads)
+        self._validated = torch.zeros(3, dtype=torch.float32, device=self.device)  # sums of nll and recall, requests counted
 
     def validation_step(self, batch: ValidationBatch, batch_idx: int) -> None:
         user_BD = self._users(batch)
@@ -543,11 +547,17 @@ class TwoTowerModule(L.LightningModule):
         counted = targets_B > 0
         n = int(counted.sum())
         if n:
-            self.log("val_nll", nll_B[counted].mean(), on_epoch=True, batch_size=n)
-            self.log("val_recall", recall_B[counted].mean(), on_epoch=True, prog_bar=True, batch_size=n)
+            means = torch.stack([nll_B[counted].mean(), recall_B[counted].mean(), nll_B.new_ones(())])
+            self._validated += n * means
 
     def on_validation_epoch_end(self) -> None:
+        """Logs ``val_nll`` and ``val_recall``; nothing where no process has counted a request."""
         self._ad_vectors_ND = None
+        # One sum over the processes, which those without a counted request take part in.
+        nll, recall, n = self.trainer.strategy.reduce(self._validated, reduce_op="sum")
+        if n:
+            self.log("val_nll", nll / n)
+            self.log("val_recall", recall / n, prog_bar=True)
 
     def configure_optimizers(self) -> RowsAndLayers:
         tables = {id(p) for name, p in self.named_parameters() if "embedding_bags" in name}

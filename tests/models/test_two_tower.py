@@ -8,9 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch.utils.data import DataLoader
 
 from data.errors import LineageError, UserError
 from data.log import Log
@@ -25,13 +28,14 @@ from models.two_tower import (
     TwoTowerConfig,
     TwoTowerModule,
     TwoTowerShape,
+    ValidationBatch,
     clip_gradients,
     sampled_softmax,
 )
 from retrieval.config import ForecastChannelConfig, PairsConfig, RetrievalConfig
 from retrieval.index import IndexConfig
 from retrieval.two_tower import TrainedTwoTower
-from retrieval.two_tower_data import TrainingBatches, UserInputs, log_popularity
+from retrieval.two_tower_data import TrainingBatches, UserInputs, ValidationBatches, log_popularity
 from tests.logs import tiny_log
 from tests.retrieval.common import tiny_retrieval, train_tiny
 
@@ -46,6 +50,45 @@ def test_training_beats_chance(log: Log, tmp_path: Path) -> None:
     _, result = train_tiny(log, cfg, tmp_path)
     active = np.mean([len(log.active_ads(market, 6).ad) for market in range(3)])
     assert result.best_score > 1.3 * cfg.budget / active  # type: ignore[operator]
+
+
+class Beside(SingleDeviceStrategy):
+    """One of several processes, the others' sums in hand."""
+
+    def __init__(self, *others: torch.Tensor) -> None:
+        super().__init__("cpu")
+        self.others, self.summed = others, []  # type: ignore[var-annotated]
+
+    def reduce(self, tensor: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        self.summed.append(tensor)
+        return sum(self.others, tensor)
+
+
+def test_processes_that_validate_together_see_the_figures_of_all_requests(log: Log, tmp_path: Path) -> None:
+    """Also one that has counted no request, and each sums up once."""
+    cfg = tiny_retrieval()
+    towers, _ = train_tiny(log, cfg, tmp_path)
+    module = TwoTowerModule(towers.model, cfg.model, n_ads=len(log.ad_ids), k=20)
+    targets = log.ad_targets("prior_select")
+    collate = ValidationBatches(log, targets, UserInputs(log, cfg.pairs), cfg.pairs, seed=0)
+    parts = [collate(range(25)), collate(range(25, 38)), collate([38])]
+    parts[2]["target_BN"].zero_()
+
+    def validated(batches: list[ValidationBatch], *others: torch.Tensor) -> tuple[dict[str, float], torch.Tensor]:
+        strategy = Beside(*others)
+        silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = L.Trainer(strategy=strategy, **silent)  # type: ignore[arg-type]
+        trainer.validate(module, DataLoader(batches, batch_size=None), verbose=False)  # type: ignore[arg-type]
+        [summed] = strategy.summed
+        return {name: float(value) for name, value in trainer.callback_metrics.items()}, summed
+
+    whole, _ = validated(parts)
+    sums = [validated([part])[1] for part in parts]
+    assert set(whole) == {"val_nll", "val_recall"}
+    for place, part in enumerate(parts):
+        found, _ = validated([part], *sums[:place], *sums[place + 1 :])
+        assert found == pytest.approx(whole)
+    assert validated(parts[2:])[0] == {}
 
 
 def test_a_killed_fit_ends_like_an_undisturbed_one(log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
