@@ -291,7 +291,7 @@ class PointwiseModule(L.LightningModule):
         """
         logit_NT, label_NT = (_of_all_processes(torch.cat(parts)) for parts in zip(*self._validated, strict=True))
         loss_T = torch.stack([_held_out_loss(*task) for task in zip(logit_NT.T, label_NT.T, strict=True)])
-        self.log("val_loss", self._over_tasks(loss_T), prog_bar=True, sync_dist=True)
+        self.log("val_loss", self._over_tasks(loss_T), prog_bar=True)  # the same in all processes already
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         # Under autocast Lightning refuses to clip the gradients of a fused optimiser.

@@ -53,11 +53,15 @@ for _noisy in ("torchrec.distributed.planner", "torchrec.distributed.logging_han
     logging.getLogger(_noisy).setLevel(logging.ERROR)  # advice to those who write planners
 
 
-def join_processes() -> None:
-    """Joins the processes that ``torchrun`` started, over nccl with GPUs and gloo without; or makes a group of one."""
+def join_processes(accelerator: str = "auto") -> None:
+    """Joins the processes that ``torchrun`` started, over nccl with GPUs and gloo without; or makes a group of one.
+
+    Args:
+        accelerator: Lightning's name of what they train on; ``cpu`` leaves GPUs alone.
+    """
     if dist.is_initialized():
         return
-    on_gpu = torch.cuda.is_available()
+    on_gpu = accelerator != "cpu" and torch.cuda.is_available()
     backend = "nccl" if on_gpu else "gloo"
     if "WORLD_SIZE" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -107,7 +111,7 @@ class TorchRecStrategy(ParallelStrategy):
 
     def setup_environment(self) -> None:
         super().setup_environment()
-        join_processes()
+        join_processes(self.root_device.type)
         rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
 
     def model_to_device(self) -> None:

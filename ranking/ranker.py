@@ -309,7 +309,7 @@ def train_ranker(rows: ArmRows, *, seed: int, cfg: RankerConfig, directory: Path
             "<overrides>, or set ranker.trainer.devices=1",
         )
     if sharded:
-        join_processes()
+        join_processes(cfg.trainer.accelerator)
     key = _key(rows, seed, cfg)
     if as_leader_says(directory.exists() and Manifest.read(directory).key == key):
         return Ranker.load(directory)

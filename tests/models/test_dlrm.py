@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import doctest
 import logging
+from typing import NoReturn
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch.utils.data import DataLoader
 from torchrec.models import dlrm as torchrec_dlrm
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -189,3 +193,23 @@ def test_the_stopping_loss_counts_each_row_once_and_is_blind_to_the_level() -> N
     plain = val_loss(torch.ones(40), 0.0)
     assert val_loss(torch.linspace(1, 200, 40), 0.0) == plain
     assert val_loss(torch.ones(40), -3.0) == pytest.approx(plain, rel=1e-5)
+
+
+class NoReduction(SingleDeviceStrategy):
+    """Of processes whose backend takes no tensor of the CPU."""
+
+    def reduce(self, tensor: object, *args: object, **kwargs: object) -> NoReturn:
+        raise RuntimeError("No backend type associated with device type cpu")
+
+
+def test_the_stopping_loss_is_of_all_processes_and_not_reduced_again() -> None:
+    module = PointwiseModule(
+        DLRM(TABLES, n_dense=2, cfg=CFG), learning_rate=0.1, embedding_learning_rate=0.1, weight_decay=0.0
+    )
+    sparse, label_BT = random_sparse(6, torch.Generator().manual_seed(0)), torch.tensor([[0.0], [1.0]]).repeat(3, 1)
+    batches = [RankerBatch(torch.randn(6, 2), sparse, label_BT, torch.ones(6))]
+    trainer = L.Trainer(
+        strategy=NoReduction("cpu"), logger=False, enable_progress_bar=False, enable_model_summary=False
+    )
+    trainer.validate(module, DataLoader(batches, batch_size=None), verbose=False)  # type: ignore[arg-type]
+    assert 0 < trainer.callback_metrics["val_loss"] < 2

@@ -119,6 +119,20 @@ def test_sharded_tables_are_left_to_torchrec(alone: None) -> None:
     assert {name.split(".")[-2] for name in names} == {"ad", "advertiser"}
 
 
+@pytest.mark.parametrize(("accelerator", "backend"), [("auto", "nccl"), ("gpu", "nccl"), ("cpu", "gloo")])
+def test_processes_talk_over_what_they_train_on(
+    monkeypatch: pytest.MonkeyPatch, accelerator: str, backend: str
+) -> None:
+    """On a machine with GPUs."""
+    joined = []
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: joined.append(backend))
+    join_processes(accelerator)
+    assert joined == [backend]
+
+
 def test_alone_there_is_nobody_to_ask() -> None:
     assert rank_of_world() == (0, 1)
     assert as_leader_says("this") == "this"
