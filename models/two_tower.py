@@ -529,7 +529,8 @@ class TwoTowerModule(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self._ad_vectors_ND = ad_vectors(self.model, self.n_ads)
-        self._validated = torch.zeros(3, dtype=torch.float32, device=self.device)  # sums of nll and recall, requests counted
+        # Sums of nll and recall, and the requests counted.
+        self._validated = torch.zeros(3, dtype=torch.float32, device=self.device)
 
     def validation_step(self, batch: ValidationBatch, batch_idx: int) -> None:
         user_BD = self._users(batch)

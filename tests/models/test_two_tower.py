@@ -60,6 +60,8 @@ class Beside(SingleDeviceStrategy):
         self.others, self.summed = others, []  # type: ignore[var-annotated]
 
     def reduce(self, tensor: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        if not tensor.is_floating_point():  # Lightning's own: lengths of loaders
+            return tensor
         self.summed.append(tensor)
         return sum(self.others, tensor)
 

@@ -191,7 +191,9 @@ def ranker(market: Market, builder: FeatureBuilder) -> Ranker:
     return Ranker(module, spec, cfg.model, tuple(cfg.tasks))
 
 
-def test_what_is_bid_with_is_the_chance_of_a_conversion(market: Market, builder: FeatureBuilder, ranker: Ranker) -> None:
+def test_what_is_bid_with_is_the_chance_of_a_conversion(
+    market: Market, builder: FeatureBuilder, ranker: Ranker
+) -> None:
     """Also where rankers rank by clicks."""
     asked = zip(market.requests.market, market.requests.period, strict=True)
     ads = [market.log.active_ads(int(place), int(period)).ad[:5] for place, period in asked]

@@ -89,9 +89,7 @@ NOTHING_KNOWN: list[dict[str, object]] = [{"vector_D": None}, {"active": np.zero
 
 
 @pytest.mark.parametrize("change", NOTHING_KNOWN, ids=["no vector of the user", "no ad with a vector runs"])
-def test_a_visit_that_nothing_is_known_of_is_passed_over(
-    log: Log, factors: Factors, change: dict[str, object]
-) -> None:
+def test_a_visit_that_nothing_is_known_of_is_passed_over(log: Log, factors: Factors, change: dict[str, object]) -> None:
     row = next(row for row, request in enumerate(factors.requests) if request.vector_D is not None)
     targets = factors.targets.select(np.array([row]))
     scores: TowerScores = factors.scores
