@@ -591,8 +591,8 @@ def _features(frame: pl.DataFrame, columns: Sequence[str]) -> tuple[dict[str, I3
     codes: dict[str, I32] = {}
     vocabularies: dict[str, tuple[str, ...]] = {}
     for column in columns:
-        values = frame[column].cast(pl.String).drop_nulls().unique().sort().to_list()
         texts = frame.select(pl.col(column).cast(pl.String))  # numbers and flags are categories too
+        values = texts[column].drop_nulls().unique().sort().to_list()
         codes[column] = texts.select(_code(column, values, pl.Int32, texts.schema)).to_series().to_numpy()
         vocabularies[column] = (MISSING, *values)
     return codes, vocabularies

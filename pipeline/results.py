@@ -205,14 +205,15 @@ def sections(runs: Sequence[Run]) -> list[Section]:
 def _glance(runs: Sequence[Run]) -> Section:
     """What the forecast brings over the anchor and over none, a line a run; of all users and advertisers."""
     grids = []
-    for title, against in (("anchor", AGAINST[0]), ("none", None)):
+    for against in AGAINST:
         columns: list[list[str]] = []
         for claim in (claim for claim in CLAIMS if claim.segment == SEGMENT):
-            found = [run.difference(claim, against or claim.baseline) for run in runs]
+            arm = claim.baseline if against == "none" else against
+            found = [run.difference(claim, arm) for run in runs]
             measured = next((row for row in found if row is not None), None)
             if measured is not None:
                 columns.append([_label(measured), *map(_marked, found)])
-        names = [f"forecast {MINUS} {title}", *(run.name for run in runs)]
+        names = [f"forecast {MINUS} {against}", *(run.name for run in runs)]
         head, *lines = zip(names, *columns, strict=True)
         grids.append(Grid(head, tuple(lines)))
     legend = "▲ better, ▼ worse, ○ the interval includes zero; NLL and NE are better when lower."

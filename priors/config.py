@@ -65,20 +65,21 @@ class ProbeConfig:
     batch_size: int = 64
 
 
-def _too_small(settings: object, section: str, least: dict[str, int], *, without: str) -> list[UserError]:
+def _too_small(settings: object, section: str, least: dict[str, int], *, without: str | None = None) -> list[UserError]:
     """Whole numbers of a part of the fit that are below what they have to be.
 
     Args:
-        settings: of the part; with no prompts it is left out.
+        settings: of the part.
         section: its name below ``prior``.
         least: the smallest value of each number.
-        without: what is left out, in words.
+        without: what is left out with no prompts, in words; None where nothing is.
     """
+    left_out = "" if without is None else f"; prior.{section}.prompts=0 leaves {without} out"
     return [
         UserError(
             f"prior.{section}.{name}={getattr(settings, name)}",
             expected=f"a whole number, at least {minimum}",
-            action=f"raise prior.{section}.{name}; prior.{section}.prompts=0 leaves {without} out",
+            action=f"raise prior.{section}.{name}{left_out}",
         )
         for name, minimum in least.items()
         if getattr(settings, name) < minimum
@@ -158,7 +159,7 @@ class InterestConfig:
 
 @dataclass
 class AnchorConfig:
-    """The counting model under the LM, and the grid its constants are chosen from (DESIGN §4).
+    """The counting model under the LM, and the grid its constants are chosen from.
 
     Attributes:
         kind: its terms: ``none`` (uniform over the legal children), ``popularity``, ``popularity+history``, or
@@ -214,14 +215,7 @@ class AnchorConfig:
                     action=f"give prior.anchor.{name} a list of such values",
                 )
             )
-        if self.select_rows < 1:
-            errors.append(
-                UserError(
-                    f"prior.anchor.select_rows={self.select_rows}",
-                    expected="a whole number, at least 1",
-                    action="raise prior.anchor.select_rows",
-                )
-            )
+        errors += _too_small(self, "anchor", {"select_rows": 1})
         if self.own_weight and self.co_weight and min(self.own_weight) + min(self.co_weight) >= 1:
             errors.append(
                 UserError(
@@ -285,14 +279,7 @@ class BaselineConfig:
                     action="give prior.baselines.own_count values to choose from, e.g. [0]",
                 )
             )
-        if self.select_rows < 1:
-            errors.append(
-                UserError(
-                    f"prior.baselines.select_rows={self.select_rows}",
-                    expected="a whole number, at least 1",
-                    action="raise prior.baselines.select_rows, e.g. to 2000",
-                )
-            )
+        errors += _too_small(self, "baselines", {"select_rows": 1})
         if errors:
             raise UserError.collect(errors)
 

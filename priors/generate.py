@@ -52,7 +52,12 @@ class Shard:
     @property
     def path(self) -> Path:
         """Where it lies in the table."""
-        return Path(f"period={self.period:04d}") / f"{self.number:05d}.parquet"
+        return Path(_folder(self.period)) / f"{self.number:05d}.parquet"
+
+
+def _folder(period: int) -> str:
+    """Of a period's shards."""
+    return f"period={period:04d}"
 
 
 @dataclass
@@ -119,7 +124,7 @@ class ShardMaker:
         seen = [int(before.sum()), int(events.timestamp[before].sum() % (1 << 62))]
         previous = self._previous(shard.period, directory) if self.incremental else None
         users = self.log.user_ids[shard.user_R].tolist()  # their numbers in the log change when users come in
-        return fingerprint([self.settings, shard.period, shard.user_R, users, seen, previous])
+        return fingerprint([self.settings, shard.period, users, seen, previous])
 
     def make(self, shard: Shard, directory: Path, key: str) -> Cost:
         """Decode a shard and write it.
@@ -193,7 +198,7 @@ class ShardMaker:
         events = self.log.events
         lately = (events.period >= previous) & (events.period < shard.period)
         quiet = np.setdiff1d(shard.user_R, events.user[lately])
-        rows = read_frame(directory, f"period={previous:04d}")
+        rows = read_frame(directory, _folder(previous))
         return rows.filter(pl.col("user_id").is_in(self.log.user_ids[quiet].tolist())).with_columns(
             pl.lit(shard.period, pl.Int32).alias("period"),
             pl.lit(self.log.calendar.start(shard.period), pl.Datetime("us")).alias("as_of"),
@@ -236,22 +241,22 @@ def run_job(
         task = progress.add_task("forecasts", total=len(users) * len(periods))
         for period in sorted(periods):
             missing = []
-            for number, part in enumerate(parts):
-                shard = Shard(period, number, part)
+            shards = [Shard(period, number, part) for number, part in enumerate(parts)]
+            for shard in shards:
                 key, path = maker.key(shard, directory), directory / shard.path
                 if is_shard(path, key=key):
                     cost.kept += 1
-                    progress.advance(task, len(part))
+                    progress.advance(task, len(shard.user_R))
                 else:
                     cost.damaged += path.exists()
                     missing.append((shard, key))
             for made in (engine or _here(maker))(missing, directory):
                 cost.add(made)
                 progress.advance(task, made.decoded + made.carried)
-            asked_for = {directory / Shard(period, number, part).path for number, part in enumerate(parts)}
-            for path in (directory / Shard(period, 0, users).path).parent.glob("*.parquet"):
-                if path not in asked_for:  # of another split, or of users who are no longer asked for
-                    path.unlink()
+            asked_for = {directory / shard.path for shard in shards}
+            for file in shard_files(directory, _folder(period)):
+                if file not in asked_for:  # of another split, or of users who are no longer asked for
+                    file.unlink()
     return cost
 
 

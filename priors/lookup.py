@@ -106,10 +106,10 @@ class PriorLookup:
         Raises:
             UserError: ids of the table are numbers and this one is text, or the other way round.
         """
-        if isinstance(user_id, str) != (self._users.dtype.kind not in "iu"):
+        if len(self._users) and isinstance(user_id, str) != (self._users.dtype.kind not in "iu"):
             raise UserError(
                 f"user {user_id!r}",
-                expected="an id as in the table" + "".join(f", e.g. {one!r}" for one in self._users[:1].tolist()),
+                expected=f"an id as in the table, e.g. {self._users[0].item()!r}",
                 action="give it as the log does: a number without quotes, or text",
             )
         wanted = np.array(user_id, dtype=self._users.dtype) if not isinstance(user_id, str) else user_id

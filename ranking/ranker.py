@@ -161,11 +161,12 @@ class Ranker:
     model: str
     tasks: tuple[str, ...] = (LABEL,)
 
-    def probabilities(self, features: Features) -> NDArray[np.float64]:
-        """Chance of each row by the first task.
+    def probabilities(self, features: Features, *, task: str | None = None) -> NDArray[np.float64]:
+        """Chance of each row by one task.
 
         Args:
             features: built with ``spec.config``, with the prior features of the ranker's arm.
+            task: one of ``tasks``; None for the first, by which requests are ranked.
 
         Returns:
             Probabilities, shape ``(N,)``.
@@ -173,7 +174,8 @@ class Ranker:
         Raises:
             UserError: the features are not those of the spec.
         """
-        return predict(self.module, self.spec.apply(features))[:, 0]
+        column = 0 if task is None else self.tasks.index(task)
+        return predict(self.module, self.spec.apply(features))[:, column]
 
     def write(self, directory: Path) -> None:
         """Weights and spec into an existing directory."""

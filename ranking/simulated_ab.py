@@ -36,7 +36,7 @@ from ranking.auction import AuctionConfig, Entrants, Floats, Ints, Sold, best_of
 from ranking.features import FeatureBuilder
 from ranking.metrics import interval
 from ranking.oracle import kinds_of_truth
-from ranking.ranker import Ranker, predict
+from ranking.ranker import Ranker
 from ranking.rows import Rows
 from ranking.tasks import LABEL
 from retrieval.blend import Blended
@@ -292,7 +292,7 @@ def _entrants(market: Market, stack: Stack, builder: FeatureBuilder) -> list[Ent
     features = builder.build(rows).with_prior(stack.forecast, builder.cfg.prior)
     found = []
     for ranker in stack.rankers:
-        chance_N = predict(ranker.module, ranker.spec.apply(features))[:, ranker.tasks.index(LABEL)]
+        chance_N = ranker.probabilities(features, task=LABEL)
         best = best_of_advertisers(request_N, rows.advertiser, chance_N)
         ptr = np.searchsorted(request_N[best], np.arange(n_requests + 1))
         found.append(Entrants(ptr, rows.advertiser[best].astype(np.int64), chance_N[best]))
