@@ -25,6 +25,7 @@ from data.artifacts import Manifest, fingerprint, make_directory, package_versio
 from data.errors import UserError
 from data.log import Log, load_log
 from data.prepare import prepare
+from data.split import Span
 from data.statistics import Row
 from data.truth import TRUTH, Truth
 from data.writer import untracked
@@ -64,8 +65,8 @@ from ranking.simulated_ab import Market, SimulatedAB, Stack, oracle_arm, run_ab
 from retrieval.benchmark import PARTS, RetrievalBenchmark, bench_retrieval
 from retrieval.evaluate import NONE, evaluate_retrieval
 from retrieval.retriever import Retriever
-from retrieval.tuning import Plan
-from retrieval.two_tower import TrainedTwoTower, train_two_tower
+from retrieval.tuning import Plan, tuning_span
+from retrieval.two_tower import TrainedTwoTower, refit_two_tower, train_two_tower
 from semantic_ids.advertiser_ids import AdvertiserIds
 from semantic_ids.embeddings import text_embeddings
 from semantic_ids.quality import quality_rows
@@ -82,7 +83,9 @@ LISTS = "lists"
 """Folder of the forecasts that serve retrieval, where another LM makes them than those that serve ranking."""
 TOWERS = "towers"
 RANKERS = "rankers"
-TRAINED = ("seed", "model", "pairs", "trainer")
+REFIT = {"tuning": "towers_tuning", "evaluated": "towers_evaluated"}
+"""Folders of the towers that were refit before the span that blends are chosen on, and before the evaluated one."""
+TRAINED = ("seed", "model", "pairs", "trainer", "refit")
 """Keys of ``retrieval`` that the towers are trained by; all others can be swapped beside trained ones."""
 
 
@@ -250,18 +253,31 @@ def _make_lists(context: Work) -> TableForecast:
 
 
 def make_two_tower(context: Work) -> dict[str, Any]:
-    """The trained towers and the index of all ads."""
+    """The trained towers and the index of all ads, and those that were refit."""
     text_AE = load_file(context.inputs["semantic_ids"] / TEXT)["text_AE"]
-    cfg = context.config.retrieval
-    towers, result = train_two_tower(_log(context), _ids(context).codes_AL, text_AE, cfg, work_dir=context.work)
+    cfg, log, codes_AL = context.config.retrieval, _log(context), _ids(context).codes_AL
+    towers, result = train_two_tower(log, codes_AL, text_AE, cfg, work_dir=context.work)
     towers.save(context.output / TOWERS)
+    for asked, folder in REFIT.items() if cfg.refit else ():
+        refit = refit_two_tower(
+            log,
+            codes_AL,
+            text_AE,
+            cfg,
+            work_dir=context.work / folder,
+            before=_answered(log, asked)[0],
+            epochs=result.best_epoch + 1,
+        )
+        refit.save(context.output / folder)
     return {"epochs": result.epochs, "steps": result.steps, "val_recall": result.best_score, "history": result.history}
 
 
 def make_retrieval(context: Work) -> dict[str, Any]:
     """Retrieval in three arms at one budget."""
     cfg = context.config
-    evaluation = evaluate_retrieval(_retriever(context), _list_forecasts(context), users=_panel(context))
+    evaluation = evaluate_retrieval(
+        _retriever(context), _list_forecasts(context), users=_panel(context), tuned=_tuned_retriever(context)
+    )
     _write_rows(context.output, evaluation.rows)
     plans = {arm: plan.to_plain() for arm, plan in evaluation.plans.items()}
     _write_facts(context.output, {"plans": plans, "sweep": evaluation.sweep})
@@ -361,7 +377,9 @@ def retrieval_bench(context: Work, parts: Sequence[str] = PARTS) -> RetrievalBen
     """Parts of the benchmark of the configured retrieval; forecasts are read only where a channel follows one."""
     cfg = context.config.retrieval
     arms: dict[str, Forecast | None] = _list_forecasts(context) if cfg.forecast_channels else {NONE: None}
-    return bench_retrieval(_retriever(context), arms, users=_panel(context), parts=parts)
+    return bench_retrieval(
+        _retriever(context), arms, users=_panel(context), tuned=_tuned_retriever(context), parts=parts
+    )
 
 
 def ab_bench(context: Work, rankers: Path) -> SimulatedAB:
@@ -479,7 +497,7 @@ def _fitting(cfg: AdsidConfig) -> dict[str, Any]:
 def _towers(cfg: AdsidConfig) -> dict[str, Any]:
     """The retrieval config that training reads; an index of another kind is made when the towers are loaded."""
     plain = to_plain(cfg.retrieval)
-    return {key: plain[key] for key in TRAINED}
+    return {key: plain[key] for key in TRAINED} | {"refit": cfg.evaluate if cfg.retrieval.refit else None}
 
 
 def _once(context: Work, make: Callable[[], T], *inputs: str, settings: Any = None) -> T:
@@ -563,18 +581,35 @@ def _list_forecasts(context: Work) -> dict[str, Forecast | None]:
     return _forecasts(context) | {"lm": _once(context, lists, "data", "prior", "forecasts", settings=settings)}
 
 
-def _towers_of(context: Work) -> TrainedTwoTower:
-    return TrainedTwoTower.load(context.inputs["two_tower"] / TOWERS, context.config.retrieval.index)
+def _answered(log: Log, asked: str) -> Span:
+    """The span that towers of `REFIT` answer."""
+    return tuning_span(log) if asked == "tuning" else log.split.span(log.evaluate, evaluate=log.evaluate)
 
 
 def _retriever(context: Work) -> Retriever:
+    """Of the evaluated requests."""
     cfg = context.config
 
     def retriever() -> Retriever:
-        return Retriever(_log(context), _towers_of(context), _ids(context).codes_AL, cfg.retrieval)
+        return _retriever_of(context, "evaluated")
 
     settings = [cfg.data, cfg.retrieval, cfg.evaluate]
     return _once(context, retriever, "data", "semantic_ids", "two_tower", settings=settings)
+
+
+def _tuned_retriever(context: Work) -> Retriever | None:
+    """Of the requests that blends are chosen on; None where it is the same as of the evaluated ones."""
+    return _retriever_of(context, "tuning") if context.config.retrieval.refit else None
+
+
+def _retriever_of(context: Work, asked: str) -> Retriever:
+    cfg, log, codes_AL = context.config.retrieval, _log(context), _ids(context).codes_AL
+    directory = context.inputs["two_tower"]
+    if not cfg.refit:
+        return Retriever(log, TrainedTwoTower.load(directory / TOWERS, cfg.index), codes_AL, cfg)
+    towers = TrainedTwoTower.load(directory / REFIT[asked], cfg.index)
+    known = (log.split.prior_fit[0], _answered(log, asked)[0] - 1)
+    return Retriever(log, towers, codes_AL, cfg, counted=known)
 
 
 def _panel(context: Work) -> NDArray[np.int32]:

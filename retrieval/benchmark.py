@@ -74,6 +74,7 @@ def bench_retrieval(
     forecasts: Mapping[str, Forecast | None],
     *,
     users: NDArray[np.integer],
+    tuned: Retriever | None = None,
     parts: Sequence[str] = PARTS,
 ) -> RetrievalBenchmark:
     """Measure a configuration.
@@ -82,9 +83,10 @@ def bench_retrieval(
         retriever: channels and configuration.
         forecasts: forecast of each arm, the head arm last; None for the arm without.
         users: whose requests are measured.
+        tuned: as of `Arms`.
         parts: what is measured, out of `PARTS`.
     """
-    bench = _Bench(Arms(retriever, forecasts, users))
+    bench = _Bench(Arms(retriever, forecasts, users, tuned))
     measures = (
         bench.time_requests,
         bench.compare_arms,

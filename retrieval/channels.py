@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.log import Log
+from data.split import Span
 from retrieval.config import ADVERTISER, FORECAST, ITEM_KNN, OWN, POPULARITY, SEEDED, TWO_TOWER, RetrievalConfig
 from retrieval.counts import Popularity, Purchases, sum_at
 from retrieval.index import NO_AD, AdIndex
@@ -82,6 +83,7 @@ class Sources:
         scores: of the two-tower.
         codes_AL: semantic IDs of the advertisers.
         cfg: the channels' settings.
+        counted: span of the purchases that item-kNN counts.
         advertisers: of the advertiser tower; called by the channel that reads it alone.
     """
 
@@ -89,6 +91,7 @@ class Sources:
     scores: TowerScores
     codes_AL: NDArray[np.int64]
     cfg: RetrievalConfig
+    counted: str | Span
     advertisers: Callable[[], AdvertisersOf]
 
 
@@ -359,7 +362,7 @@ def _own(s: Sources, purchases: Purchases, popularity: Popularity) -> Channel:
 def _item_knn(s: Sources, purchases: Purchases, _: Popularity) -> Channel:
     cfg = s.cfg.item_knn
     neighbours = Neighbours.fit(
-        s.log, "prior_fit", neighbours=cfg.neighbours, shrinkage=cfg.shrinkage, per_user=cfg.per_user
+        s.log, s.counted, neighbours=cfg.neighbours, shrinkage=cfg.shrinkage, per_user=cfg.per_user
     )
     return ItemKnnChannel(neighbours, purchases, decay=cfg.decay, history=cfg.history)
 

@@ -239,6 +239,9 @@ class RetrievalConfig:
         pairs: training requests.
         trainer: epochs and device.
         index: the ad index.
+        refit: train the towers again before each span that they answer, on all that came before it and for as many
+            epochs as the fit span chose, and count item-kNN's neighbours anew; false answers every span by what the fit
+            span taught, which is older than the counts that a forecast reads.
         channels: those in use, in any order, out of `CHANNELS`; the ones of `FORECASTING` have nothing to say in the
             arm without a forecast. Popularity fills what they leave free, named or not. ``advertiser`` needs
             ``model.advertiser_weight``.
@@ -256,6 +259,7 @@ class RetrievalConfig:
     pairs: PairsConfig = field(default_factory=PairsConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     index: IndexConfig = field(default_factory=IndexConfig)
+    refit: bool = False
     channels: list[str] = field(default_factory=lambda: [name for name in CHANNELS if name != ADVERTISER])
     popularity: PopularityConfig = field(default_factory=PopularityConfig)
     own: OwnConfig = field(default_factory=OwnConfig)

@@ -227,16 +227,21 @@ class Arms:
         retriever: channels and configuration.
         forecasts: forecast of each arm; None for ``none``.
         users: the panel.
+        tuned: answers the requests that plans are chosen on, where another does than those that are measured.
     """
 
     def __init__(
-        self, retriever: Retriever, forecasts: Mapping[str, Forecast | None], users: NDArray[np.integer]
+        self,
+        retriever: Retriever,
+        forecasts: Mapping[str, Forecast | None],
+        users: NDArray[np.integer],
+        tuned: Retriever | None = None,
     ) -> None:
         log, self.cfg = retriever.log, retriever.cfg
         self.retriever, self.forecasts = retriever, forecasts
         self.targets = log.ad_targets(log.evaluate, users)
         self.judge = Judge(log, self.targets, self.cfg)
-        self.tuning = Requests(retriever, tuning_targets(log, users, self.cfg), forecasts)
+        self.tuning = Requests(tuned or retriever, tuning_targets(log, users, self.cfg), forecasts)
         self._plans: dict[_Variant, Plan] = {}
         self._judged: dict[_Variant, Judged] = {}
         self._shares: dict[_Variant, dict[str, float]] = {}
@@ -298,9 +303,10 @@ def evaluate_retrieval(
     forecasts: Mapping[str, Forecast | None],
     *,
     users: NDArray[np.integer],
+    tuned: Retriever | None = None,
 ) -> RetrievalEvaluation:
     """Compare the arms on the requests with a conversion; arguments as of `Arms`."""
-    return Arms(retriever, forecasts, users).compare()
+    return Arms(retriever, forecasts, users, tuned).compare()
 
 
 def _variant(arm: str, cfg: RetrievalConfig, channels: Sequence[str]) -> _Variant:

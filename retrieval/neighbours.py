@@ -3,7 +3,7 @@
     similarity(i, j) = users of both / (sqrt(users of i · users of j) + shrinkage)
 
 (Sarwar et al., *Item-based Collaborative Filtering Recommendation Algorithms*, WWW 2001; the shrinkage as in Bell &
-Koren, ICDM 2007.) Counted over the fit span only, so that the neighbours of one log never depend on what comes later.
+Koren, ICDM 2007.) Counted over a span that ends before what they answer, so that they never depend on what comes later.
 
 Shapes: U users, I ads, N neighbours.
 """

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.log import Log, Requests, Targets
+from data.split import Span
 from priors.forecast import Forecast
 from retrieval.blend import Blended, merge
 from retrieval.channels import Ads, Request, Sources, TowerScores, build_channels
@@ -31,9 +32,18 @@ class Retriever:
         two_tower: user vectors and the ad index.
         codes_AL: semantic IDs of the log's advertisers.
         cfg: budget and channels.
+        counted: span of the purchases that item-kNN counts.
     """
 
-    def __init__(self, log: Log, two_tower: TrainedTwoTower, codes_AL: NDArray[np.int64], cfg: RetrievalConfig) -> None:
+    def __init__(
+        self,
+        log: Log,
+        two_tower: TrainedTwoTower,
+        codes_AL: NDArray[np.int64],
+        cfg: RetrievalConfig,
+        *,
+        counted: str | Span = "prior_fit",
+    ) -> None:
         self.log, self.cfg, self.limits = log, cfg, limits_of(cfg, log)
         self.embed = two_tower.embedder(log, cfg.pairs)
         self.scores = TowerScores(
@@ -43,7 +53,7 @@ class Retriever:
             popularity=log_popularity(log, cfg.pairs),
         )
         self.channels = build_channels(
-            Sources(log, self.scores, codes_AL, cfg, lambda: two_tower.advertiser_scores(log, cfg.pairs))
+            Sources(log, self.scores, codes_AL, cfg, counted, lambda: two_tower.advertiser_scores(log, cfg.pairs))
         )
 
     def requests(self, targets: Targets | Requests) -> list[Request]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -247,7 +247,7 @@ def train_two_tower(
     *,
     work_dir: Path,
     fit_span: str | Span = "prior_fit",
-    select_span: str | Span = "prior_select",
+    select_span: str | Span | None = "prior_select",
 ) -> tuple[TrainedTwoTower, FitResult]:
     """Train on one span, choose the epoch on another, index the ads.
 
@@ -258,7 +258,7 @@ def train_two_tower(
         cfg: towers, requests, trainer, index.
         work_dir: checkpoints; a fit that was cut off resumes from here.
         fit_span: requests trained on.
-        select_span: requests that the epoch is chosen by.
+        select_span: requests that the epoch is chosen by; None trains for all epochs of ``cfg.trainer``.
 
     Returns:
         The trained towers with their index, and what the fit did.
@@ -289,24 +289,57 @@ def train_two_tower(
         sampler=EpochSampler(len(train), seed=cfg.seed, per_epoch=per_epoch),
         collate_fn=train,
     )
-    select = log.ad_targets(select_span)
-    rng = np.random.default_rng(cfg.seed)
-    chosen = np.sort(rng.permutation(len(select))[: cfg.pairs.validation_requests])
-    validation = ValidationBatches(log, select, users, cfg.pairs, seed=cfg.seed)
-    val_loader = DataLoader(chosen.tolist(), batch_size=128, collate_fn=validation)
-    monitor = "val_recall" if len(chosen) else None
+    val_loader = None if select_span is None else _selection(log, select_span, users, cfg)
     result = fit(
         module,
         train_loader,
-        val_loader if len(chosen) else None,
+        val_loader,
         cfg.trainer,
         work_dir=work_dir,
         seed=cfg.seed,
-        monitor=monitor,
+        monitor=None if val_loader is None else "val_recall",
         mode="max",
     )
     model.cpu().eval()
     return TrainedTwoTower(model, index_ads(model, shape, cfg.index), shape, cfg.model), result
+
+
+def refit_two_tower(
+    log: Log,
+    codes_AL: NDArray[np.int64],
+    text_AE: NDArray[np.float32],
+    cfg: RetrievalConfig,
+    *,
+    work_dir: Path,
+    before: int,
+    epochs: int,
+) -> TrainedTwoTower:
+    """Train anew on all that came before a period, for as many epochs as the selection span chose.
+
+    Towers of the fit span are older than the counts that a forecast reads; these are not.
+
+    Args:
+        log, codes_AL, text_AE, cfg, work_dir: as of `train_two_tower`.
+        before: the first period that is not learned from.
+        epochs: of `train_two_tower`, up to the best one.
+
+    Raises:
+        UserError: no converted ad before the period.
+    """
+    cfg = replace(cfg, trainer=replace(cfg.trainer, max_epochs=epochs, patience=None))
+    known = (log.split.prior_fit[0], before - 1)
+    return train_two_tower(log, codes_AL, text_AE, cfg, work_dir=work_dir, fit_span=known, select_span=None)[0]
+
+
+def _selection(log: Log, span: str | Span, users: UserInputs, cfg: RetrievalConfig) -> DataLoader | None:
+    """A sample of the requests of a span; None where it has none."""
+    select = log.ad_targets(span)
+    rng = np.random.default_rng(cfg.seed)
+    chosen = np.sort(rng.permutation(len(select))[: cfg.pairs.validation_requests])
+    if not len(chosen):
+        return None
+    validation = ValidationBatches(log, select, users, cfg.pairs, seed=cfg.seed)
+    return DataLoader(chosen.tolist(), batch_size=128, collate_fn=validation)
 
 
 def index_ads(model: TwoTower, shape: TwoTowerShape, cfg: IndexConfig) -> AdIndex:

@@ -34,9 +34,10 @@ from models.two_tower import (
 )
 from retrieval.config import ForecastChannelConfig, PairsConfig, RetrievalConfig
 from retrieval.index import IndexConfig
-from retrieval.two_tower import TrainedTwoTower
+from retrieval.two_tower import TrainedTwoTower, refit_two_tower
 from retrieval.two_tower_data import TrainingBatches, UserInputs, ValidationBatches, log_popularity
 from tests.logs import tiny_log
+from tests.priors.conftest import random_ids
 from tests.retrieval.common import tiny_retrieval, train_tiny
 
 
@@ -137,6 +138,20 @@ def test_vectors_read_nothing_of_the_period_or_later(log: Log, tmp_path: Path) -
     np.testing.assert_array_equal(towers.embedder(early, cfg.pairs)(*asked), towers.embedder(log, cfg.pairs)(*asked))
     first = np.arange(3), np.zeros(3, dtype=int), np.ones(3, dtype=int)
     assert np.isnan(towers.embedder(log, cfg.pairs)(*first)).all()
+
+
+def test_refit_towers_read_all_before_a_period_and_nothing_of_it(log: Log, tmp_path: Path) -> None:
+    def refit(known: Log, before: int, name: str) -> bytes:
+        text = np.zeros((len(log.advertiser_ids), 8), np.float32)
+        towers = refit_two_tower(
+            known, random_ids(log).codes_AL, text, tiny_retrieval(), work_dir=tmp_path / name, before=before, epochs=1
+        )
+        towers.save(tmp_path / name / "towers")
+        return (tmp_path / name / "towers" / "model.safetensors").read_bytes()
+
+    cut = replace(log, events=log.events.select(log.events.period < 10))
+    assert refit(log, 10, "whole") == refit(cut, 10, "cut")
+    assert refit(log, 12, "later") != refit(cut, 12, "cut later")
 
 
 def test_a_log_with_other_ads_is_refused(log: Log, tmp_path: Path) -> None:

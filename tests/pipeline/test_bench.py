@@ -16,7 +16,7 @@ from data.statistics import Row
 from data.writer import write_tables
 from pipeline.bench_page import render
 from pipeline.commands.terminal import USER_MISTAKE
-from pipeline.config import compose
+from pipeline.config import compose, load_run
 from pipeline.verdict import figure
 from retrieval.benchmark import ADVERTISERS, PRODUCT, RetrievalBenchmark
 from retrieval.factors import RANKED, TOP
@@ -77,6 +77,23 @@ def test_configurations_swap_beside_the_same_towers(
     assert (tmp_path / "retrieval.html").exists()
 
 
+def test_towers_are_refit_before_the_span_that_they_answer(run: Path, tmp_path: Path) -> None:
+    config = load_run(run, action="")
+    asked = [*TINY, f"data.path={config.data.path}", f"run.dir={tmp_path}", "retrieval.refit=true"]
+    asked += ["retrieval.channels=[two_tower,item_knn]"]
+    shown = bench(*asked, "--part", "arms", "--json")
+    assert shown.exit_code == 0, shown.output
+    towers = {path.name: (path / "model.safetensors").read_bytes() for path in (tmp_path / "two_tower").glob("towers*")}
+    assert set(towers) == {"towers", "towers_tuning", "towers_evaluated"}
+    assert len(set(towers.values())) == len(towers), "each has learned from other periods"
+    first = (run / "two_tower" / "towers" / "model.safetensors").read_bytes()
+    assert towers["towers"] == first, "the epoch is chosen as without"
+    opened = bench(*asked, "evaluate=test", "--part", "arms", "--json")
+    assert opened.exit_code == 0, opened.output
+    evaluated = (tmp_path / "two_tower" / "towers_tuning" / "model.safetensors").read_bytes()
+    assert evaluated == towers["towers_evaluated"], "what answered the validation span chooses the test span's blends"
+
+
 def test_the_same_figures_twice(run: Path, tmp_path: Path) -> None:
     shown = bench("--run", str(run), "--out", str(tmp_path), "--json")
     assert json.loads(shown.stdout)["rows"] == json.loads((run / "bench" / "retrieval.json").read_text())["rows"]
@@ -106,6 +123,7 @@ REFUSED = [
     (["--run", "RUN", "prior.prompts=3"], "prior.prompts=3"),
     (["--run", "RUN", "--part", "blend"], "latency, arms, channels, blends, factors"),
     (["--run", "RUN", "retrieval.model.dim=8"], "retrieval.model.dim=8"),
+    (["--run", "RUN", "retrieval.refit=true"], "retrieval.refit=true"),
     (["--run", "RUN", "retrieval.channels=[forecast,own]"], "without prior, forecasts"),
     (["--run", "RUN", "retrieval.channels=[tower]"], "two_tower"),
     (["--run", "RUN", "retrieval=advertiser_tower"], "advertiser_weight=null"),

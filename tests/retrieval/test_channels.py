@@ -30,9 +30,11 @@ from retrieval.config import CHANNELS, FORECAST, ITEM_KNN, OWN, POPULARITY, SEED
 from retrieval.counts import Popularity, Purchases, sum_at
 from retrieval.index import AdIndex, IndexConfig
 from retrieval.neighbours import Neighbours
+from retrieval.retriever import Retriever
 from retrieval.tuning import Plan
 from retrieval.two_tower import TrainedTwoTower
 from tests.logs import tiny_log
+from tests.priors.conftest import random_ids
 from tests.ranking.common import KnownForecast
 from tests.retrieval.common import retriever_of, tiny_retrieval, train_tiny
 
@@ -237,6 +239,20 @@ def test_neighbours_read_their_span_only(log: Log) -> None:
     early = replace(log, events=log.events.select(log.events.period <= log.split.prior_fit[1]))
     ours, theirs = (Neighbours.fit(one, "prior_fit", neighbours=9, shrinkage=1.0, per_user=9) for one in (log, early))
     np.testing.assert_array_equal(ours.ad, theirs.ad)
+
+
+def test_neighbours_are_counted_in_the_span_of_the_retriever(log: Log, towers: TrainedTwoTower) -> None:
+    cfg = tiny_retrieval(channels=["item_knn"])
+    later = Retriever(log, towers, random_ids(log).codes_AL, cfg, counted=(1, 9)).channels["item_knn"]
+    counted = Neighbours.fit(
+        log,
+        (1, 9),
+        neighbours=cfg.item_knn.neighbours,
+        shrinkage=cfg.item_knn.shrinkage,
+        per_user=cfg.item_knn.per_user,
+    )
+    assert isinstance(later, ItemKnnChannel)
+    np.testing.assert_array_equal(later.neighbours.similarity, counted.similarity)
 
 
 def test_sum_at_adds_what_is_active() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy.special import log_softmax
 
 from data.log import Log
 from retrieval.config import BlendConfig
-from retrieval.evaluate import evaluate_retrieval
+from retrieval.evaluate import Arms, evaluate_retrieval
 from retrieval.tuning import Plan, tuning_span
 from retrieval.two_tower import TrainedTwoTower
 from tests.logs import tiny_log
@@ -70,6 +72,19 @@ def test_the_quota_is_chosen_before_the_evaluated_span(log: Log, towers: Trained
     assert quota < max(swept, key=lambda point: swept[point])
     recall = next(r for r in evaluation.rows if (r.metric, r.arm, r.segment, r.k) == ("recall", "lm", "all", 20))
     assert recall.value == pytest.approx(swept[quota])
+
+
+def test_other_towers_may_answer_what_blends_are_chosen_on(log: Log, towers: TrainedTwoTower, tmp_path: Path) -> None:
+    cfg, arms = tiny_retrieval(), {"none": None, "lm": knowing(log, "ranker_fit", "validation")}
+    older = train_tiny(log, tiny_retrieval(seed=1), tmp_path)[0]
+    measured, tuned = retriever_of(log, towers, cfg), retriever_of(log, older, cfg)
+    chosen = evaluate_retrieval(tuned, arms, users=EVERYBODY)
+    found = evaluate_retrieval(measured, arms, users=EVERYBODY, tuned=tuned)
+    assert found.plans == chosen.plans
+    expected = Arms(measured, arms, EVERYBODY).judged_by("lm", chosen.plans["lm"]).values["recall", "all", 20]
+    recall = next(r for r in found.rows if (r.metric, r.arm, r.segment, r.k) == ("recall", "lm", "all", 20))
+    assert recall.value == pytest.approx(np.nanmean(expected))
+    assert found.rows != chosen.rows
 
 
 def test_blends_are_chosen_on_the_last_periods_before_the_evaluated_ones(log: Log, tmp_path_factory: object) -> None:
