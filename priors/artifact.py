@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,7 @@ class PriorModel:
             "prompt": to_plain(self.cfg.prompt),
             "head": to_plain(self.cfg.head),
             "history": to_plain(self.cfg.history),
+            "history_categories": [] if self.compiler.history is None else list(self.compiler.history.categories),
             "anchor": self.base.to_plain(),
             "calibration": to_plain(self.calibration),
             "ids_version": self.fitted_ids.version,
@@ -175,7 +177,7 @@ class PriorModel:
             base_model.tokenizer,
             PromptConfig.from_plain(plain["prompt"]),
             window=base_model.window,
-            history=history_vectors(_history_config(plain), base.anchor.counts, ids),
+            history=history_vectors(_history_config(plain), base.anchor.counts, ids, log, _history_categories(plain)),
         )
         return cls(
             model=model,
@@ -226,9 +228,22 @@ def _history_config(plain: dict[str, Any]) -> HistoryConfig:
     return HistoryConfig(**plain["history"]) if "history" in plain else HistoryConfig(prompts=0)
 
 
-def history_vectors(cfg: HistoryConfig, counts: Counts, ids: AdvertiserIds) -> HistoryVectors | None:
+def _history_size(plain: dict[str, Any], ids: AdvertiserIds) -> int:
+    cfg = _history_config(plain)
+    return history_size(ids, cfg.decays, _history_categories(plain)) if cfg.prompts else 0
+
+
+def _history_categories(plain: dict[str, Any]) -> list[str]:
+    """Those that the history vectors tell, as of the fit; an artifact from before they could has none."""
+    categories: list[str] = plain.get("history_categories", [])
+    return categories
+
+
+def history_vectors(
+    cfg: HistoryConfig, counts: Counts, ids: AdvertiserIds, log: Log, categories: Sequence[str]
+) -> HistoryVectors | None:
     """What gives the history vectors; None where they are left out."""
-    return HistoryVectors(counts, ids, decays=cfg.decays) if cfg.prompts else None
+    return HistoryVectors(counts, ids, decays=cfg.decays, log=log, categories=categories) if cfg.prompts else None
 
 
 def heads_of(model: PriorLM) -> dict[str, Tensor]:
@@ -297,7 +312,7 @@ def load_model(directory: Path, plain: dict[str, Any], ids: AdvertiserIds) -> tu
             first_id_token=plain["first_id_token"],
             head=plain["head"]["kind"],
             n_interests=len(plain["interests"]["names"]) if plain.get("interests") else None,
-            history_size=history_size(ids, _history_config(plain)),
+            history_size=_history_size(plain, ids),
         )
         given = model.load_state_dict(state, strict=False)
         lacking = sorted(set(heads_of(model)) & set(given.missing_keys)) + given.unexpected_keys

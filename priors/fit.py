@@ -49,7 +49,7 @@ from priors.base_model import BaseModel, load_base_model, quick_attention
 from priors.calibration import calibrate, calibrated_nll, fit_anchor_levels
 from priors.config import AnchorConfig, PriorConfig
 from priors.dataset import PromptDataset, TreeCollator
-from priors.history import fit_history, freeze_history, history_size, history_states
+from priors.history import categories_of, fit_history, freeze_history, history_states
 from priors.interests import Interests, InterestSpace, fit_interest_anchor, interest_column
 from priors.judge import Measure, RequestValues, save_requests
 from priors.probe import LevelStates, fit_probe, levels_by_head, nll_by_level, read_states
@@ -116,7 +116,7 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
             )
     anchor_rows = sample_rows(select, cfg.anchor.select_rows, cfg.seed)
     base_model = load_base_model(cfg.base, trained=cfg.train == "full", seed=cfg.seed)
-    history = history_vectors(cfg.history, counts, ids)
+    history = history_vectors(cfg.history, counts, ids, log, categories_of(log, cfg.history))
     compiler = PromptCompiler(log, ids, base_model.tokenizer, cfg.prompt, window=base_model.window, history=history)
     train_set = PromptDataset(train_rows, compiler, max_targets=cfg.max_targets, seed=cfg.seed)
     select_set = PromptDataset(select_rows, compiler)
@@ -245,7 +245,7 @@ def build_model(
         dropout=cfg.head.dropout,
         train_input_rows=cfg.base.train_input_rows,
         n_interests=None if interests is None else len(interests.space),
-        history_size=history_size(ids, cfg.history),
+        history_size=0 if compiler.history is None else compiler.history.size,
     )
     if model.interest_head is not None:
         model.interest_head.requires_grad_(cfg.interests.weight > 0)

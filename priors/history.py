@@ -12,6 +12,9 @@ that shares codes with what a user bought gains, whoever bought it before; a new
 colliding IDs apart have no vectors and no part in it. Several decays give several means, of what was bought last and of
 what was ever bought, which the head reads after one another.
 
+With ``categories`` the weights of the categories bought, from an advertiser or from none, stand beside each mean, at
+length one too.
+
 The weights that read the vector are fitted first, on all user-periods of the fit span, which needs no LM and takes
 about a minute; then they stay as they are, and the LM learns what is left. So its own share is told apart: forecasts
 by anchor and history alone are a control of their own.
@@ -21,7 +24,8 @@ Shapes: B user-periods, F features, L levels with vectors, V codes and D feature
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +33,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data.log import Log
 from models.prior_lm import Decisions, HeadConfig, IdHead, PriorLM, TreeBatch
 from priors.anchor import Counts
 from priors.config import HistoryConfig, ProbeConfig
@@ -42,6 +47,66 @@ _PATIENCE = 3
 """Passes without a gain after which a level is left."""
 
 
+@dataclass(frozen=True)
+class _Bought:
+    """One kind of thing that is bought, and the vectors that tell it.
+
+    Attributes:
+        counts: purchases by user, period and thing.
+        levels: of each level with vectors the things' codes and the codes' vectors; None: every thing is a feature of
+            its own.
+    """
+
+    counts: Counts
+    levels: list[tuple[NDArray[np.int64], NDArray[np.float64]]] | None
+
+    @classmethod
+    def advertisers(cls, counts: Counts, ids: AdvertiserIds) -> _Bought:
+        levels = []
+        for level, vectors_VD in enumerate(ids.code_vectors):
+            if vectors_VD.any():
+                length = np.linalg.norm(vectors_VD, axis=1).mean()
+                levels.append((ids.codes_AL[:, level], vectors_VD.astype(np.float64) / length))
+        return cls(counts, levels)
+
+    @classmethod
+    def categories(cls, log: Log, names: Sequence[str]) -> _Bought:
+        """Of the events' categories; others than ``names`` are as if missing."""
+        place = {name: index for index, name in enumerate(names)}
+        of_code = np.array([-1, *(place.get(name, -1) for name in log.category_names[1:])], dtype=np.int32)
+        events = replace(log.events, advertiser=of_code[log.events.category])
+        return cls(Counts.of(replace(log, events=events, advertiser_ids=np.arange(len(names)))), None)
+
+    def vectors(
+        self, user_B: NDArray[np.integer], period_B: NDArray[np.integer], decays: Sequence[float]
+    ) -> Iterator[NDArray[np.float32]]:
+        """Of each decay what weights ``log(1 + Σ decay^ago)`` add up to, at length one."""
+        n, n_things, counts = len(user_B), self.counts.n_advertisers, self.counts
+        row_R, index_R, ago_R = counts.history(np.asarray(user_B, np.int64), np.asarray(period_B, np.int64))
+        pair_R = row_R * n_things + counts.advertiser_R[index_R]
+        pair_P, place_R = np.unique(pair_R, return_inverse=True)
+        row_P, thing_P = np.divmod(pair_P, n_things)
+        for decay in decays:
+            weight_P = np.log1p(np.bincount(place_R, counts.count_R[index_R] * decay**ago_R))
+            sum_BF = self._sum(weight_P, row_P, thing_P, n)
+            length_B1 = np.linalg.norm(sum_BF, axis=1, keepdims=True)
+            yield np.divide(sum_BF, length_B1, out=np.zeros_like(sum_BF), where=length_B1 > 1e-9).astype(np.float32)
+
+    def _sum(
+        self, weight_P: NDArray[np.float64], row_P: NDArray[np.int64], thing_P: NDArray[np.int64], n: int
+    ) -> NDArray[np.float64]:
+        """What things P of rows P weigh, as one vector a row."""
+
+        def weights(code_P: NDArray[np.int64], size: int) -> NDArray[np.float64]:
+            weight_C = np.bincount(row_P * size + code_P, weight_P, minlength=n * size)
+            return weight_C.astype(np.float64, copy=False).reshape(n, size)
+
+        if self.levels is None:
+            return weights(thing_P, self.counts.n_advertisers)
+        parts = [weights(codes_A[thing_P], len(vectors_VD)) @ vectors_VD for codes_A, vectors_VD in self.levels]
+        return np.concatenate(parts, axis=1) if parts else np.zeros((n, 0))
+
+
 class HistoryVectors:
     """History vectors of users at the start of periods.
 
@@ -49,53 +114,40 @@ class HistoryVectors:
         counts: purchases by user, period and advertiser.
         ids: codes of the advertisers and the codes' vectors.
         decays: by which a purchase's weight falls a period; each gives a mean of its own.
+        log: whose purchases have categories; None leaves them out.
+        categories: names of those that count; as of `categories_of`, or those that a forecaster was fitted on.
     """
 
-    def __init__(self, counts: Counts, ids: AdvertiserIds, *, decays: Sequence[float]) -> None:
-        self.decays, self._counts = tuple(decays), counts
-        self._levels = []
-        for level, vectors_VD in enumerate(ids.code_vectors):
-            if vectors_VD.any():
-                length = np.linalg.norm(vectors_VD, axis=1).mean()
-                self._levels.append((ids.codes_AL[:, level], vectors_VD.astype(np.float64) / length))
-        self.size = len(self.decays) * _vector_size(ids)
+    def __init__(
+        self,
+        counts: Counts,
+        ids: AdvertiserIds,
+        *,
+        decays: Sequence[float],
+        log: Log | None = None,
+        categories: Sequence[str] = (),
+    ) -> None:
+        self.decays, self.categories = tuple(decays), tuple(categories)
+        self._parts = [_Bought.advertisers(counts, ids)]
+        if log is not None and self.categories:
+            self._parts.append(_Bought.categories(log, self.categories))
+        self.size = history_size(ids, self.decays, self.categories)
 
     def __call__(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> NDArray[np.float32]:
-        """Vectors, of length one for each decay, ``(B, F)``; zeros for a user who bought nothing before the period."""
-        n, n_advertisers = len(user_B), self._counts.n_advertisers
-        row_R, index_R, ago_R = self._counts.history(np.asarray(user_B, np.int64), np.asarray(period_B, np.int64))
-        pair_R = row_R * n_advertisers + self._counts.advertiser_R[index_R]
-        pair_P, place_R = np.unique(pair_R, return_inverse=True)
-        row_P, advertiser_P = np.divmod(pair_P, n_advertisers)
-        vectors = [
-            self._mean(
-                np.log1p(np.bincount(place_R, self._counts.count_R[index_R] * decay**ago_R)), row_P, advertiser_P, n
-            )
-            for decay in self.decays
-        ]
+        """Vectors, of length one for each part and decay, ``(B, F)``; zeros for who bought nothing before."""
+        vectors = [vector_BF for part in self._parts for vector_BF in part.vectors(user_B, period_B, self.decays)]
         return np.concatenate(vectors, axis=1)
 
-    def _mean(
-        self, weight_P: NDArray[np.float64], row_P: NDArray[np.int64], advertiser_P: NDArray[np.int64], n: int
-    ) -> NDArray[np.float32]:
-        """What advertisers P of rows P weigh, as one vector a row."""
-        parts = []
-        for codes_A, vectors_VD in self._levels:
-            cell_P = row_P * len(vectors_VD) + codes_A[advertiser_P]
-            weight_BV = np.bincount(cell_P, weight_P, minlength=n * len(vectors_VD)).reshape(n, len(vectors_VD))
-            parts.append(weight_BV @ vectors_VD)
-        sum_BF = np.concatenate(parts, axis=1) if parts else np.zeros((n, 0))
-        length_B1 = np.linalg.norm(sum_BF, axis=1, keepdims=True)
-        return np.divide(sum_BF, length_B1, out=np.zeros_like(sum_BF), where=length_B1 > 1e-9).astype(np.float32)
+
+def categories_of(log: Log, cfg: HistoryConfig) -> tuple[str, ...]:
+    """Categories of purchases that the history vector tells; none where it leaves them out or the log has none."""
+    return tuple(log.category_names[1:]) if cfg.prompts and cfg.categories else ()
 
 
-def history_size(ids: AdvertiserIds, cfg: HistoryConfig) -> int:
-    """F; 0 where the vector is left out."""
-    return len(cfg.decays) * _vector_size(ids) if cfg.prompts else 0
-
-
-def _vector_size(ids: AdvertiserIds) -> int:
-    return sum(vectors_VD.shape[1] for vectors_VD in ids.code_vectors if vectors_VD.any())
+def history_size(ids: AdvertiserIds, decays: Sequence[float], categories: Sequence[str] = ()) -> int:
+    """F of a vector of these decays and categories."""
+    of_codes = sum(vectors_VD.shape[1] for vectors_VD in ids.code_vectors if vectors_VD.any())
+    return len(decays) * (of_codes + len(categories))
 
 
 def fit_history(

@@ -36,6 +36,8 @@ class HistoryReader(Protocol):
     """Gives history vectors; see `priors.history`."""
 
     decays: tuple[float, ...]
+    categories: tuple[str, ...]
+    size: int
 
     def __call__(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> NDArray[np.float32]:
         """Those of users at the start of periods, ``(B, F)``."""

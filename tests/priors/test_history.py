@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.errors import UserError
+from data.log import Log
 from models.prior_lm import HeadConfig, IdHead, row_nll, target_log_prob, with_history
 from priors.anchor import Counts
 from priors.artifact import PriorModel
@@ -48,7 +49,7 @@ def test_it_is_the_mean_of_code_vectors_of_all_that_was_bought(seed: int, extra:
     ids, of_log = ids_of(12, rng, extra_level=extra), counts(12, rng)
     decays = [decay, 0.8]
     vectors = HistoryVectors(of_log, ids, decays=decays)
-    assert vectors.size == history_size(ids, HistoryConfig(decays=decays)) == 2 * (6 if extra else 9)
+    assert vectors.size == history_size(ids, decays) == 2 * (6 if extra else 9)
     user_B, period_B = rng.integers(0, N_USERS, 9), rng.integers(0, N_PERIODS + 2, 9)
     for user, period, ours in zip(user_B, period_B, vectors(user_B, period_B), strict=True):
         means = []
@@ -81,6 +82,55 @@ def test_it_knows_nothing_of_its_period_or_later(fitted: Fitted) -> None:
     np.testing.assert_array_equal(before, same)
     after = HistoryVectors(Counts.of(changed), fitted.ids, decays=[0.97])(users, np.full(len(users), period + 2))
     assert not np.allclose(before, after)
+
+
+CATEGORIES = ["bread", "milk"]
+
+
+def with_categories(log: Log, *, shift: int = 0, since: int = 0) -> Log:
+    """Three of four purchases have one of two categories, from a period on another one."""
+    events = log.events
+    later = np.where(events.period >= since, shift, 0)
+    category = np.where(events.request % 4 == 0, 0, 1 + (events.advertiser + later) % 2)
+    return replace(log, events=replace(events, category=category.astype(np.int32)), category_names=("", *CATEGORIES))
+
+
+def test_categories_stand_beside_the_mean(fitted: Fitted) -> None:
+    log, users, period = with_categories(fitted.log), np.arange(len(fitted.log.user_ids)), 6
+    decays, counts_ = [0.5, 1.0], Counts.of(fitted.log)
+    whole = HistoryVectors(counts_, fitted.ids, decays=decays, log=log, categories=["milk", "beer"])
+    plain = HistoryVectors(counts_, fitted.ids, decays=decays)
+    asked = users, np.full(len(users), period)
+    vectors = whole(*asked)
+    assert vectors.shape == (len(users), whole.size) == (len(users), plain.size + 4)
+    np.testing.assert_array_equal(vectors[:, : plain.size], plain(*asked))
+    milk = log.is_purchase & (log.events.category == 2) & (log.events.period < period)
+    drinks = np.bincount(log.events.user[milk], minlength=len(users)) > 0
+    np.testing.assert_array_equal(vectors[:, plain.size :: 2], np.repeat(drinks[:, None], 2, 1).astype(np.float32))
+    assert not vectors[:, plain.size + 1 :: 2].any(), "nobody buys what the log does not know"
+
+
+def test_of_two_categories_each_weighs_by_what_was_bought_of_it(fitted: Fitted) -> None:
+    log, users, period, decay = with_categories(fitted.log), np.arange(len(fitted.log.user_ids)), 7, 0.8
+    vectors = HistoryVectors(Counts.of(log), fitted.ids, decays=[decay], log=log, categories=CATEGORIES)
+    bought = log.is_purchase & (log.events.category > 0) & (log.events.period < period)
+    cell = log.events.user[bought] * 2 + log.events.category[bought] - 1
+    weight = np.bincount(cell, decay ** (period - log.events.period[bought]), minlength=2 * len(users))
+    expected = np.log1p(weight.reshape(-1, 2))
+    expected /= np.maximum(np.linalg.norm(expected, axis=1, keepdims=True), 1e-9)
+    np.testing.assert_allclose(vectors(users, np.full(len(users), period))[:, -2:], expected, atol=1e-6)
+
+
+def test_categories_know_nothing_of_the_period_or_later(fitted: Fitted) -> None:
+    users, period = np.arange(len(fitted.log.user_ids)), 6
+    read = [
+        HistoryVectors(Counts.of(fitted.log), fitted.ids, decays=[0.97], log=log, categories=CATEGORIES)
+        for log in (with_categories(fitted.log), with_categories(fitted.log, shift=1, since=period))
+    ]
+    before, same = (vectors(users, np.full(len(users), period)) for vectors in read)
+    np.testing.assert_array_equal(before, same)
+    after, other = (vectors(users, np.full(len(users), period + 2)) for vectors in read)
+    assert not np.allclose(after, other)
 
 
 def test_another_users_prompt_brings_the_history_of_that_user(fitted: Fitted) -> None:
@@ -209,6 +259,27 @@ def told(fitted: Fitted) -> PriorModel:
     for weight in model.head.history.parameters():
         torch.nn.init.normal_(weight, std=0.5, generator=torch.Generator().manual_seed(0))
     return replace(fitted.prior, model=model)
+
+
+def test_a_forecaster_keeps_the_categories_it_was_fitted_on(fitted: Fitted, tmp_path: Path) -> None:
+    log = with_categories(fitted.log)
+    cfg = tiny_prior_config(prompts=16, select_prompts=8, history=HistoryConfig(prompts=200, epochs=2, categories=True))
+    prior, _ = fit_prior(log, fitted.ids, cfg, work_dir=tmp_path / "work")
+    assert prior.model.head.history is not None
+    (tmp_path / "out").mkdir()
+    prior.save(tmp_path / "out")
+    # In a later log there is another category, before the others.
+    later = replace(log.events, category=np.where(log.events.category, log.events.category + 1, 0).astype(np.int32))
+    grown = replace(log, events=later, category_names=("", "beer", *CATEGORIES))
+    loaded = PriorModel.load(tmp_path / "out", grown, fitted.ids, cfg)
+    users = np.arange(len(log.user_ids)), np.full(len(log.user_ids), 8)
+    ours, theirs = (one.compiler.history for one in (prior, loaded))
+    assert ours is not None
+    assert theirs is not None
+    assert theirs.categories == tuple(CATEGORIES)
+    np.testing.assert_array_equal(theirs(*users), ours(*users))
+    found = [constant_log_probs(one, *users, own_history=True) for one in (prior, loaded)]
+    np.testing.assert_allclose(found[1], found[0], atol=1e-5)
 
 
 def test_the_control_by_history_alone_is_exact_and_not_the_constant_one(fitted: Fitted) -> None:
