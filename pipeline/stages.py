@@ -119,7 +119,7 @@ def stages() -> list[Stage[AdsidConfig]]:
             lambda cfg: {"data": cfg.data, "prior": cfg.prior, "evaluate": cfg.evaluate},
             make_forecasts,
             ("users", "forecasts_made", "users_per_hour"),
-            version=3,
+            version=4,
         ),
         Stage(
             "two_tower",

@@ -299,7 +299,8 @@ class DecodeConfig:
             one more rounding where the base is bfloat16.
         batch_size: prompts decoded at once.
         shard_users: users of one file of the table.
-        every: periods between two forecasts of a user; a request takes the newest one at or before it.
+        every: periods between two forecasts of a user; a request takes the newest one at or before it. The evaluated
+            span begins with new ones.
     """
 
     beam: int = 16

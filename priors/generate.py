@@ -301,16 +301,19 @@ def model_version(prior: PriorModel) -> str:
     prompt = to_plain(prior.compiler.cfg)
     history = prior.compiler.history
     if history is not None:
-        prompt["history_decays"] = list(history.decays)
+        prompt["history_decays"], prompt["history_categories"] = list(history.decays), list(history.categories)
     parts = [prior.base_reference, prompt, prior.base.to_plain(), to_plain(prior.calibration), trained]
     return fingerprint(parts if prior.interests is None else [*parts, prior.interests.to_plain()])
 
 
 def as_of_periods(log: Log, every: int) -> list[int]:
-    """Periods at whose start forecasts are made: from the ranker's first to the end of the evaluated span."""
+    """Periods at whose start forecasts are made: from the ranker's first to the end of the evaluated span.
+
+    The schedule begins anew with the evaluated span: where that is one period, it is judged by forecasts of its own.
+    """
     first, _ = log.split.span("ranker_fit", evaluate=log.evaluate)
-    _, last = log.split.span(log.evaluate, evaluate=log.evaluate)
-    return list(range(first, last + 1, every))
+    evaluated, last = log.split.span(log.evaluate, evaluate=log.evaluate)
+    return [*range(first, evaluated, every), *range(evaluated, last + 1, every)]
 
 
 def generate_priors(prior: PriorModel, log: Log, cfg: PriorConfig, *, out_dir: Path, work_dir: Path) -> dict[str, Any]:

@@ -251,6 +251,21 @@ def test_other_advertiser_ids_are_refused(fitted: Fitted, tmp_path: Path) -> Non
         PriorModel.load(tmp_path, fitted.log, random_ids(fitted.log, seed=1), fitted.cfg)
 
 
+@pytest.mark.parametrize(
+    ("every", "evaluate", "expected"),
+    [
+        (1, "validation", [7, 8, 9, 10, 11]),
+        (2, "validation", [7, 9, 10]),
+        (2, "test", [7, 9, 11, 12]),
+        (9, "test", [7, 12]),
+    ],
+)
+def test_the_evaluated_span_has_forecasts_of_its_own(
+    fitted: Fitted, every: int, evaluate: str, expected: list[int]
+) -> None:
+    assert as_of_periods(replace(fitted.log, evaluate=evaluate), every) == expected
+
+
 @pytest.fixture(scope="module")
 def table(fitted: Fitted, tmp_path_factory: pytest.TempPathFactory) -> PriorTable:
     directory = tmp_path_factory.mktemp("table")
