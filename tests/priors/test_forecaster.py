@@ -324,7 +324,7 @@ def test_a_request_takes_the_newest_forecast_before_it(fitted: Fitted, table: Pr
     user = table.user_R[:1]
     rows = [table.find(user, np.array([period]))[0] for period in (6, 7, 8, 9, 99)]
     assert rows[0] == -1
-    assert [table.period_R[row] for row in rows[1:]] == [7, 7, 9, 11]
+    assert [table.period_R[row] for row in rows[1:]] == [7, 7, 9, 10]
 
 
 def test_a_user_without_a_forecast_falls_back_to_the_anchor_and_is_flagged(fitted: Fitted, table: PriorTable) -> None:

@@ -37,7 +37,7 @@ def test_the_lookup_finds_the_newest_row_before_a_time(fitted: Fitted, directory
     for user in np.unique(table.user_R):
         user_id = str(fitted.log.user_ids[user])
         assert lookup.find(user_id, calendar.start(7) - timedelta(seconds=1)) is None
-        for period, expected in ((7, 7), (8, 7), (9, 9), (12, 11)):
+        for period, expected in ((7, 7), (8, 7), (9, 9), (12, 10)):
             found = lookup.find(user_id, calendar.start(period))
             row = int(table.find(np.array([user]), np.array([period]))[0])
             assert found is not None
