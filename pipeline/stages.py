@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -66,7 +67,7 @@ from retrieval.benchmark import PARTS, RetrievalBenchmark, bench_retrieval
 from retrieval.evaluate import NONE, evaluate_retrieval
 from retrieval.retriever import Retriever
 from retrieval.tuning import Plan, tuning_span
-from retrieval.two_tower import TrainedTwoTower, refit_two_tower, train_two_tower
+from retrieval.two_tower import TrainedTwoTower, train_two_tower
 from semantic_ids.advertiser_ids import AdvertiserIds
 from semantic_ids.embeddings import text_embeddings
 from semantic_ids.quality import quality_rows
@@ -255,20 +256,15 @@ def _make_lists(context: Work) -> TableForecast:
 def make_two_tower(context: Work) -> dict[str, Any]:
     """The trained towers and the index of all ads, and those that were refit."""
     text_AE = load_file(context.inputs["semantic_ids"] / TEXT)["text_AE"]
-    cfg, log, codes_AL = context.config.retrieval, _log(context), _ids(context).codes_AL
-    towers, result = train_two_tower(log, codes_AL, text_AE, cfg, work_dir=context.work)
+    cfg, log = context.config.retrieval, _log(context)
+    train = partial(train_two_tower, log, _ids(context).codes_AL, text_AE)
+    towers, result = train(cfg, work_dir=context.work)
     towers.save(context.output / TOWERS)
-    for asked, folder in REFIT.items() if cfg.refit else ():
-        refit = refit_two_tower(
-            log,
-            codes_AL,
-            text_AE,
-            cfg,
-            work_dir=context.work / folder,
-            before=_answered(log, asked)[0],
-            epochs=result.best_epoch + 1,
-        )
-        refit.save(context.output / folder)
+    if cfg.refit:
+        chosen = replace(cfg, trainer=replace(cfg.trainer, max_epochs=result.best_epoch + 1, patience=None))
+        for asked, folder in REFIT.items():
+            refit, _ = train(chosen, work_dir=context.work / folder, fit_span=_known(log, asked), select_span=None)
+            refit.save(context.output / folder)
     return {"epochs": result.epochs, "steps": result.steps, "val_recall": result.best_score, "history": result.history}
 
 
@@ -581,9 +577,10 @@ def _list_forecasts(context: Work) -> dict[str, Forecast | None]:
     return _forecasts(context) | {"lm": _once(context, lists, "data", "prior", "forecasts", settings=settings)}
 
 
-def _answered(log: Log, asked: str) -> Span:
-    """The span that towers of `REFIT` answer."""
-    return tuning_span(log) if asked == "tuning" else log.split.span(log.evaluate, evaluate=log.evaluate)
+def _known(log: Log, asked: str) -> Span:
+    """All before the span that towers of `REFIT` answer, which they learn from."""
+    answered = tuning_span(log) if asked == "tuning" else log.split.span(log.evaluate, evaluate=log.evaluate)
+    return log.split.prior_fit[0], answered[0] - 1
 
 
 def _retriever(context: Work) -> Retriever:
@@ -603,13 +600,10 @@ def _tuned_retriever(context: Work) -> Retriever | None:
 
 
 def _retriever_of(context: Work, asked: str) -> Retriever:
-    cfg, log, codes_AL = context.config.retrieval, _log(context), _ids(context).codes_AL
-    directory = context.inputs["two_tower"]
-    if not cfg.refit:
-        return Retriever(log, TrainedTwoTower.load(directory / TOWERS, cfg.index), codes_AL, cfg)
-    towers = TrainedTwoTower.load(directory / REFIT[asked], cfg.index)
-    known = (log.split.prior_fit[0], _answered(log, asked)[0] - 1)
-    return Retriever(log, towers, codes_AL, cfg, counted=known)
+    cfg, log = context.config.retrieval, _log(context)
+    folder, counted = (REFIT[asked], _known(log, asked)) if cfg.refit else (TOWERS, "prior_fit")
+    towers = TrainedTwoTower.load(context.inputs["two_tower"] / folder, cfg.index)
+    return Retriever(log, towers, _ids(context).codes_AL, cfg, counted=counted)
 
 
 def _panel(context: Work) -> NDArray[np.int32]:

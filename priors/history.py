@@ -25,7 +25,7 @@ Shapes: B user-periods, F features, L levels with vectors, V codes and D feature
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,7 @@ from models.prior_lm import Decisions, HeadConfig, IdHead, PriorLM, TreeBatch
 from priors.anchor import Counts
 from priors.config import HistoryConfig, ProbeConfig
 from priors.dataset import PromptDataset, TreeCollator
+from priors.interests import in_place_of_advertisers, index_of_code
 from priors.probe import LevelStates, fit_levels, in_batches, joined_states, levels_by_head
 from semantic_ids.advertiser_ids import AdvertiserIds
 
@@ -72,10 +73,8 @@ class _Bought:
     @classmethod
     def categories(cls, log: Log, names: Sequence[str]) -> _Bought:
         """Of the events' categories; others than ``names`` are as if missing."""
-        place = {name: index for index, name in enumerate(names)}
-        of_code = np.array([-1, *(place.get(name, -1) for name in log.category_names[1:])], dtype=np.int32)
-        events = replace(log.events, advertiser=of_code[log.events.category])
-        return cls(Counts.of(replace(log, events=events, advertiser_ids=np.arange(len(names)))), None)
+        category_N = index_of_code(log.category_names, names)[log.events.category]
+        return cls(Counts.of(in_place_of_advertisers(log, category_N, len(names))), None)
 
     def vectors(
         self, user_B: NDArray[np.integer], period_B: NDArray[np.integer], decays: Sequence[float]

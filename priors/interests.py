@@ -61,6 +61,18 @@ def interest_column(log: Log, cfg: InterestConfig) -> str | None:
     return cfg.column
 
 
+def index_of_code(vocabulary: Sequence[str], names: Sequence[str]) -> NDArray[np.int64]:
+    """Of each code of a vocabulary, whose first is for none, its place among names; -1 where it is not there."""
+    place = {name: index for index, name in enumerate(names)}
+    return np.array([-1, *(place.get(name, -1) for name in vocabulary[1:])], dtype=np.int64)
+
+
+def in_place_of_advertisers(log: Log, thing_N: NDArray[np.integer], n_things: int) -> Log:
+    """The log with the thing of each event, -1 for none, where its advertiser was."""
+    events = replace(log.events, advertiser=thing_N.astype(np.int32))
+    return replace(log, events=events, advertiser_ids=np.arange(n_things))
+
+
 @dataclass(frozen=True)
 class InterestSpace:
     """The categories, and what a log says of them.
@@ -100,14 +112,11 @@ class InterestSpace:
             )
         vocabulary = log.ad_vocabularies[column]
         names = tuple(vocabulary[1:] if names is None else names)
-        place = {name: index for index, name in enumerate(names)}
-        of_code = np.array([-1, *(place.get(name, -1) for name in vocabulary[1:])], dtype=np.int64)
-        interest_I = of_code[log.ad_features[column]]
+        interest_I = index_of_code(vocabulary, names)[log.ad_features[column]]
         ad = log.events.ad
         of_event = np.where(ad >= 0, interest_I[np.maximum(ad, 0)], -1) if len(interest_I) else np.full(len(ad), -1)
-        events = replace(log.events, advertiser=of_event.astype(np.int32))
-        view = replace(log, events=events, advertiser_ids=np.arange(len(names)))
-        last = int(events.period.max(initial=1))
+        view = in_place_of_advertisers(log, of_event, len(names))
+        last = int(log.events.period.max(initial=1))
         return cls(column, names, interest_I, Counts.of(view), view.advertiser_targets((1, max(1, last))))
 
     def __len__(self) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -302,33 +302,6 @@ def train_two_tower(
     )
     model.cpu().eval()
     return TrainedTwoTower(model, index_ads(model, shape, cfg.index), shape, cfg.model), result
-
-
-def refit_two_tower(
-    log: Log,
-    codes_AL: NDArray[np.int64],
-    text_AE: NDArray[np.float32],
-    cfg: RetrievalConfig,
-    *,
-    work_dir: Path,
-    before: int,
-    epochs: int,
-) -> TrainedTwoTower:
-    """Train anew on all that came before a period, for as many epochs as the selection span chose.
-
-    Towers of the fit span are older than the counts that a forecast reads; these are not.
-
-    Args:
-        log, codes_AL, text_AE, cfg, work_dir: as of `train_two_tower`.
-        before: the first period that is not learned from.
-        epochs: of `train_two_tower`, up to the best one.
-
-    Raises:
-        UserError: no converted ad before the period.
-    """
-    cfg = replace(cfg, trainer=replace(cfg.trainer, max_epochs=epochs, patience=None))
-    known = (log.split.prior_fit[0], before - 1)
-    return train_two_tower(log, codes_AL, text_AE, cfg, work_dir=work_dir, fit_span=known, select_span=None)[0]
 
 
 def _selection(log: Log, span: str | Span, users: UserInputs, cfg: RetrievalConfig) -> DataLoader | None:

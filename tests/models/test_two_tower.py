@@ -34,7 +34,7 @@ from models.two_tower import (
 )
 from retrieval.config import ForecastChannelConfig, PairsConfig, RetrievalConfig
 from retrieval.index import IndexConfig
-from retrieval.two_tower import TrainedTwoTower, refit_two_tower
+from retrieval.two_tower import TrainedTwoTower, train_two_tower
 from retrieval.two_tower_data import TrainingBatches, UserInputs, ValidationBatches, log_popularity
 from tests.logs import tiny_log
 from tests.priors.conftest import random_ids
@@ -143,8 +143,10 @@ def test_vectors_read_nothing_of_the_period_or_later(log: Log, tmp_path: Path) -
 def test_refit_towers_read_all_before_a_period_and_nothing_of_it(log: Log, tmp_path: Path) -> None:
     def refit(known: Log, before: int, name: str) -> bytes:
         text = np.zeros((len(log.advertiser_ids), 8), np.float32)
-        towers = refit_two_tower(
-            known, random_ids(log).codes_AL, text, tiny_retrieval(), work_dir=tmp_path / name, before=before, epochs=1
+        cfg = tiny_retrieval(trainer=TrainerConfig(max_epochs=1, patience=None, progress_bar=False))
+        codes, known_span = random_ids(log).codes_AL, (1, before - 1)
+        towers, _ = train_two_tower(
+            known, codes, text, cfg, work_dir=tmp_path / name, fit_span=known_span, select_span=None
         )
         towers.save(tmp_path / name / "towers")
         return (tmp_path / name / "towers" / "model.safetensors").read_bytes()
