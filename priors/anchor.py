@@ -1,14 +1,16 @@
 """The anchor: how often, and how lately, users have converted with advertisers.
 
-    q_u(a) = λ · own(a) + μ · co(a) + the rest · pop(a)       pop alone where the user has no history
+    q_u(a) ∝ (λ · own(a) + μ · co(a) + the rest · pop(a)) · r(a)^γ       pop alone where the user has no history
     pop(a) ∝ s + Σ over promoted conversions with a before t of  ρ^(periods ago)
     own(a) ∝ g(a) · Σ over the user's purchases of a before t of  δ^(periods ago)
     g(a)   = sqrt(a's share of promoted conversions / a's share of all purchases)
     co(a)    co-conversions with what the user bought, the less the fewer were seen: `priors.coconversions`
+    r(a)     how much of a runs in the period asked for, against what it used to run: `priors.plan`
 
 ``prior.anchor.kind`` says which terms there are: λ and μ are 0 for ``popularity``, μ is 0 for
 ``popularity+history``, and ``none`` is uniform over the legal children of every prefix.
-Everything is counted up to the as-of time, the start of the period asked for: never the period itself.
+Everything is counted up to the as-of time, the start of the period asked for: never the period itself, of which only
+the plan is known.
 
 The *tuned* anchor puts an exponent on q and a bias on each code, level by level, inside the softmax
 over a prefix's legal children, so that it stays a distribution:
@@ -35,6 +37,7 @@ from numpy.typing import NDArray
 from data.log import Log, Targets
 from priors.coconversions import CoConversions
 from priors.config import AnchorConfig
+from priors.plan import planned
 from semantic_ids.trie import Trie
 
 Float = NDArray[np.float64]
@@ -52,6 +55,7 @@ class AnchorConstants:
         co_weight: μ.
         co_decay: by which a purchase's weight falls a period, for what it says of others.
         co_shrinkage: κ.
+        plan_exponent: γ.
     """
 
     own_weight: float = 0.5
@@ -61,6 +65,7 @@ class AnchorConstants:
     co_weight: float = 0.0
     co_decay: float = 0.97
     co_shrinkage: float = 1.0
+    plan_exponent: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ class Counts:
         user_ptr: rows of user u below are ``user_ptr[u]:user_ptr[u + 1]``.
         period_R, advertiser_R, count_R: purchases by (user, period, advertiser), in that order.
         target_period_T, target_user_T, target_advertiser_T: distinct label conversions, in that order.
+        plan_PA: log r of each advertiser, of one period more; None where the plan says nothing.
     """
 
     promoted_PA: Float
@@ -84,10 +90,11 @@ class Counts:
     target_period_T: NDArray[np.int64]
     target_user_T: NDArray[np.int64]
     target_advertiser_T: NDArray[np.int64]
+    plan_PA: Float | None = None
 
     @classmethod
     def of(cls, log: Log) -> Counts:
-        """Count the events of a log."""
+        """Count the events of a log, and compare the ads that run."""
         events, n_advertisers = log.events, len(log.advertiser_ids)
         n_periods = int(events.period.max(initial=0)) + 1
         known = events.advertiser >= 0
@@ -121,6 +128,7 @@ class Counts:
             target_period_T=target_period,
             target_user_T=target_user,
             target_advertiser_T=target_advertiser,
+            plan_PA=planned(log, n_periods + 1),
         )
 
     @property
@@ -149,7 +157,7 @@ class Anchor:
 
     Args:
         counts: of the log.
-        constants: λ, δ, ρ, s.
+        constants: λ, μ, δ, ρ, s, γ and those of co-conversions.
     """
 
     def __init__(self, counts: Counts, constants: AnchorConstants) -> None:
@@ -168,11 +176,19 @@ class Anchor:
         floor = 0.5 / np.maximum(promoted_PA.sum(1, keepdims=True), 1.0)
         ratio_PA = np.where(np.isfinite(ratio_PA), np.maximum(ratio_PA, floor), 1.0)
         self._promotion_PA = np.vstack([np.ones((1, n_advertisers)), np.sqrt(ratio_PA)])
+        exponent = constants.plan_exponent
+        self._plan_PA = None if counts.plan_PA is None or exponent == 0 else exponent * counts.plan_PA
         self.co_conversions = CoConversions(counts, decay=constants.co_decay)  # counted when first asked for
 
     def popularity_alone(self) -> Anchor:
         """The anchor without what it knows of the user."""
         return Anchor(self.counts, replace(self.constants, own_weight=0.0, co_weight=0.0))
+
+    def plan(self, period_B: NDArray[np.integer]) -> Float:
+        """log r(a)^γ of each period, ``(B, A)``, or ``(B, 1)`` of zeros where the plan has no say."""
+        if self._plan_PA is None:
+            return np.zeros((len(period_B), 1))
+        return self._plan_PA[self._clip(period_B)]
 
     def popularity(self, period_B: NDArray[np.integer]) -> Float:
         """pop(a) at the start of each period, ``(B, A)``; uniform before the first conversion."""
@@ -208,14 +224,18 @@ class Anchor:
         popularity_BA = self.popularity(period_B)
         own_BA = self.own(user_B, period_B) if constants.own_weight > 0 else np.zeros((1, 1))
         co_BA = self.co(user_B, period_B) if constants.co_weight > 0 else np.zeros((1, 1))
-        return mixture(own_BA, co_BA, popularity_BA, constants.own_weight, constants.co_weight)
+        q_BA = mixture(own_BA, co_BA, popularity_BA, constants.own_weight, constants.co_weight)
+        if self._plan_PA is None:
+            return q_BA
+        q_BA = q_BA * np.exp(self.plan(period_B))
+        return q_BA / q_BA.sum(1, keepdims=True)
 
     def _clip(self, period_B: NDArray[np.integer]) -> NDArray[np.int64]:
         return np.clip(np.asarray(period_B, dtype=np.int64), 0, len(self._popularity_PA) - 1)
 
 
 def mixture(own: Float, co: Float, popularity: Float, own_weight: float, co_weight: float) -> Float:
-    """q_u of its parts; what a part leaves of its weight, all where it knows nothing of a user, is popularity's."""
+    """q_u before the plan; what a part leaves of its weight, all where it knows nothing of a user, is popularity's."""
     known = own_weight * own + co_weight * co
     return known + (1 - known.sum(-1, keepdims=True)) * popularity
 
@@ -327,8 +347,8 @@ def choose_constants(
 ) -> tuple[AnchorConstants, list[dict[str, float]]]:
     """The constants with the lowest NLL on the given targets.
 
-    Popularity's constants are chosen first, for themselves; then λ and δ over it; then λ, μ, κ and the decay of
-    co-conversions together. The grid's order settles ties.
+    Popularity's constants are chosen first, for themselves, with the plan's exponent (0 without a plan); then λ and δ
+    over it; then λ, μ, κ and the decay of co-conversions together. The grid's order settles ties.
 
     Args:
         counts: of the log; each row of targets uses those before its period only.
@@ -353,48 +373,65 @@ def choose_constants(
 
     def popularity_of(constants: AnchorConstants) -> Float:
         anchor = Anchor(counts, constants)
-        return _at_targets(lambda user, period: anchor.popularity(period), targets)[:, 0]
+        return _at_targets(lambda user, period: anchor.popularity(period), anchor.plan, targets)
 
-    alone = [AnchorConstants(0.0, 1.0, rho, s) for rho, s in product(cfg.popularity_decay, cfg.smoothing)]
-    best = best_of((constants, popularity_of(constants)) for constants in alone)
+    def own_of(constants: AnchorConstants) -> Float:
+        anchor = Anchor(counts, constants)
+        return _at_targets(anchor.own, anchor.plan, targets)
+
+    no_other = np.zeros((1, 3))
+    exponents = cfg.plan_exponent if counts.plan_PA is not None else [0.0]
+    best = best_of(
+        (constants, _mixed(no_other, no_other, popularity_of(constants), 0.0, 0.0))
+        for rho, s, gamma in product(cfg.popularity_decay, cfg.smoothing, exponents)
+        for constants in [AnchorConstants(0.0, 1.0, rho, s, plan_exponent=gamma)]
+    )
     if "history" not in cfg.kind:
         return best, trials
-    popularity_T, no_co = popularity_of(best), np.zeros(2)
-    own = {decay: _at_targets(Anchor(counts, replace(best, own_decay=decay)).own, targets) for decay in cfg.own_decay}
+    popularity_T3 = popularity_of(best)
+    own = {decay: own_of(replace(best, own_decay=decay)) for decay in cfg.own_decay}
     best = best_of(
-        (replace(best, own_decay=decay, own_weight=weight), _mixed(own[decay], no_co, popularity_T, weight, 0.0))
+        (replace(best, own_decay=decay, own_weight=weight), _mixed(own[decay], no_other, popularity_T3, weight, 0.0))
         for decay, weight in product(cfg.own_decay, cfg.own_weight)
     )
     if "cooccurrence" not in cfg.kind:
         return best, trials
-    own_T = own[best.own_decay]
+    own_T3, plan = own[best.own_decay], Anchor(counts, best).plan
     weights = [(own, co) for own, co in product(cfg.own_weight, cfg.co_weight) if own + co < 1]
 
     def with_co() -> Iterator[tuple[AnchorConstants, Float]]:
         for decay in cfg.co_decay:
             co = CoConversions(counts, decay=decay)
             for shrinkage in cfg.co_shrinkage:
-                co_T = _at_targets(partial(co.mass, shrinkage=shrinkage), targets)
+                co_T3 = _at_targets(partial(co.mass, shrinkage=shrinkage), plan, targets)
                 of_co = replace(best, co_decay=decay, co_shrinkage=shrinkage)
                 for own_weight, co_weight in weights:
                     constants = replace(of_co, own_weight=own_weight, co_weight=co_weight)
-                    yield constants, _mixed(own_T, co_T, popularity_T, own_weight, co_weight)
+                    yield constants, _mixed(own_T3, co_T3, popularity_T3, own_weight, co_weight)
 
     return best_of(with_co()), trials
 
 
-def _at_targets(values: Callable[[NDArray, NDArray], Float], targets: Targets) -> Float:
-    """Values of a ``(B, A)`` function at every target, and the sum of its row: ``(T, 2)``."""
+def _at_targets(
+    values: Callable[[NDArray, NDArray], Float], plan: Callable[[NDArray], Float], targets: Targets
+) -> Float:
+    """Values of a ``(B, A)`` function at every target, weighted by the plan, and the sums of its row: ``(T, 3)``.
+
+    The first sum is of the values, the second of the weighted ones.
+    """
     row_T, picked = targets.row, []
     for rows in np.array_split(np.arange(len(targets)), max(1, len(targets) // 256)):
         inside = (row_T >= rows[0]) & (row_T <= rows[-1])
         dense_BA = values(targets.user[rows], targets.period[rows])
+        weighted_BA = dense_BA * np.exp(plan(targets.period[rows]))
         row_B = row_T[inside] - rows[0]
-        picked.append(np.stack([dense_BA[row_B, targets.item[inside]], dense_BA.sum(1)[row_B]], axis=1))
+        at_target = weighted_BA[row_B, targets.item[inside]]
+        picked.append(np.stack([at_target, dense_BA.sum(1)[row_B], weighted_BA.sum(1)[row_B]], axis=1))
     return np.concatenate(picked)
 
 
-def _mixed(own_T2: Float, co_T2: Float, popularity_T: Float, own_weight: float, co_weight: float) -> Float:
-    """:func:`mixture` at targets alone."""
-    known_T2 = own_weight * own_T2 + co_weight * co_T2
-    return known_T2[..., 0] + (1 - known_T2[..., 1]) * popularity_T
+def _mixed(own_T3: Float, co_T3: Float, popularity_T3: Float, own_weight: float, co_weight: float) -> Float:
+    """q_u at targets alone, of what :func:`_at_targets` says of its parts."""
+    known_T3 = own_weight * own_T3 + co_weight * co_T3
+    mixed_T3 = known_T3 + (1 - known_T3[..., 1:2]) * popularity_T3
+    return mixed_T3[..., 0] / mixed_T3[..., 2]

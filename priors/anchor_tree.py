@@ -6,7 +6,8 @@ prefixes it follows. The mass below a node is
     q_u(node) = λ · own(node) + (1 - λ) · pop(node)
 
 pop(node) is the same for all users: added up once a period (and set of active advertisers), then looked up.
-own(node) is not 0 on the paths of the user's own advertisers only: those of a batch are one sorted list.
+own(node) is not 0 on the paths of the user's own advertisers only: those of a batch are one sorted list. The plan of
+campaigns weighs both, advertiser by advertiser, so that masses need not sum to 1: only their ratios are read.
 
     period ─► pop of every node, once          ─┐
     users  ─► own mass of (row, node), sparse  ─┴─► log mass of child and of parent ─► score of the child
@@ -73,7 +74,7 @@ class AnchorTree:
         row_H, advertiser_H, mass_H = self._own(user_B, period_B)
         weight = self.base.anchor.constants.own_weight
         weight_B = np.where(np.bincount(row_H, minlength=len(user_B)) > 0, weight, 0.0)
-        mass_H = weight * mass_H
+        mass_H = weight * mass_H * self._plan_of(period_B, row_H, advertiser_H)
         if active.leaf_mask_GA is not None:
             leaf_H = self.flat.trie.advertiser_leaf[advertiser_H]
             kept_H = active.leaf_mask_GA[active.group_B.cpu().numpy()[row_H], leaf_H]
@@ -122,6 +123,16 @@ class AnchorTree:
         total_B = np.bincount(row_H, mass_H, minlength=len(user_B))
         return row_H, advertiser_H, mass_H / total_B[row_H]
 
+    def _plan_of(
+        self, period_B: NDArray[np.integer], row_H: NDArray[np.int64], advertiser_H: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """r(a)^γ of advertisers in the periods of their rows."""
+        kinds, kind_B = np.unique(period_B, return_inverse=True)
+        plan_KA = np.exp(self.base.anchor.plan(kinds))
+        return np.broadcast_to(plan_KA, (len(kinds), self.base.anchor.counts.n_advertisers))[
+            kind_B[row_H], advertiser_H
+        ]
+
     def _promotion_of(self, period: int) -> NDArray[np.float64]:
         """g(a) at the start of a period: what :class:`~priors.anchor.Anchor` weighs own purchases by."""
         if period not in self._promotion:
@@ -139,9 +150,11 @@ class AnchorTree:
         return self._promotion[period]
 
     def _popularity_nodes(self, period: int, group: int, active: ActiveSets) -> Tensor:
-        """pop below every node at the start of a period, ``(N,)``; of active advertisers alone."""
+        """pop below every node at the start of a period, weighed by its plan, ``(N,)``; of active advertisers alone."""
         if period not in self._popularity:
-            popularity_A = self.base.anchor.popularity(np.array([period]))[0]
+            of_period = np.array([period])
+            anchor = self.base.anchor
+            popularity_A = (anchor.popularity(of_period) * np.exp(anchor.plan(of_period)))[0]
             _remember(self._popularity, period, popularity_A[self.flat.trie.leaf_advertiser])
         leaf_A = self._popularity[period]
         if active.leaf_mask_GA is not None:

@@ -9,7 +9,7 @@ EASE and item-kNN learn from who bought from whom in the fit span, and read what
 time. They never say that a user comes back to the same advertiser, so each own purchase adds something to its score.
 λ, K and what is added are those with the best recall@10 on the selection span. What comes out are scores; one inverse
 temperature, fitted on the selection span, makes them probabilities without a change of order, so that they have an NLL
-too. A user without a history gets popularity.
+too. A user without a history gets popularity. What the anchor knows of the plan of campaigns they all are told too.
 
 Shapes: B user-periods, U users, A advertisers.
 """
@@ -26,13 +26,14 @@ from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import minimize_scalar
 from scipy.sparse import csr_array, diags_array
+from scipy.special import log_softmax
 
 from data.errors import UserError
 from data.log import Log, Targets
 from priors.anchor import Anchor, Counts, mean_target_nll
 from priors.config import BaselineConfig
 from priors.metrics import recall_at_k, target_ranks
-from priors.sasrec import fit_sasrec
+from priors.sasrec import SasRecForecast, fit_sasrec
 
 Float = NDArray[np.float64]
 Scores = Callable[[NDArray[np.integer], NDArray[np.integer]], Float]
@@ -62,12 +63,29 @@ class Scored:
 
     def distribution(self, score_BA: Float, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> Float:
         """:meth:`log_probs` of scores that are there."""
-        popularity_BA = self.popularity.popularity(period_B)
-        score_BA = self.inverse_temperature * (score_BA + _TIE * popularity_BA)
-        top_B1 = score_BA.max(1, keepdims=True)
-        log_prob_BA = score_BA - top_B1 - np.log(np.exp(score_BA - top_B1).sum(1, keepdims=True))
+        popularity_BA = self.popularity.probabilities(user_B, period_B)
+        score_BA = self.inverse_temperature * (score_BA + _TIE * popularity_BA) + self.popularity.plan(period_B)
+        log_prob_BA = log_softmax(score_BA, axis=1)
         has_history_B = np.isin(np.arange(len(user_B)), self.popularity.counts.history(user_B, period_B)[0])
         return np.where(has_history_B[:, None], log_prob_BA, np.log(popularity_BA))
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A forecaster that knows nothing of the plan of campaigns, told it.
+
+    Attributes:
+        forecast: has ``log_probs``.
+        popularity: whose plan counts.
+    """
+
+    forecast: SasRecForecast
+    popularity: Anchor
+
+    def log_probs(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> Float:
+        """Log-probabilities of all advertisers at the start of each period, ``(B, A)``."""
+        found: Float = log_softmax(self.forecast.log_probs(user_B, period_B) + self.popularity.plan(period_B), axis=1)
+        return found
 
 
 def fit_baselines(
@@ -96,7 +114,8 @@ def fit_baselines(
     counts = popularity.counts
     for name in cfg.names:
         if name == "sasrec":
-            found[name], result = fit_sasrec(log, cfg.sasrec, seed=seed, work_dir=work_dir / name)
+            sasrec, result = fit_sasrec(log, cfg.sasrec, seed=seed, work_dir=work_dir / name)
+            found[name] = Planned(sasrec, popularity) if popularity.constants.plan_exponent else sasrec
             chosen[name] = {"epochs": result.epochs, "best_epoch": result.best_epoch, "select_nll": result.best_score}
             continue
         best: tuple[float, dict[str, float], Scores] | None = None

@@ -15,7 +15,8 @@ from models.training import TrainerConfig
 from priors.prompt_config import PromptConfig
 
 ANCHOR_GRID = (
-    "own_weight", "co_weight", "own_decay", "co_decay", "co_shrinkage", "popularity_decay", "smoothing", "bias_penalty",
+    "own_weight", "co_weight", "own_decay", "co_decay", "co_shrinkage", "popularity_decay", "smoothing",
+    "plan_exponent", "bias_penalty",
 )  # fmt: skip
 """Keys of ``prior.anchor`` that hold values to choose from."""
 ANCHORS = ("none", "popularity", "popularity+history", "popularity+history+cooccurrence")
@@ -173,6 +174,8 @@ class AnchorConfig:
         co_shrinkage: values of κ, conversions that an advertiser must have been followed by to be believed.
         popularity_decay: values of ρ, the same for popularity.
         smoothing: values of s, added to every advertiser's count.
+        plan_exponent: values of γ: how much the ads that run in a period, against those that used to run, raise an
+            advertiser's share; 0 leaves the plan of campaigns out.
         bias_penalty: values of the L2 penalty on the bias a code; the bias is fitted on the LM's own prompts.
         select_rows: user-periods of the selection span that the constants are chosen on, at the most.
     """
@@ -185,6 +188,7 @@ class AnchorConfig:
     co_shrinkage: list[float] = field(default_factory=lambda: [1.0, 10.0, 100.0])
     popularity_decay: list[float] = field(default_factory=lambda: [0.8, 0.9, 0.97, 1.0])
     smoothing: list[float] = field(default_factory=lambda: [0.03, 0.1, 0.3, 1.0, 3.0])
+    plan_exponent: list[float] = field(default_factory=lambda: [0.0, 0.5, 0.75, 1.0])
     bias_penalty: list[float] = field(default_factory=lambda: [0.003, 0.03, 0.3])
     select_rows: int = 2000
 

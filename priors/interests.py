@@ -68,9 +68,10 @@ def index_of_code(vocabulary: Sequence[str], names: Sequence[str]) -> NDArray[np
 
 
 def in_place_of_advertisers(log: Log, thing_N: NDArray[np.integer], n_things: int) -> Log:
-    """The log with the thing of each event, -1 for none, where its advertiser was."""
+    """The log with the thing of each event, -1 for none, where its advertiser was; running ads are of none of them."""
     events = replace(log.events, advertiser=thing_N.astype(np.int32))
-    return replace(log, events=events, advertiser_ids=np.arange(n_things))
+    of_none_I = np.full_like(log.ad_advertiser, -1)
+    return replace(log, events=events, advertiser_ids=np.arange(n_things), ad_advertiser=of_none_I)
 
 
 @dataclass(frozen=True)

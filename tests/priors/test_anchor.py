@@ -85,7 +85,9 @@ def test_untuned_scores_are_the_conditionals_of_q_and_sum_to_one(log: Log) -> No
 
 def test_chosen_constants_are_the_best_of_the_grid(log: Log) -> None:
     targets = log.advertiser_targets("prior_select")
-    grid = AnchorConfig(own_weight=[0.2, 0.6], own_decay=[0.9], popularity_decay=[0.9, 1.0], smoothing=[0.1, 1.0])
+    grid = AnchorConfig(
+        own_weight=[0.2, 0.6], own_decay=[0.9], popularity_decay=[0.9, 1.0], smoothing=[0.1, 1.0], plan_exponent=[0.5]
+    )
     counts = Counts.of(log)
     chosen, trials = choose_constants(counts, targets, grid)
     q = Anchor(counts, chosen).probabilities(targets.user, targets.period)

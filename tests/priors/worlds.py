@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from data.log import Placements
 from models.prior_lm import PriorLM
 from priors.anchor import Anchor, AnchorConstants, Counts, TunedAnchor
 from priors.base_model import load_base_model
@@ -21,6 +22,14 @@ from priors.prompt import Prompt
 from semantic_ids.trie import Trie
 
 N_USERS, N_PERIODS, HISTORY = 6, 5, 4
+NOTHING_RUNS = Placements(
+    market_ptr=np.zeros(1, np.int64),
+    first=np.zeros(0, np.int32),
+    ptr=np.zeros(1, np.int64),
+    ad=np.zeros(0, np.int32),
+    display=np.zeros(0, np.int16),
+    mailer=np.zeros(0, np.int16),
+)
 
 
 @dataclass
@@ -81,7 +90,9 @@ def world(
         torch.nn.init.normal_(parameter, std=0.3, generator=generator)
     trie = Trie.from_codes(codes_AL, sizes)
     base = TunedAnchor(
-        anchor=Anchor(counts(len(codes_AL), rng), AnchorConstants(0.4, 0.9, 0.8, 0.3)),
+        anchor=Anchor(
+            with_plan(counts(len(codes_AL), rng), rng), AnchorConstants(0.4, 0.9, 0.8, 0.3, plan_exponent=0.7)
+        ),
         trie=trie,
         exponent_L=rng.uniform(0.5, 1.5, len(sizes)),
         bias_LV=[rng.normal(size=size) for size in sizes],
@@ -108,8 +119,16 @@ def counts(n_advertisers: int, rng: np.random.Generator) -> Counts:
         is_label=rng.random(n_events) < 0.6,
         advertiser_ids=np.arange(n_advertisers),
         user_ids=np.arange(N_USERS),
+        ad_advertiser=np.zeros(0, np.int32),
+        placements=NOTHING_RUNS,
     )
     return Counts.of(log)
+
+
+def with_plan(counted: Counts, rng: np.random.Generator) -> Counts:
+    """The same counts beside a random plan of campaigns."""
+    n_periods, n_advertisers = counted.promoted_PA.shape
+    return replace(counted, plan_PA=rng.normal(size=(n_periods + 1, n_advertisers)))
 
 
 @torch.inference_mode()
