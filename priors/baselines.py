@@ -33,7 +33,7 @@ from data.log import Log, Targets
 from priors.anchor import Anchor, Counts, mean_target_nll
 from priors.config import BaselineConfig
 from priors.metrics import recall_at_k, target_ranks
-from priors.sasrec import SasRecForecast, fit_sasrec
+from priors.sasrec import fit_sasrec
 
 Float = NDArray[np.float64]
 Scores = Callable[[NDArray[np.integer], NDArray[np.integer]], Float]
@@ -75,16 +75,16 @@ class Planned:
     """A forecaster that knows nothing of the plan of campaigns, told it.
 
     Attributes:
-        forecast: has ``log_probs``.
+        forecast: log-probabilities ``(B, A)`` of users and periods.
         popularity: whose plan counts.
     """
 
-    forecast: SasRecForecast
+    forecast: Callable[[NDArray[np.integer], NDArray[np.integer]], NDArray[np.floating]]
     popularity: Anchor
 
     def log_probs(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> Float:
         """Log-probabilities of all advertisers at the start of each period, ``(B, A)``."""
-        found: Float = log_softmax(self.forecast.log_probs(user_B, period_B) + self.popularity.plan(period_B), axis=1)
+        found: Float = log_softmax(self.forecast(user_B, period_B) + self.popularity.plan(period_B), axis=1)
         return found
 
 
@@ -115,7 +115,7 @@ def fit_baselines(
     for name in cfg.names:
         if name == "sasrec":
             sasrec, result = fit_sasrec(log, cfg.sasrec, seed=seed, work_dir=work_dir / name)
-            found[name] = Planned(sasrec, popularity) if popularity.constants.plan_exponent else sasrec
+            found[name] = Planned(sasrec.log_probs, popularity) if popularity.constants.plan_exponent else sasrec
             chosen[name] = {"epochs": result.epochs, "best_epoch": result.best_epoch, "select_nll": result.best_score}
             continue
         best: tuple[float, dict[str, float], Scores] | None = None

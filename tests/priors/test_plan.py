@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from scipy.special import log_softmax
 
 from data.log import Log, load_log
 from data.writer import write_tables
 from priors.anchor import Anchor, AnchorConstants, Counts, choose_constants
-from priors.baselines import fit_baselines
+from priors.baselines import Planned, fit_baselines
 from priors.config import AnchorConfig, BaselineConfig
 from priors.interests import InterestSpace
 from priors.plan import planned, running_ads
@@ -120,3 +121,8 @@ def test_baselines_are_told_the_plan(log: Log, tmp_path: Path) -> None:
     slope = [np.corrcoef(row, counts.plan_PA[8])[0, 1] for row in change]
     assert min(slope) > 0.99
     np.testing.assert_allclose(np.exp(told.log_probs(users, when)).sum(1), 1.0)
+    as_is = replace(popularity.constants, plan_exponent=0.0)
+    expected = untold.log_probs(users, when) + counts.plan_PA[8]
+    untold_too = replace(untold, popularity=Anchor(counts, as_is)).log_probs
+    of_network = Planned(untold_too, popularity).log_probs(users, when)
+    np.testing.assert_allclose(of_network, log_softmax(expected, axis=1))
