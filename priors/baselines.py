@@ -9,7 +9,8 @@ EASE and item-kNN learn from who bought from whom in the fit span, and read what
 time. They never say that a user comes back to the same advertiser, so each own purchase adds something to its score.
 λ, K and what is added are those with the best recall@10 on the selection span. What comes out are scores; one inverse
 temperature, fitted on the selection span, makes them probabilities without a change of order, so that they have an NLL
-too. A user without a history gets popularity. What the anchor knows of the plan of campaigns they all are told too.
+too. A user without a history gets popularity. They all are told what the anchor knows of the plan of campaigns: what
+speaks for an advertiser, a score above 0, is multiplied by it.
 
 Shapes: B user-periods, U users, A advertisers.
 """
@@ -64,8 +65,8 @@ class Scored:
     def distribution(self, score_BA: Float, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> Float:
         """:meth:`log_probs` of scores that are there."""
         popularity_BA = self.popularity.probabilities(user_B, period_B)
-        score_BA = self.inverse_temperature * (score_BA + _TIE * popularity_BA) + self.popularity.plan(period_B)
-        log_prob_BA = log_softmax(score_BA, axis=1)
+        score_BA = np.where(score_BA > 0, score_BA * np.exp(self.popularity.plan(period_B)), score_BA)
+        log_prob_BA = log_softmax(self.inverse_temperature * (score_BA + _TIE * popularity_BA), axis=1)
         has_history_B = np.isin(np.arange(len(user_B)), self.popularity.counts.history(user_B, period_B)[0])
         return np.where(has_history_B[:, None], log_prob_BA, np.log(popularity_BA))
 
