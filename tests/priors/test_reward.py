@@ -17,7 +17,7 @@ from models.prior_lm import target_log_prob
 from models.prior_reward import RewardModule, list_log_prob, tree_divergence
 from models.training import TrainerConfig
 from priors.artifact import PriorModel, read_plain
-from priors.config import HistoryConfig, PriorConfig, RewardConfig
+from priors.config import AnchorConfig, HistoryConfig, PriorConfig, RewardConfig
 from priors.dataset import PromptDataset
 from priors.fit import fit_prior, sample_rows
 from priors.reward import ListDrawer, accepted_for, fit_reward, judge, own_copy, rewards
@@ -109,8 +109,8 @@ def test_the_stage_raises_the_reward_and_leaves_the_fine_tuned_lm_alone(fitted: 
         prompts=1000, lists=16, length=6, batch_size=2, kl_weight=0.01, lora_learning_rate=5e-4, head_learning_rate=2e-2
     )
     cfg = rewarded_config(reward)
-    # Without history vectors, that leave two random layers little to learn.
-    plain_cfg = replace(cfg, history=HistoryConfig(prompts=0))
+    # Without history vectors and the plan of campaigns, that leave two random layers little to learn.
+    plain_cfg = replace(cfg, history=HistoryConfig(prompts=0), anchor=AnchorConfig(plan_exponent=[0.0]))
     plain, _ = fit_prior(fitted.log, fitted.ids, plain_cfg, work_dir=tmp_path / "prior")
     kept = {name: value.clone() for name, value in plain.model.state_dict().items()}
     prior, metrics = fit_reward(plain, fitted.log, cfg, work_dir=tmp_path)
