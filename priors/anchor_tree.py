@@ -128,10 +128,8 @@ class AnchorTree:
     ) -> NDArray[np.float64]:
         """r(a)^γ of advertisers in the periods of their rows."""
         kinds, kind_B = np.unique(period_B, return_inverse=True)
-        plan_KA = np.exp(self.base.anchor.plan(kinds))
-        return np.broadcast_to(plan_KA, (len(kinds), self.base.anchor.counts.n_advertisers))[
-            kind_B[row_H], advertiser_H
-        ]
+        plan_KA = np.broadcast_to(self.base.anchor.plan(kinds), (len(kinds), self.flat.trie.n_advertisers))
+        return np.exp(plan_KA[kind_B[row_H], advertiser_H])
 
     def _promotion_of(self, period: int) -> NDArray[np.float64]:
         """g(a) at the start of a period: what :class:`~priors.anchor.Anchor` weighs own purchases by."""
