@@ -381,11 +381,11 @@ def choose_constants(
 
     no_other = np.zeros((1, 3))
     exponents = cfg.plan_exponent if counts.plan_PA is not None else [0.0]
-    best = best_of(
-        (constants, _mixed(no_other, no_other, popularity_of(constants), 0.0, 0.0))
+    alone = [
+        AnchorConstants(0.0, 1.0, rho, s, plan_exponent=gamma)
         for rho, s, gamma in product(cfg.popularity_decay, cfg.smoothing, exponents)
-        for constants in [AnchorConstants(0.0, 1.0, rho, s, plan_exponent=gamma)]
-    )
+    ]
+    best = best_of((constants, _mixed(no_other, no_other, popularity_of(constants), 0.0, 0.0)) for constants in alone)
     if "history" not in cfg.kind:
         return best, trials
     popularity_T3 = popularity_of(best)
