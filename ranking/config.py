@@ -59,6 +59,7 @@ class FeatureConfig:
             "ad_popularity",
             "advertiser_popularity",
             "activity",
+            "plan",
         ]
     )
     prior: list[str] = field(default_factory=lambda: list(GROUPS))

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from data.errors import LineageError, UserError
 from data.log import Log
 from data.sampling import hash_ids
+from priors.plan import planned, running_ads
 from ranking.config import FeatureConfig
 from ranking.history import History, pair
 from ranking.prior import GROUPS
@@ -84,7 +85,7 @@ class FeatureBuilder:
 
         Returns:
             The features that the config names; nothing of a row's own period or later is in them, but
-            where the ads of the period are placed.
+            which ads are placed in the period, and where.
         """
         sparse = {name: SPARSE[name](self, rows) for name in self.cfg.sparse}
         for name in self.ad_columns:
@@ -151,6 +152,13 @@ class FeatureBuilder:
         order = np.argsort(events.timestamp[bought], kind="stable")
         history = History(key[order], events.period[bought][order])
         return history, price[order].astype(np.float32), discount[order].astype(np.float32)
+
+    @cached_property
+    def plan(self) -> tuple[Ints, Floats] | None:
+        """Running ads of each advertiser in each period, and log r of `priors.plan`, ``(P, A)``; None without a plan."""
+        n_periods = int(self.log.events.period.max(initial=0)) + 2
+        plan_PA = planned(self.log, n_periods)
+        return None if plan_PA is None else (running_ads(self.log, n_periods), plan_PA)
 
     @cached_property
     def prefixes(self) -> tuple[Bags, list[int]]:
@@ -238,6 +246,18 @@ def _activity(builder: FeatureBuilder, rows: Rows) -> dict[str, NDArray[Any]]:
     }
 
 
+def _plan(builder: FeatureBuilder, rows: Rows) -> dict[str, NDArray[Any]]:
+    """How many ads of the advertiser run in the period, and how many more than used to; nothing where the same always run."""
+    if builder.plan is None:
+        return {}
+    running_PA, plan_PA = builder.plan
+    at, known = (np.minimum(rows.period, len(plan_PA) - 1), rows.advertiser), rows.advertiser >= 0
+    return {
+        "advertiser_running": np.log1p(np.where(known, running_PA[at], 0)),
+        "advertiser_plan": np.where(known, plan_PA[at], 0.0),
+    }
+
+
 def _recent_advertisers(builder: FeatureBuilder, rows: Rows) -> SparseFeature:
     """The advertisers the user bought from last before the period, latest first, each once."""
     log, length = builder.log, builder.cfg.history_length
@@ -302,6 +322,7 @@ DENSE: Mapping[str, Callable[[FeatureBuilder, Rows], dict[str, NDArray[Any]]]] =
     "ad_popularity": lambda b, rows: _popularity(b, rows, "ad"),
     "advertiser_popularity": lambda b, rows: _popularity(b, rows, "advertiser"),
     "activity": _activity,
+    "plan": _plan,
 }
 """Groups of dense features by name."""
 

@@ -75,6 +75,33 @@ def test_own_counts_equal_counting_by_hand(log: Log, features: Features) -> None
             assert features.dense[name][n] == pytest.approx(value, rel=1e-6), name
 
 
+def test_the_plan_of_a_period_is_counted_over_all_markets(log: Log, features: Features) -> None:
+    rows, dense = features.rows, features.dense
+
+    def running(advertiser: int, period: int) -> int:
+        placed = [log.active_ads(market, period).ad for market in range(len(log.market_ids))]
+        return sum(int((log.ad_advertiser[ads] == advertiser).sum()) for ads in placed)
+
+    for n in np.random.default_rng(3).choice(len(rows), 20, replace=False):
+        advertiser, period = int(rows.advertiser[n]), int(rows.period[n])
+        usual = np.mean([running(advertiser, before) for before in range(1, period)])
+        now = running(advertiser, period)
+        assert dense["advertiser_running"][n] == pytest.approx(np.log1p(now), rel=1e-6)
+        assert dense["advertiser_plan"][n] == pytest.approx(np.log((now + 1) / (usual + 1)), rel=1e-5, abs=1e-6)
+
+
+def test_a_log_whose_ads_always_run_has_no_features_of_a_plan(log: Log, features: Features) -> None:
+    always = replace(
+        log.placements,
+        market_ptr=np.arange(2),
+        first=np.zeros(1, log.placements.first.dtype),
+        ptr=np.array([0, len(log.ad_ids)]),
+        ad=np.arange(len(log.ad_ids), dtype=log.placements.ad.dtype),
+    )
+    built = FeatureBuilder(replace(log, placements=always), tiny_ids(log), CFG).build(features.rows)
+    assert {"advertiser_plan", "advertiser_running"} == {*features.dense} - {*built.dense} - {*PRIOR}
+
+
 def test_price_is_that_of_the_last_purchase_before_by_anybody(log: Log, features: Features) -> None:
     events, rows, dense = log.events, features.rows, features.dense
     for n in np.random.default_rng(1).choice(len(rows), 40, replace=False):
@@ -111,7 +138,8 @@ def test_an_ad_of_no_advertiser_has_empty_bags_and_no_prior(builder: FeatureBuil
     built = builder.build(orphan).with_prior(tastes(builder.log), GROUPS)
     for name in ("advertiser", "semantic_id"):
         assert not any(bags_of(built.sparse[name].bags))
-    assert (built.dense["own_advertiser_purchases"] == 0).all()
+    for name in ("own_advertiser_purchases", "advertiser_running", "advertiser_plan"):
+        assert (built.dense[name] == 0).all(), name
     assert (built.dense["prior_missing"] == 1).all()
 
 
