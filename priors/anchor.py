@@ -2,13 +2,16 @@
 
     q_u(a) ∝ (λ · own(a) + μ · co(a) + the rest · pop(a)) · r(a)^γ       pop alone where the user has no history
     pop(a) ∝ s + Σ over promoted conversions with a before t of  ρ^(periods ago)
-    own(a) ∝ g(a) · Σ over the user's purchases of a before t of  δ^(periods ago)
+    own(a) ∝ g(a) · Σ over the user's purchases of a before t of  δ^(periods ago);   adds up to n / (n + ν)
+    n      = Σ over the user's purchases before t of  δ^(periods ago)
     g(a)   = sqrt(a's share of promoted conversions / a's share of all purchases)
     co(a)    co-conversions with what the user bought, the less the fewer were seen: `priors.coconversions`
     r(a)     how much of a runs in the period asked for, against what it used to run: `priors.plan`
 
 ``prior.anchor.kind`` says which terms there are: λ and μ are 0 for ``popularity``, μ is 0 for
 ``popularity+history``, and ``none`` is uniform over the legal children of every prefix.
+Of a user who bought little, little is known: the share of own purchases grows with their number, as the mean of a
+Dirichlet prior around popularity would have it, but no further than λ.
 Everything is counted up to the as-of time, the start of the period asked for: never the period itself, of which only
 the plan is known.
 
@@ -50,6 +53,7 @@ class AnchorConstants:
     Attributes:
         own_weight: λ.
         own_decay: δ.
+        own_shrinkage: ν, in purchases; 0 trusts the first one as much as the thousandth.
         popularity_decay: ρ.
         smoothing: s.
         co_weight: μ.
@@ -66,6 +70,7 @@ class AnchorConstants:
     co_decay: float = 0.97
     co_shrinkage: float = 1.0
     plan_exponent: float = 0.0
+    own_shrinkage: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -196,15 +201,17 @@ class Anchor:
         return mass_BA / mass_BA.sum(1, keepdims=True)
 
     def own(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> Float:
-        """own(a) of each user at the start of each period, ``(B, A)``; a zero row without a history."""
+        """own(a) of each user at the start of each period, ``(B, A)``; rows of sums below 1, of 0 without a history."""
         counts, user_B = self.counts, np.asarray(user_B, dtype=np.int64)
         row_R, index_R, ago_R = counts.history(user_B, np.asarray(period_B, dtype=np.int64))
         weight_R = counts.count_R[index_R] * self.constants.own_decay**ago_R
         cell_R = row_R * counts.n_advertisers + counts.advertiser_R[index_R]
         mass_BA = np.bincount(cell_R, weight_R, minlength=len(user_B) * counts.n_advertisers)
-        mass_BA = mass_BA.reshape(len(user_B), counts.n_advertisers) * self._promotion_PA[self._clip(period_B)]
+        mass_BA = mass_BA.reshape(len(user_B), counts.n_advertisers)
+        known_B1 = trust(mass_BA.sum(1, keepdims=True), self.constants.own_shrinkage)
+        mass_BA = mass_BA * self._promotion_PA[self._clip(period_B)]
         total_B1 = mass_BA.sum(1, keepdims=True)
-        return np.divide(mass_BA, total_B1, out=np.zeros_like(mass_BA), where=total_B1 > 0)
+        return known_B1 * np.divide(mass_BA, total_B1, out=np.zeros_like(mass_BA), where=total_B1 > 0)
 
     def co(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> Float:
         """co(a) of each user at the start of each period, ``(B, A)``; rows of sums below 1."""
@@ -232,6 +239,11 @@ class Anchor:
 
     def _clip(self, period_B: NDArray[np.integer]) -> NDArray[np.int64]:
         return np.clip(np.asarray(period_B, dtype=np.int64), 0, len(self._popularity_PA) - 1)
+
+
+def trust(purchases: NDArray[Any], shrinkage: float) -> Float:
+    """n / (n + ν), how far a user's own purchases are trusted; 0 without any."""
+    return np.divide(purchases, purchases + shrinkage, out=np.zeros(purchases.shape), where=purchases > 0)
 
 
 def mixture(own: Float, co: Float, popularity: Float, own_weight: float, co_weight: float) -> Float:
@@ -347,8 +359,8 @@ def choose_constants(
 ) -> tuple[AnchorConstants, list[dict[str, float]]]:
     """The constants with the lowest NLL on the given targets.
 
-    Popularity's constants are chosen first, for themselves, with the plan's exponent (0 without a plan); then λ and δ
-    over it; then λ, μ, κ and the decay of co-conversions together. The grid's order settles ties.
+    Popularity's constants are chosen first, for themselves, with the plan's exponent (0 without a plan); then λ, δ and
+    ν over it; then λ, μ, κ and the decay of co-conversions together. The grid's order settles ties.
 
     Args:
         counts: of the log; each row of targets uses those before its period only.
@@ -389,14 +401,17 @@ def choose_constants(
     if "history" not in cfg.kind:
         return best, trials
     popularity_T3 = popularity_of(best)
-    own = {decay: own_of(replace(best, own_decay=decay)) for decay in cfg.own_decay}
+    of_own = (
+        replace(best, own_decay=decay, own_shrinkage=nu) for decay, nu in product(cfg.own_decay, cfg.own_shrinkage)
+    )
+    own = {constants: own_of(constants) for constants in of_own}
     best = best_of(
-        (replace(best, own_decay=decay, own_weight=weight), _mixed(own[decay], no_other, popularity_T3, weight, 0.0))
-        for decay, weight in product(cfg.own_decay, cfg.own_weight)
+        (replace(constants, own_weight=weight), _mixed(own_T3, no_other, popularity_T3, weight, 0.0))
+        for (constants, own_T3), weight in product(own.items(), cfg.own_weight)
     )
     if "cooccurrence" not in cfg.kind:
         return best, trials
-    own_T3, plan = own[best.own_decay], Anchor(counts, best).plan
+    own_T3, plan = own[replace(best, own_weight=0.0)], Anchor(counts, best).plan
     weights = [(own, co) for own, co in product(cfg.own_weight, cfg.co_weight) if own + co < 1]
 
     def with_co() -> Iterator[tuple[AnchorConstants, Float]]:

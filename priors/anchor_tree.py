@@ -3,7 +3,7 @@
 :class:`~priors.anchor.TunedAnchor` gives the scores of all nodes, ``(B, N)``. Decoding asks for the children of the
 prefixes it follows. The mass below a node is
 
-    q_u(node) = λ · own(node) + (1 - λ) · pop(node)
+    q_u(node) = λ_u · own(node) + (1 - λ_u) · pop(node)
 
 pop(node) is the same for all users: added up once a period (and set of active advertisers), then looked up.
 own(node) is not 0 on the paths of the user's own advertisers only: those of a batch are one sorted list. The plan of
@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from priors.anchor import Anchor, TunedAnchor
+from priors.anchor import Anchor, TunedAnchor, trust
 from priors.flat_trie import ActiveSets, FlatTrie
 
 _KEPT_PERIODS = 8
@@ -71,10 +71,9 @@ class AnchorTree:
             if active.leaf_mask_GA is not None:
                 q_BA = q_BA * active.leaf_mask_GA[active.group_B.cpu().numpy()]
             return DenseAnchor(self, torch.stack([self._add_up(q_A) for q_A in q_BA]))
-        row_H, advertiser_H, mass_H = self._own(user_B, period_B)
-        weight = self.base.anchor.constants.own_weight
-        weight_B = np.where(np.bincount(row_H, minlength=len(user_B)) > 0, weight, 0.0)
-        mass_H = weight * mass_H * self._plan_of(period_B, row_H, advertiser_H)
+        row_H, advertiser_H, mass_H, trust_B = self._own(user_B, period_B)
+        weight_B = self.base.anchor.constants.own_weight * trust_B
+        mass_H = weight_B[row_H] * mass_H * self._plan_of(period_B, row_H, advertiser_H)
         if active.leaf_mask_GA is not None:
             leaf_H = self.flat.trie.advertiser_leaf[advertiser_H]
             kept_H = active.leaf_mask_GA[active.group_B.cpu().numpy()[row_H], leaf_H]
@@ -103,8 +102,8 @@ class AnchorTree:
 
     def _own(
         self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-        """Row, advertiser and mass of own(a) where it is not 0, each pair once."""
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+        """Row, advertiser and share of the row's own purchases, each pair once; and how far each row's are trusted."""
         anchor, counts = self.base.anchor, self.base.anchor.counts
         user_B, period_B = np.asarray(user_B, dtype=np.int64), np.asarray(period_B, dtype=np.int64)
         start_B = counts.user_ptr[user_B]
@@ -117,11 +116,12 @@ class AnchorTree:
         cell_H, inverse = np.unique(row_R * counts.n_advertisers + counts.advertiser_R[index_R], return_inverse=True)
         row_H, advertiser_H = np.divmod(cell_H, counts.n_advertisers)
         mass_H = np.bincount(inverse.reshape(-1), weight_R, minlength=len(cell_H))
+        trust_B = trust(np.bincount(row_H, mass_H, minlength=len(user_B)), anchor.constants.own_shrinkage)
         for period in np.unique(period_B[row_H]):
             of_period = period_B[row_H] == period
             mass_H[of_period] *= self._promotion_of(int(period))[advertiser_H[of_period]]
         total_B = np.bincount(row_H, mass_H, minlength=len(user_B))
-        return row_H, advertiser_H, mass_H / total_B[row_H]
+        return row_H, advertiser_H, mass_H / total_B[row_H], trust_B
 
     def _plan_of(
         self, period_B: NDArray[np.integer], row_H: NDArray[np.int64], advertiser_H: NDArray[np.int64]
@@ -180,8 +180,8 @@ class OpenAnchor:
     Attributes:
         tree: constants of the scores.
         key_U: row · N + node of every node with own mass, rising.
-        own_U: that mass, times its weight λ.
-        weight_B: λ of each row; 0 without a history.
+        own_U: that mass, times its weight λ_u.
+        weight_B: λ_u of each row; 0 without a history.
         popularity: mass of every node, ``(N,)`` for each kind of row.
         kind_B: which of them each row has.
     """

@@ -15,8 +15,8 @@ from models.training import TrainerConfig
 from priors.prompt_config import PromptConfig
 
 ANCHOR_GRID = (
-    "own_weight", "co_weight", "own_decay", "co_decay", "co_shrinkage", "popularity_decay", "smoothing",
-    "plan_exponent", "bias_penalty",
+    "own_weight", "co_weight", "own_decay", "own_shrinkage", "co_decay", "co_shrinkage", "popularity_decay",
+    "smoothing", "plan_exponent", "bias_penalty",
 )  # fmt: skip
 """Keys of ``prior.anchor`` that hold values to choose from."""
 ANCHORS = ("none", "popularity", "popularity+history", "popularity+history+cooccurrence")
@@ -170,7 +170,8 @@ class AnchorConfig:
         own_weight: values of λ, the weight of the user's own history against popularity.
         co_weight: values of μ, the weight of co-conversions with what the user bought.
         own_decay: values of δ, by which a purchase's weight falls a period.
-        co_decay: the same for what a purchase says of others.
+        own_shrinkage: values of ν, purchases at which own history has half of its weight; 0: it has all with the first.
+        co_decay: the same as ``own_decay`` for what a purchase says of others.
         co_shrinkage: values of κ, conversions that an advertiser must have been followed by to be believed.
         popularity_decay: values of ρ, the same for popularity.
         smoothing: values of s, added to every advertiser's count.
@@ -181,9 +182,10 @@ class AnchorConfig:
     """
 
     kind: str = "popularity+history"
-    own_weight: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
+    own_weight: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
     co_weight: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
     own_decay: list[float] = field(default_factory=lambda: [0.94, 0.97, 0.99])
+    own_shrinkage: list[float] = field(default_factory=lambda: [0.0, 10.0, 30.0, 100.0, 300.0])
     co_decay: list[float] = field(default_factory=lambda: [0.94, 0.97])
     co_shrinkage: list[float] = field(default_factory=lambda: [1.0, 10.0, 100.0])
     popularity_decay: list[float] = field(default_factory=lambda: [0.8, 0.9, 0.97, 1.0])

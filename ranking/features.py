@@ -154,8 +154,8 @@ class FeatureBuilder:
         return history, price[order].astype(np.float32), discount[order].astype(np.float32)
 
     @cached_property
-    def plan(self) -> tuple[Ints, Floats] | None:
-        """Running ads of each advertiser in each period, and log r of `priors.plan`, ``(P, A)``; None without a plan."""
+    def plan(self) -> tuple[Ints, NDArray[np.float64]] | None:
+        """Running ads and log r of `priors.plan` by period and advertiser, ``(P, A)``; None where there is no plan."""
         n_periods = int(self.log.events.period.max(initial=0)) + 2
         plan_PA = planned(self.log, n_periods)
         return None if plan_PA is None else (running_ads(self.log, n_periods), plan_PA)
@@ -247,7 +247,7 @@ def _activity(builder: FeatureBuilder, rows: Rows) -> dict[str, NDArray[Any]]:
 
 
 def _plan(builder: FeatureBuilder, rows: Rows) -> dict[str, NDArray[Any]]:
-    """How many ads of the advertiser run in the period, and how many more than used to; nothing where the same always run."""
+    """How many ads of the advertiser run in the period, and how many more than used to; nothing without a plan."""
     if builder.plan is None:
         return {}
     running_PA, plan_PA = builder.plan

@@ -16,6 +16,7 @@ from tests.logs import tiny_log
 from tests.priors.conftest import random_ids
 
 CONSTANTS = AnchorConstants(own_weight=0.6, own_decay=0.9, popularity_decay=0.8, smoothing=0.5)
+SHRUNK = replace(CONSTANTS, own_shrinkage=3.0)
 
 
 @pytest.fixture(scope="module")
@@ -40,20 +41,22 @@ def by_hand(log: Log, user: int, period: int, c: AnchorConstants) -> np.ndarray:
             own[a] += c.own_decay**ago if events.user[i] == user else 0.0
     floor = 0.5 / promoted.sum()
     g = np.sqrt(np.maximum((promoted / promoted.sum()) / (bought / bought.sum()), floor))
+    weight = c.own_weight * own.sum() / max(own.sum() + c.own_shrinkage, 1e-9)
     own *= g
     popularity /= popularity.sum()
-    return popularity if own.sum() == 0 else c.own_weight * own / own.sum() + (1 - c.own_weight) * popularity
+    return popularity if own.sum() == 0 else weight * own / own.sum() + (1 - weight) * popularity
 
 
-def test_probabilities_follow_the_formula(log: Log) -> None:
-    anchor = Anchor(Counts.of(log), CONSTANTS)
+@pytest.mark.parametrize("constants", [CONSTANTS, SHRUNK])
+def test_probabilities_follow_the_formula(log: Log, constants: AnchorConstants) -> None:
+    anchor = Anchor(Counts.of(log), constants)
     users, periods = np.array([0, 3, 7]), np.array([4, 8, 8])
-    expected = [by_hand(log, user, period, CONSTANTS) for user, period in zip(users, periods, strict=True)]
+    expected = [by_hand(log, user, period, constants) for user, period in zip(users, periods, strict=True)]
     np.testing.assert_allclose(anchor.probabilities(users, periods), expected, rtol=1e-9)
 
 
 def test_a_user_without_history_gets_popularity(log: Log) -> None:
-    anchor = Anchor(Counts.of(log), CONSTANTS)
+    anchor = Anchor(Counts.of(log), SHRUNK)
     first = np.array([1])
     np.testing.assert_allclose(anchor.probabilities(np.array([0]), first), anchor.popularity(first))
     np.testing.assert_allclose(anchor.popularity(first), 1 / len(log.advertiser_ids))
@@ -66,6 +69,20 @@ def test_counts_end_before_the_period(log: Log) -> None:
     users, when = np.arange(len(log.user_ids)), np.full(len(log.user_ids), period)
     whole = Anchor(Counts.of(log), CONSTANTS).probabilities(users, when)
     np.testing.assert_array_equal(Anchor(Counts.of(early), CONSTANTS).probabilities(users, when), whole)
+
+
+def test_little_history_is_trusted_little(log: Log) -> None:
+    """What a purchase of today says of a user falls with ν, and the more so the fewer there are."""
+    counts, period = Counts.of(log), 8
+    users, when = np.arange(len(log.user_ids)), np.full(len(log.user_ids), period)
+    bought = np.bincount(counts.history(users, when)[0], minlength=len(users))
+    light, heavy = np.argsort(bought)[[0, -1]]
+    share = {
+        nu: Anchor(counts, replace(CONSTANTS, own_decay=1.0, own_shrinkage=nu)).own(users, when).sum(1)
+        for nu in (0.0, 3.0)
+    }
+    np.testing.assert_allclose(share[0.0][bought > 0], 1.0)
+    assert 0 < share[3.0][light] < share[3.0][heavy] < 1
 
 
 def test_untuned_scores_are_the_conditionals_of_q_and_sum_to_one(log: Log) -> None:
@@ -86,14 +103,15 @@ def test_untuned_scores_are_the_conditionals_of_q_and_sum_to_one(log: Log) -> No
 def test_chosen_constants_are_the_best_of_the_grid(log: Log) -> None:
     targets = log.advertiser_targets("prior_select")
     grid = AnchorConfig(
-        own_weight=[0.2, 0.6], own_decay=[0.9], popularity_decay=[0.9, 1.0], smoothing=[0.1, 1.0], plan_exponent=[0.5]
-    )
+        own_weight=[0.2, 0.6], own_decay=[0.9], own_shrinkage=[0.0, 5.0], popularity_decay=[0.9, 1.0],
+        smoothing=[0.1, 1.0], plan_exponent=[0.5],
+    )  # fmt: skip
     counts = Counts.of(log)
     chosen, trials = choose_constants(counts, targets, grid)
     q = Anchor(counts, chosen).probabilities(targets.user, targets.period)
     nll = -np.bincount(targets.row, np.log(q[targets.row, targets.item])) / np.diff(targets.ptr)
     assert nll.mean() == pytest.approx(min(trial["nll"] for trial in trials))
-    assert len(trials) == 4 + 2
+    assert len(trials) == 4 + 2 * 2
 
 
 def test_plain_form_gives_the_same_anchor_back(log: Log, tmp_path: Path) -> None:
@@ -127,6 +145,7 @@ def test_without_an_anchor_every_legal_child_is_as_likely(log: Log) -> None:
         ({"own_weight": [0.7], "co_weight": [0.3, 0.5]}, "leaves popularity a weight"),
         ({"smoothing": [0.0, 1.0]}, r"(?s)prior\.anchor\.smoothing=\[0\.0, 1\.0\].*above 0"),
         ({"own_decay": [1.5]}, r"(?s)prior\.anchor\.own_decay=\[1\.5\].*at most 1"),
+        ({"own_shrinkage": [-1.0]}, r"(?s)prior\.anchor\.own_shrinkage=\[-1\.0\].*at least 0"),
         ({"co_shrinkage": [-1.0]}, r"(?s)prior\.anchor\.co_shrinkage=\[-1\.0\].*at least 0"),
         ({"select_rows": 0}, r"prior\.anchor\.select_rows=0"),
     ],

@@ -88,8 +88,8 @@ def test_nothing_is_known_in_the_first_period(log: Log) -> None:
 def test_weights_are_the_best_of_the_grid(log: Log, kind: str) -> None:
     targets, counts = log.advertiser_targets("prior_select"), Counts.of(log)
     grid = AnchorConfig(
-        kind=kind, own_weight=[0.2, 0.6], co_weight=[0.1, 0.3, 0.5], own_decay=[0.9], popularity_decay=[0.9],
-        smoothing=[0.1, 1.0], co_decay=[0.6, 0.9], co_shrinkage=[1.0, 10.0],
+        kind=kind, own_weight=[0.2, 0.6], co_weight=[0.1, 0.3, 0.5], own_decay=[0.9], own_shrinkage=[0.0],
+        popularity_decay=[0.9], smoothing=[0.1, 1.0], co_decay=[0.6, 0.9], co_shrinkage=[1.0, 10.0],
     )  # fmt: skip
     chosen, trials = choose_constants(counts, targets, grid)
     q = Anchor(counts, chosen).probabilities(targets.user, targets.period)

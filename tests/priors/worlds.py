@@ -91,7 +91,8 @@ def world(
     trie = Trie.from_codes(codes_AL, sizes)
     base = TunedAnchor(
         anchor=Anchor(
-            with_plan(counts(len(codes_AL), rng), rng), AnchorConstants(0.4, 0.9, 0.8, 0.3, plan_exponent=0.7)
+            with_plan(counts(len(codes_AL), rng), rng),
+            AnchorConstants(0.4, 0.9, 0.8, 0.3, plan_exponent=0.7, own_shrinkage=4.0),
         ),
         trie=trie,
         exponent_L=rng.uniform(0.5, 1.5, len(sizes)),
