@@ -30,10 +30,11 @@ from pipeline.config import CONFIG_FILE, AdsidConfig, compose
 from pipeline.dataset import config_of
 from pipeline.forecasts import open_prior
 from pipeline.quiet import quiet_libraries
-from priors.anchor import Anchor, Counts, choose_constants
+from priors.anchor import Anchor, Counts
 from priors.artifact import PriorModel
 from priors.baselines import fit_baselines
 from priors.config import ANCHORS, BASELINES
+from priors.constants import choose_constants
 from priors.evaluate import constant_log_probs
 from priors.fit import rows_of, sample_rows
 from priors.judge import Measure, RequestValues, Scorer, compared, judge_lists

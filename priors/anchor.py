@@ -28,10 +28,8 @@ Shapes: B user-periods, A advertisers, N_d trie nodes of depth d, V codes of a l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -39,7 +37,6 @@ from numpy.typing import NDArray
 
 from data.log import Log, Targets
 from priors.coconversions import CoConversions
-from priors.config import AnchorConfig
 from priors.plan import planned
 from semantic_ids.trie import Trie
 
@@ -352,101 +349,3 @@ def mean_target_nll(log_prob_T: Float, targets: Targets, share_T: Float | None =
     if share_T is not None:
         return np.bincount(targets.row, -share_T * log_prob_T, minlength=len(targets)).astype(np.float64)
     return -np.add.reduceat(log_prob_T, targets.ptr[:-1]) / np.diff(targets.ptr)
-
-
-def choose_constants(
-    counts: Counts, targets: Targets, cfg: AnchorConfig, *, share_T: Float | None = None
-) -> tuple[AnchorConstants, list[dict[str, float]]]:
-    """The constants with the lowest NLL on the given targets.
-
-    Popularity's constants are chosen first, for themselves, with the plan's exponent (0 without a plan); then λ, δ and
-    ν over it; then λ, μ, κ and the decay of co-conversions together. The grid's order settles ties.
-
-    Args:
-        counts: of the log; each row of targets uses those before its period only.
-        targets: user-periods of the selection span.
-        cfg: which terms, and the grid.
-        share_T: weight of each target among those of its row; None: all weigh the same.
-
-    Returns:
-        The constants and the trials with their NLL.
-    """
-    trials: list[dict[str, float]] = []
-
-    def best_of(candidates: Iterable[tuple[AnchorConstants, Float]]) -> AnchorConstants:
-        best, best_nll = None, np.inf
-        for constants, probability_T in candidates:
-            nll = float(mean_target_nll(np.log(probability_T), targets, share_T).mean())
-            trials.append({**vars(constants), "nll": nll})
-            if best is None or nll < best_nll:
-                best, best_nll = constants, nll
-        assert best is not None
-        return best
-
-    def popularity_of(constants: AnchorConstants) -> Float:
-        anchor = Anchor(counts, constants)
-        return _at_targets(lambda user, period: anchor.popularity(period), anchor.plan, targets)
-
-    def own_of(constants: AnchorConstants) -> Float:
-        anchor = Anchor(counts, constants)
-        return _at_targets(anchor.own, anchor.plan, targets)
-
-    no_other = np.zeros((1, 3))
-    exponents = cfg.plan_exponent if counts.plan_PA is not None else [0.0]
-    alone = [
-        AnchorConstants(0.0, 1.0, rho, s, plan_exponent=gamma)
-        for rho, s, gamma in product(cfg.popularity_decay, cfg.smoothing, exponents)
-    ]
-    best = best_of((constants, _mixed(no_other, no_other, popularity_of(constants), 0.0, 0.0)) for constants in alone)
-    if "history" not in cfg.kind:
-        return best, trials
-    popularity_T3 = popularity_of(best)
-    of_own = (
-        replace(best, own_decay=decay, own_shrinkage=nu) for decay, nu in product(cfg.own_decay, cfg.own_shrinkage)
-    )
-    own = {constants: own_of(constants) for constants in of_own}
-    best = best_of(
-        (replace(constants, own_weight=weight), _mixed(own_T3, no_other, popularity_T3, weight, 0.0))
-        for (constants, own_T3), weight in product(own.items(), cfg.own_weight)
-    )
-    if "cooccurrence" not in cfg.kind:
-        return best, trials
-    own_T3, plan = own[replace(best, own_weight=0.0)], Anchor(counts, best).plan
-    weights = [(own, co) for own, co in product(cfg.own_weight, cfg.co_weight) if own + co < 1]
-
-    def with_co() -> Iterator[tuple[AnchorConstants, Float]]:
-        for decay in cfg.co_decay:
-            co = CoConversions(counts, decay=decay)
-            for shrinkage in cfg.co_shrinkage:
-                co_T3 = _at_targets(partial(co.mass, shrinkage=shrinkage), plan, targets)
-                of_co = replace(best, co_decay=decay, co_shrinkage=shrinkage)
-                for own_weight, co_weight in weights:
-                    constants = replace(of_co, own_weight=own_weight, co_weight=co_weight)
-                    yield constants, _mixed(own_T3, co_T3, popularity_T3, own_weight, co_weight)
-
-    return best_of(with_co()), trials
-
-
-def _at_targets(
-    values: Callable[[NDArray, NDArray], Float], plan: Callable[[NDArray], Float], targets: Targets
-) -> Float:
-    """Values of a ``(B, A)`` function at every target, weighted by the plan, and the sums of its row: ``(T, 3)``.
-
-    The first sum is of the values, the second of the weighted ones.
-    """
-    row_T, picked = targets.row, []
-    for rows in np.array_split(np.arange(len(targets)), max(1, len(targets) // 256)):
-        inside = (row_T >= rows[0]) & (row_T <= rows[-1])
-        dense_BA = values(targets.user[rows], targets.period[rows])
-        weighted_BA = dense_BA * np.exp(plan(targets.period[rows]))
-        row_B = row_T[inside] - rows[0]
-        at_target = weighted_BA[row_B, targets.item[inside]]
-        picked.append(np.stack([at_target, dense_BA.sum(1)[row_B], weighted_BA.sum(1)[row_B]], axis=1))
-    return np.concatenate(picked)
-
-
-def _mixed(own_T3: Float, co_T3: Float, popularity_T3: Float, own_weight: float, co_weight: float) -> Float:
-    """q_u at targets alone, of what :func:`_at_targets` says of its parts."""
-    known_T3 = own_weight * own_T3 + co_weight * co_T3
-    mixed_T3 = known_T3 + (1 - known_T3[..., 1:2]) * popularity_T3
-    return mixed_T3[..., 0] / mixed_T3[..., 2]

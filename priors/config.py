@@ -184,11 +184,11 @@ class AnchorConfig:
     kind: str = "popularity+history"
     own_weight: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
     co_weight: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
-    own_decay: list[float] = field(default_factory=lambda: [0.94, 0.97, 0.99])
+    own_decay: list[float] = field(default_factory=lambda: [0.94, 0.97, 0.99, 1.0])
     own_shrinkage: list[float] = field(default_factory=lambda: [0.0, 10.0, 30.0, 100.0, 300.0])
     co_decay: list[float] = field(default_factory=lambda: [0.94, 0.97])
     co_shrinkage: list[float] = field(default_factory=lambda: [1.0, 10.0, 100.0])
-    popularity_decay: list[float] = field(default_factory=lambda: [0.8, 0.9, 0.97, 1.0])
+    popularity_decay: list[float] = field(default_factory=lambda: [0.65, 0.8, 0.9, 0.97, 1.0])
     smoothing: list[float] = field(default_factory=lambda: [0.03, 0.1, 0.3, 1.0, 3.0])
     plan_exponent: list[float] = field(default_factory=lambda: [0.0, 0.5, 0.75, 1.0])
     bias_penalty: list[float] = field(default_factory=lambda: [0.003, 0.03, 0.3])

@@ -43,11 +43,12 @@ from models.prior_lm import (
     row_nll,
 )
 from models.training import EpochSampler, FitResult, History, TokenBatchSampler, fit, token_budget
-from priors.anchor import Anchor, Counts, TunedAnchor, choose_constants
+from priors.anchor import Anchor, Counts, TunedAnchor
 from priors.artifact import PriorModel, check_advertisers, heads_of, history_vectors
 from priors.base_model import BaseModel, load_base_model, quick_attention
 from priors.calibration import calibrate, calibrated_nll, fit_anchor_levels
 from priors.config import AnchorConfig, PriorConfig
+from priors.constants import choose_constants
 from priors.dataset import PromptDataset, TreeCollator
 from priors.history import categories_of, fit_history, freeze_history, history_states
 from priors.interests import Interests, InterestSpace, fit_interest_anchor, interest_column

@@ -28,9 +28,10 @@ from data.artifacts import to_plain
 from data.errors import UserError
 from data.log import Log, Targets
 from models.prior_lm import Decisions, InterestTargets, PriorLM
-from priors.anchor import Anchor, Counts, TunedAnchor, choose_constants
+from priors.anchor import Anchor, Counts, TunedAnchor
 from priors.calibration import Calibration, fit_anchor_levels
 from priors.config import AUTO, AnchorConfig, InterestConfig
+from priors.constants import choose_constants
 from semantic_ids.trie import Trie
 
 TOP_INTERESTS = 5

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 
 from data.errors import UserError
 from data.log import Log
-from priors.anchor import Anchor, AnchorConstants, Counts, TunedAnchor, choose_constants, path_log_probs
+from priors.anchor import Anchor, AnchorConstants, Counts, TunedAnchor, path_log_probs
 from priors.config import AnchorConfig
+from priors.constants import choose_constants
 from semantic_ids.trie import Trie
 from tests.logs import tiny_log
 from tests.priors.conftest import random_ids
@@ -100,18 +102,28 @@ def test_untuned_scores_are_the_conditionals_of_q_and_sum_to_one(log: Log) -> No
     np.testing.assert_allclose(np.exp(prefixes[0]), trie.node_mass(np.exp(tuned.log_probs(users, periods)), 1))
 
 
-def test_chosen_constants_are_the_best_of_the_grid(log: Log) -> None:
-    targets = log.advertiser_targets("prior_select")
-    grid = AnchorConfig(
-        own_weight=[0.2, 0.6], own_decay=[0.9], own_shrinkage=[0.0, 5.0], popularity_decay=[0.9, 1.0],
-        smoothing=[0.1, 1.0], plan_exponent=[0.5],
-    )  # fmt: skip
-    counts = Counts.of(log)
-    chosen, trials = choose_constants(counts, targets, grid)
-    q = Anchor(counts, chosen).probabilities(targets.user, targets.period)
-    nll = -np.bincount(targets.row, np.log(q[targets.row, targets.item])) / np.diff(targets.ptr)
-    assert nll.mean() == pytest.approx(min(trial["nll"] for trial in trials))
-    assert len(trials) == 4 + 2 * 2
+@pytest.mark.parametrize("kind", ["popularity", "popularity+history", "popularity+history+cooccurrence"])
+def test_no_term_has_better_constants_beside_the_others(log: Log, kind: str) -> None:
+    targets, counts = log.advertiser_targets("prior_select"), Counts.of(log)
+    terms: dict[str, dict[str, list[float]]] = {
+        "popularity": {"popularity_decay": [0.6, 0.9, 1.0], "smoothing": [0.1, 1.0, 5.0], "plan_exponent": [0.0, 0.7]},
+        "history": {"own_weight": [0.2, 0.6], "own_decay": [0.7, 1.0], "own_shrinkage": [0.0, 5.0]},
+        "cooccurrence": {"co_weight": [0.1, 0.3], "co_decay": [0.6, 0.9], "co_shrinkage": [1.0, 10.0]},
+    }
+    terms = {name: values for name, values in terms.items() if name in kind}
+    grid: dict[str, Any] = {name: values for term in terms.values() for name, values in term.items()}
+    chosen, trials = choose_constants(counts, targets, AnchorConfig(kind=kind, **grid))
+
+    def nll(constants: AnchorConstants) -> float:
+        q = Anchor(counts, constants).probabilities(targets.user, targets.period)
+        by_row = np.bincount(targets.row, -np.log(q[targets.row, targets.item])) / np.diff(targets.ptr)
+        return float(by_row.mean())
+
+    lowest = nll(chosen)
+    assert lowest == pytest.approx(min(trial["nll"] for trial in trials))
+    for values in terms.values():
+        for other in product(*values.values()):
+            assert nll(replace(chosen, **dict(zip(values, other, strict=True)))) >= lowest - 1e-9
 
 
 def test_plain_form_gives_the_same_anchor_back(log: Log, tmp_path: Path) -> None:

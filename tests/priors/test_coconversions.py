@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from data.log import Log
-from priors.anchor import Anchor, AnchorConstants, Counts, choose_constants
+from priors.anchor import Anchor, AnchorConstants, Counts
 from priors.coconversions import REVERSE, CoConversions
 from priors.config import AnchorConfig
+from priors.constants import choose_constants
 from tests.logs import tiny_log
 
 DECAY, SHRINKAGE = 0.8, 3.0

@@ -9,9 +9,10 @@ import pytest
 
 from data.log import Log, load_log
 from data.writer import write_tables
-from priors.anchor import Anchor, AnchorConstants, Counts, choose_constants
+from priors.anchor import Anchor, AnchorConstants, Counts
 from priors.baselines import Planned, fit_baselines
 from priors.config import AnchorConfig, BaselineConfig
+from priors.constants import choose_constants
 from priors.interests import InterestSpace
 from priors.plan import planned, running_ads
 from tests.logs import tiny_config, tiny_log, tiny_tables

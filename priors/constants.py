@@ -1,0 +1,154 @@
+"""Chooses the anchor's constants on the selection span: the best of a grid, term by term, again until nothing changes.
+
+    ρ, s, γ of popularity alone ─► λ, δ, ν of own purchases ─► λ, μ, κ and the decay of co-conversions ─┐
+         ▲                                                                                             │
+         └──────────────────── the same with the other terms as they are ◄─────────────────────────────┘
+
+What is best for popularity alone need not be beside own purchases, and the first round does not know what comes next:
+it would keep the wrong ones. A round costs no counting that was done before.
+
+Shapes: R user-periods, T targets, B rows, A advertisers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import product
+from operator import itemgetter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.log import Targets
+from priors.anchor import Anchor, AnchorConstants, Counts, mean_target_nll, trust
+from priors.coconversions import CoConversions
+from priors.config import AnchorConfig
+
+Float = NDArray[np.float64]
+_ROUNDS = 10
+
+
+def choose_constants(
+    counts: Counts, targets: Targets, cfg: AnchorConfig, *, share_T: Float | None = None
+) -> tuple[AnchorConstants, list[dict[str, float]]]:
+    """The constants with the lowest NLL on the given targets.
+
+    The grid's order settles ties. Where the plan says nothing, its exponent is 0.
+
+    Args:
+        counts: of the log; each row of targets uses those before its period only.
+        targets: user-periods of the selection span.
+        cfg: which terms, and the grid.
+        share_T: weight of each target among those of its row; None: all weigh the same.
+
+    Returns:
+        The constants and the trials with their NLL.
+    """
+    trials: list[dict[str, float]] = []
+    parts = _Parts(counts, targets)
+
+    def nll(constants: AnchorConstants) -> float:
+        value = float(mean_target_nll(np.log(parts.probability(constants)), targets, share_T).mean())
+        trials.append({**vars(constants), "nll": value})
+        return value
+
+    best, lowest = AnchorConstants(0.0, 1.0, 1.0, 1.0), np.inf
+    terms = _terms(cfg, planned=counts.plan_PA is not None)
+    for _ in range(_ROUNDS):
+        before = lowest
+        for term in terms:
+            tried = [replace(best, **values) for values in term]
+            of_tried = [(nll(one), one) for one in tried if one.own_weight + one.co_weight < 1]
+            lowest, best = min(of_tried, key=itemgetter(0))
+        if len(terms) == 1 or not lowest < before:
+            break
+    return best, trials
+
+
+def _terms(cfg: AnchorConfig, *, planned: bool) -> list[list[dict[str, float]]]:
+    """What is chosen together, in order."""
+
+    def grid(**values: Sequence[float]) -> list[dict[str, float]]:
+        return [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
+
+    exponents = cfg.plan_exponent if planned else [0.0]
+    popularity = grid(popularity_decay=cfg.popularity_decay, smoothing=cfg.smoothing, plan_exponent=exponents)
+    own = grid(own_decay=cfg.own_decay, own_shrinkage=cfg.own_shrinkage, own_weight=cfg.own_weight)
+    co = grid(co_decay=cfg.co_decay, co_shrinkage=cfg.co_shrinkage, own_weight=cfg.own_weight, co_weight=cfg.co_weight)
+    return [popularity, *([own] if "history" in cfg.kind else []), *([co] if "cooccurrence" in cfg.kind else [])]
+
+
+@dataclass
+class _Parts:
+    """The terms of the anchor at all targets, each counted once.
+
+    Attributes:
+        counts, targets: as of :func:`choose_constants`.
+        known: what was counted.
+        pairs: the co-conversions counted last; those of every decay would take memory.
+    """
+
+    counts: Counts
+    targets: Targets
+    known: dict[tuple[Any, ...], Float] = field(default_factory=dict)
+    pairs: CoConversions | None = None
+
+    def probability(self, constants: AnchorConstants) -> Float:
+        """q_u of every target, ``(T,)``."""
+        c, zero, gamma = constants, np.zeros((1, 3)), constants.plan_exponent
+        popularity_T3 = self._once(("popularity", c.popularity_decay, c.smoothing, gamma), self._popularity, c)
+        own_T3 = co_T3 = zero
+        if c.own_weight > 0:
+            trust_T = trust(self._once(("purchases", c.own_decay), self._purchases, c), c.own_shrinkage)
+            own_T3 = trust_T[:, None] * self._once(("own", c.own_decay, gamma), self._own, c)
+        if c.co_weight > 0:
+            co_T3 = self._once(("co", c.co_decay, c.co_shrinkage, gamma), self._co, c)
+        known_T3 = c.own_weight * own_T3 + c.co_weight * co_T3
+        mixed_T3 = known_T3 + (1 - known_T3[:, 1:2]) * popularity_T3
+        mixed_T: Float = mixed_T3[:, 0] / mixed_T3[:, 2]
+        return mixed_T
+
+    def _popularity(self, constants: AnchorConstants) -> Float:
+        anchor = Anchor(self.counts, constants)
+        return self._at_targets(lambda user, period: anchor.popularity(period), anchor)
+
+    def _own(self, constants: AnchorConstants) -> Float:
+        anchor = Anchor(self.counts, replace(constants, own_shrinkage=0.0))
+        return self._at_targets(anchor.own, anchor)
+
+    def _purchases(self, constants: AnchorConstants) -> Float:
+        row_N, index_N, ago_N = self.counts.history(self.targets.user, self.targets.period)
+        weight_N = self.counts.count_R[index_N] * constants.own_decay**ago_N
+        n_R: Float = np.bincount(row_N, weight_N, minlength=len(self.targets)).astype(np.float64)
+        return n_R[self.targets.row]
+
+    def _co(self, constants: AnchorConstants) -> Float:
+        if self.pairs is None or self.pairs.decay != constants.co_decay:
+            self.pairs = CoConversions(self.counts, decay=constants.co_decay)
+        mass = partial(self.pairs.mass, shrinkage=constants.co_shrinkage)
+        return self._at_targets(mass, Anchor(self.counts, constants))
+
+    def _once(
+        self, key: tuple[Any, ...], count: Callable[[AnchorConstants], Float], constants: AnchorConstants
+    ) -> Float:
+        if key not in self.known:
+            self.known[key] = count(constants)
+        return self.known[key]
+
+    def _at_targets(self, values: Callable[[NDArray[Any], NDArray[Any]], Float], anchor: Anchor) -> Float:
+        """Values of a ``(B, A)`` function at every target, weighted by the plan, and the sums of its row: ``(T, 3)``.
+
+        The first sum is of the values, the second of the weighted ones.
+        """
+        targets, row_T, picked = self.targets, self.targets.row, []
+        for rows in np.array_split(np.arange(len(targets)), max(1, len(targets) // 256)):
+            inside = (row_T >= rows[0]) & (row_T <= rows[-1])
+            dense_BA = values(targets.user[rows], targets.period[rows])
+            weighted_BA = dense_BA * np.exp(anchor.plan(targets.period[rows]))
+            row_B = row_T[inside] - rows[0]
+            at_target = weighted_BA[row_B, targets.item[inside]]
+            picked.append(np.stack([at_target, dense_BA.sum(1)[row_B], weighted_BA.sum(1)[row_B]], axis=1))
+        return np.concatenate(picked)
