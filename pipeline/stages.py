@@ -41,7 +41,7 @@ from priors.anchor import TunedAnchor
 from priors.artifact import FOR_LISTS, PriorModel, load_base, load_interests, read_plain
 from priors.baselines import fit_baselines
 from priors.card import model_card
-from priors.evaluate import evaluate_forecast, evaluated_rows
+from priors.evaluate import DatedScorer, evaluate_forecast, evaluated_rows
 from priors.fit import fit_prior
 from priors.forecast import Forecast, TableForecast
 from priors.generate import generate_priors
@@ -228,9 +228,10 @@ def make_forecasts(context: Work) -> dict[str, Any]:
     baselines, chosen = fit_baselines(
         log, popularity, cfg.baselines, seed=cfg.seed, work_dir=context.work / "baselines"
     )
-    scorers = {name: baseline.log_probs for name, baseline in baselines.items()}
+    scorers: dict[str, DatedScorer] = {name: baseline.log_probs for name, baseline in baselines.items()}
     if prior.reward == FOR_LISTS:
-        scorers["lm, reward"] = _make_lists(context).log_probs
+        lists = _make_lists(context)
+        scorers["lm, reward"] = lambda user_B, _, period_B: lists.log_probs(user_B, period_B)
     evaluation = evaluate_forecast(prior, forecasts, log, cfg, scorers)
     costs = [
         Row("cost", name, "lm", "all", None, float(metrics[name]), None, None, int(metrics["forecasts_made"]))

@@ -30,10 +30,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import log_softmax
 
 from data.log import Log, Targets
 from priors.coconversions import CoConversions
@@ -41,6 +42,7 @@ from priors.plan import planned
 from semantic_ids.trie import Trie
 
 Float = NDArray[np.float64]
+F = TypeVar("F", np.float32, np.float64)
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,27 @@ class Anchor:
         if self._plan_PA is None:
             return np.zeros((len(period_B), 1))
         return self._plan_PA[self._clip(period_B)]
+
+    def replanned(
+        self, log_prob_BA: NDArray[F], made_B: NDArray[np.integer], period_B: NDArray[np.integer]
+    ) -> NDArray[F]:
+        """Forecasts made for a period, with the plan of another in the place of its own: times r_t(a)^γ / r_made(a)^γ.
+
+        Args:
+            log_prob_BA: log-probabilities of all advertisers.
+            made_B: periods whose plan they hold.
+            period_B: periods they are asked for.
+
+        Returns:
+            ``(B, A)``, distributions again; the same bytes where nothing changes.
+        """
+        stale_B = np.asarray(made_B) != np.asarray(period_B)
+        if self._plan_PA is None or not stale_B.any():
+            return log_prob_BA
+        found_BA = log_prob_BA.copy()
+        change_BA = self.plan(period_B[stale_B]) - self.plan(made_B[stale_B])
+        found_BA[stale_B] = log_softmax(log_prob_BA[stale_B] + change_BA, axis=1)
+        return found_BA
 
     def popularity(self, period_B: NDArray[np.integer]) -> Float:
         """pop(a) at the start of each period, ``(B, A)``; uniform before the first conversion."""

@@ -34,7 +34,7 @@ from data.log import Log, Targets
 from priors.anchor import Anchor, Counts, mean_target_nll
 from priors.config import BaselineConfig
 from priors.metrics import recall_at_k, target_ranks
-from priors.sasrec import fit_sasrec
+from priors.sasrec import SasRecForecast, fit_sasrec
 
 Float = NDArray[np.float64]
 Scores = Callable[[NDArray[np.integer], NDArray[np.integer]], Float]
@@ -58,17 +58,35 @@ class Scored:
     popularity: Anchor
     inverse_temperature: float = 1.0
 
-    def log_probs(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> Float:
-        """Log-probabilities of all advertisers at the start of each period, ``(B, A)``."""
-        return self.distribution(self.scores(user_B, period_B), user_B, period_B)
+    def log_probs(
+        self,
+        user_B: NDArray[np.integer],
+        period_B: NDArray[np.integer],
+        planned_B: NDArray[np.integer] | None = None,
+    ) -> Float:
+        """Log-probabilities of all advertisers at the start of each period, ``(B, A)``.
 
-    def distribution(self, score_BA: Float, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> Float:
+        Args:
+            user_B, period_B: whose, and as of when.
+            planned_B: periods whose plan holds; None: the same.
+        """
+        return self.distribution(self.scores(user_B, period_B), user_B, period_B, planned_B)
+
+    def distribution(
+        self,
+        score_BA: Float,
+        user_B: NDArray[np.integer],
+        period_B: NDArray[np.integer],
+        planned_B: NDArray[np.integer] | None = None,
+    ) -> Float:
         """:meth:`log_probs` of scores that are there."""
-        popularity_BA = self.popularity.probabilities(user_B, period_B)
-        score_BA = np.where(score_BA > 0, score_BA * np.exp(self.popularity.plan(period_B)), score_BA)
-        log_prob_BA = log_softmax(self.inverse_temperature * (score_BA + _TIE * popularity_BA), axis=1)
+        planned_B = period_B if planned_B is None else planned_B
+        log_popularity_BA = np.log(self.popularity.probabilities(user_B, period_B))
+        log_popularity_BA = self.popularity.replanned(log_popularity_BA, period_B, planned_B)
+        score_BA = np.where(score_BA > 0, score_BA * np.exp(self.popularity.plan(planned_B)), score_BA)
+        log_prob_BA = log_softmax(self.inverse_temperature * (score_BA + _TIE * np.exp(log_popularity_BA)), axis=1)
         has_history_B = np.isin(np.arange(len(user_B)), self.popularity.counts.history(user_B, period_B)[0])
-        return np.where(has_history_B[:, None], log_prob_BA, np.log(popularity_BA))
+        return np.where(has_history_B[:, None], log_prob_BA, log_popularity_BA)
 
 
 @dataclass(frozen=True)
@@ -76,22 +94,28 @@ class Planned:
     """A forecaster that knows nothing of the plan of campaigns, told it.
 
     Attributes:
-        forecast: log-probabilities ``(B, A)`` of users and periods.
+        forecast: the forecaster.
         popularity: whose plan counts.
     """
 
-    forecast: Callable[[NDArray[np.integer], NDArray[np.integer]], NDArray[np.floating]]
+    forecast: SasRecForecast
     popularity: Anchor
 
-    def log_probs(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> Float:
-        """Log-probabilities of all advertisers at the start of each period, ``(B, A)``."""
-        found: Float = log_softmax(self.forecast(user_B, period_B) + self.popularity.plan(period_B), axis=1)
+    def log_probs(
+        self,
+        user_B: NDArray[np.integer],
+        period_B: NDArray[np.integer],
+        planned_B: NDArray[np.integer] | None = None,
+    ) -> Float:
+        """As of :meth:`Scored.log_probs`."""
+        plan_BA = self.popularity.plan(period_B if planned_B is None else planned_B)
+        found: Float = log_softmax(self.forecast.log_probs(user_B, period_B) + plan_BA, axis=1)
         return found
 
 
 def fit_baselines(
     log: Log, popularity: Anchor, cfg: BaselineConfig, *, seed: int, work_dir: Path
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[dict[str, Scored | Planned], dict[str, Any]]:
     """Fit the baselines that the config names.
 
     Args:
@@ -102,12 +126,13 @@ def fit_baselines(
         work_dir: SASRec's checkpoints.
 
     Returns:
-        Forecasters by name, each with ``log_probs``; and what was chosen for each.
+        Forecasters by name, each with ``log_probs`` of users, periods and the periods whose plan holds; and what was
+        chosen for each.
 
     Raises:
         UserError: EASE of too many advertisers, or a span without conversions.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, Scored | Planned] = {}
     chosen: dict[str, Any] = {}
     select = log.advertiser_targets("prior_select")
     if len(select) > cfg.select_rows:
@@ -116,7 +141,7 @@ def fit_baselines(
     for name in cfg.names:
         if name == "sasrec":
             sasrec, result = fit_sasrec(log, cfg.sasrec, seed=seed, work_dir=work_dir / name)
-            found[name] = Planned(sasrec.log_probs, popularity) if popularity.constants.plan_exponent else sasrec
+            found[name] = Planned(sasrec, popularity)
             chosen[name] = {"epochs": result.epochs, "best_epoch": result.best_epoch, "select_nll": result.best_score}
             continue
         best: tuple[float, dict[str, float], Scores] | None = None

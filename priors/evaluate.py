@@ -5,7 +5,8 @@ their own period. The controls (DESIGN §5), those named in ``prior.controls``, 
 ``other prompt`` shows another user's prompt, and history, with one's own anchor, ``constant hidden`` gives the head the
 mean of what it reads. Where there are history vectors (`priors.history`), ``history alone`` gives it the user's own
 beside the mean hidden state: what the forecaster says without the LM. *Lists* are those that retrieval and ranking get:
-the newest forecast of the schedule, and at the same times that of every baseline.
+the newest forecast of the schedule, and at the same times that of every baseline, all with the plan of campaigns of the
+period asked for.
 
     evaluation prompts ─► exact log-probability of every target ─► nll
                        ─► lists of the controls ─────────────────► recall, ndcg     as of the own period
@@ -21,7 +22,7 @@ Shapes: R user-periods, T targets, A advertisers, B user-periods of one chunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +63,9 @@ from priors.tree_reader import reader_of
 
 Float = NDArray[np.float64]
 
+DatedScorer = Callable[[NDArray[np.integer], NDArray[np.integer], NDArray[np.integer]], NDArray[np.floating]]
+"""A `Scorer` that is asked as of other periods, the second, than those it forecasts, the third."""
+
 AGAINST = (HEADLINE, *CONTROLS)
 """What the LM is compared with, beside popularity and the baselines."""
 _CHUNK, _SAMPLE = 512, 0
@@ -87,7 +91,7 @@ def evaluate_forecast(
     forecasts: Mapping[str, TableForecast],
     log: Log,
     cfg: PriorConfig,
-    baselines: Mapping[str, Scorer] | None = None,
+    baselines: Mapping[str, DatedScorer] | None = None,
 ) -> ForecastEvaluation:
     """Measure the forecast on the evaluated span of the panel.
 
@@ -110,9 +114,12 @@ def evaluate_forecast(
     popularity = TunedAnchor.untuned(prior.base.anchor.popularity_alone(), prior.base.trie)
     as_of = _Schedule(forecasts, targets)
     scorers: dict[str, Scorer] = {name: forecast.log_probs for name, forecast in forecasts.items()}
-    scorers |= {
-        name: as_of.kept(scorer) for name, scorer in {"popularity": popularity.log_probs, **(baselines or {})}.items()
-    }
+
+    def of_popularity(user_B: NDArray, as_of_B: NDArray, period_B: NDArray) -> NDArray[np.floating]:
+        return popularity.anchor.replanned(popularity.log_probs(user_B, as_of_B), as_of_B, period_B)
+
+    others: dict[str, DatedScorer] = {"popularity": of_popularity, **(baselines or {})}
+    scorers |= {name: as_of.kept(scorer) for name, scorer in others.items()}
     lists, curves, errors = judge_lists(scorers, log, targets, curves_of=tuple(forecasts))
     exact = RequestValues(prompts.user, prompts.period, {})
     exact.values.update(_likelihood(prior, popularity, log, prompts, cfg))
@@ -374,7 +381,7 @@ def constant_scores(
 
 
 class _Schedule:
-    """Baselines are asked at the times the forecasts were made at, so that no arm is fresher."""
+    """Baselines are asked at the times the forecasts were made at, so that no arm is fresher, with the same plan."""
 
     def __init__(self, forecasts: Mapping[str, TableForecast], targets: Targets) -> None:
         table = next(iter(forecasts.values())).table
@@ -384,12 +391,12 @@ class _Schedule:
             zip(zip(targets.user.tolist(), targets.period.tolist(), strict=True), as_of.tolist(), strict=True)
         )
 
-    def kept(self, scorer: Scorer) -> Scorer:
+    def kept(self, scorer: DatedScorer) -> Scorer:
         """The scorer, as of the newest forecast."""
 
         def score(user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> NDArray[np.floating]:
             pairs = zip(user_B.tolist(), period_B.tolist(), strict=True)
-            return scorer(user_B, np.array([self._made[pair] for pair in pairs], dtype=np.int64))
+            return scorer(user_B, np.array([self._made[pair] for pair in pairs], dtype=np.int64), period_B)
 
         return score
 

@@ -50,7 +50,7 @@ class Forecast(Protocol):
         """A."""
 
     def log_probs(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> NDArray[np.float32]:
-        """Log-probabilities of the newest forecast at or before each period, ``(B, A)``."""
+        """Log-probabilities of the newest forecast at or before each period, by its plan of campaigns, ``(B, A)``."""
 
     def features(
         self, user_N: NDArray[np.integer], period_N: NDArray[np.integer], advertiser_N: NDArray[np.integer]
@@ -72,7 +72,8 @@ class TableForecast:
     """The forecasts of a :class:`~priors.table.PriorTable`, or the tuned anchor's on the same schedule.
 
     Both arms answer a request with their newest forecast at or before it, made at the same times, so that
-    neither is fresher. A user without a forecast gets the tuned anchor's of the period asked for, marked
+    neither is fresher, with the plan of campaigns of the period asked for in the place of its own. A user
+    without a forecast gets the tuned anchor's of that period, marked
     as missing.
 
     Args:
@@ -108,7 +109,10 @@ class TableForecast:
             user, as_of = np.array([key for key, _ in chunk]).T
             dense = self._complete(user, as_of, np.array([row for _, row in chunk]))
             self._dense.update((key, values) for (key, _), values in zip(chunk, dense, strict=True))
-        return np.stack([self._dense[key] for key in keys]) if keys else np.zeros((0, self.n_advertisers), np.float32)
+        dense_BA = (
+            np.stack([self._dense[key] for key in keys]) if keys else np.zeros((0, self.n_advertisers), np.float32)
+        )
+        return self.base.anchor.replanned(dense_BA, as_of_B, period_B)
 
     def features(
         self, user_N: NDArray[np.integer], period_N: NDArray[np.integer], advertiser_N: NDArray[np.integer]
@@ -127,7 +131,7 @@ class TableForecast:
             local, advertiser = inverse[rows] - part.start, advertiser_N[rows]
             dense = self.log_probs(pairs[0, part], pairs[1, part]).astype(np.float64)
             found, as_of = row_P[part] >= 0, as_of_P[part]
-            anchor = dense if self.arm == "anchor" else self.base.log_probs(pairs[0, part], as_of)
+            anchor = dense if self.arm == "anchor" else self._anchor(pairs[0, part], as_of, pairs[1, part])
             beam_BK = np.where(found[:, None], self.table.advertiser_RK[row_P[part]], -1)
             said = distribution_features(
                 dense,
@@ -203,6 +207,9 @@ class TableForecast:
         if not len(self.table):
             return row_B, period_B
         return row_B, np.where(row_B >= 0, self.table.decoded_R[np.maximum(row_B, 0)], period_B)
+
+    def _anchor(self, user: NDArray, as_of: NDArray, period: NDArray) -> NDArray[np.float64]:
+        return self.base.anchor.replanned(self.base.log_probs(user, as_of), as_of, period)
 
     def _complete(self, user: NDArray, as_of: NDArray, row: NDArray) -> NDArray[np.float32]:
         trie = self.base.trie

@@ -184,7 +184,7 @@ class TestSasRec:
         from models.sasrec import SasRecModule
 
         targets = log.advertiser_targets("prior_fit")
-        sequences, forecast = Sequences.of(log), fitted[0]["sasrec"]
+        sequences, forecast = Sequences.of(log), fitted[0]["sasrec"].forecast
         short = [
             row
             for row in range(len(targets))
@@ -211,7 +211,8 @@ class TestSasRec:
         resumed, result = fit_sasrec(log, SASREC, seed=0, work_dir=tmp_path)
         assert result.epochs == 4
         users, when = np.arange(10), np.full(10, 10)
-        np.testing.assert_array_equal(resumed.log_probs(users, when), fitted[0]["sasrec"].log_probs(users, when))
+        undisturbed = fitted[0]["sasrec"].forecast
+        np.testing.assert_array_equal(resumed.log_probs(users, when), undisturbed.log_probs(users, when))
 
 
 @pytest.mark.parametrize(

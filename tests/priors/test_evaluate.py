@@ -39,7 +39,26 @@ def forecasts(fitted: Fitted, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 @pytest.fixture(scope="module")
 def evaluation(fitted: Fitted, forecasts: dict[str, TableForecast]) -> ForecastEvaluation:
-    return evaluate_forecast(fitted.prior, forecasts, fitted.log, fitted.cfg, {"untuned": untuned(fitted)})
+    baselines = {"untuned": lambda user_B, as_of_B, _: untuned(fitted)(user_B, as_of_B)}
+    return evaluate_forecast(fitted.prior, forecasts, fitted.log, fitted.cfg, baselines)
+
+
+def test_baselines_are_no_fresher_than_the_forecast_and_know_the_same_plan(
+    fitted: Fitted, forecasts: dict[str, TableForecast]
+) -> None:
+    asked: list[np.ndarray] = []
+
+    def watched(user_B: np.ndarray, as_of_B: np.ndarray, period_B: np.ndarray) -> np.ndarray:
+        asked.append(np.stack([user_B, as_of_B, period_B]))
+        return np.zeros((len(user_B), len(fitted.log.advertiser_ids)))
+
+    evaluate_forecast(fitted.prior, forecasts, fitted.log, replace(fitted.cfg, controls=[]), {"watched": watched})
+    user_B, as_of_B, period_B = np.concatenate(asked, axis=1)
+    targets = evaluated_rows(fitted.log, fitted.cfg)
+    np.testing.assert_array_equal(np.stack([user_B, period_B]), np.stack([targets.user, targets.period]))
+    table = forecasts["lm"].table
+    np.testing.assert_array_equal(as_of_B, table.period_R[table.find(user_B, period_B)])
+    assert (as_of_B < period_B).any()
 
 
 def test_a_panel_that_nobody_of_converts_is_told(fitted: Fitted) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from data.errors import LineageError, UserError
 from models.prior_lm import TreeBatch, base_log_prob, target_log_prob
+from priors.anchor import Anchor
 from priors.artifact import PriorModel
 from priors.base_model import load_base_model
 from priors.calibration import Calibration, calibrated_nll, fit_calibration
@@ -325,6 +326,28 @@ def test_a_request_takes_the_newest_forecast_before_it(fitted: Fitted, table: Pr
     rows = [table.find(user, np.array([period]))[0] for period in (6, 7, 8, 9, 99)]
     assert rows[0] == -1
     assert [table.period_R[row] for row in rows[1:]] == [7, 7, 9, 10]
+
+
+@pytest.mark.parametrize("arm", ["lm", "anchor"])
+def test_a_forecast_of_before_is_weighed_by_the_plan_of_the_period_asked_for(
+    fitted: Fitted, table: PriorTable, arm: str
+) -> None:
+    counts, constants = fitted.prior.base.anchor.counts, fitted.prior.base.anchor.constants
+    base = replace(fitted.prior.base, anchor=Anchor(counts, replace(constants, plan_exponent=0.5)))
+    forecast = TableForecast(table, base, arm=arm)
+    users = np.unique(table.user_R)
+    made, later = (forecast.log_probs(users, np.full(len(users), period)).astype(float) for period in (7, 8))
+    assert counts.plan_PA is not None
+    expected = np.exp(made + 0.5 * (counts.plan_PA[8] - counts.plan_PA[7]))
+    expected /= expected.sum(1, keepdims=True)
+    np.testing.assert_allclose(np.exp(later), expected, rtol=1e-3)
+    assert np.abs(later - made).max() > 0.1
+    advertiser = np.arange(len(users)) % forecast.n_advertisers
+    said = forecast.features(users, np.full(len(users), 8), advertiser)
+    np.testing.assert_allclose(said["prior_log_prob"], later[np.arange(len(users)), advertiser], rtol=1e-5)
+    anchor = TableForecast(table, base, arm="anchor").log_probs(users, np.full(len(users), 8)).astype(float)
+    lift = (later - anchor)[np.arange(len(users)), advertiser]
+    np.testing.assert_allclose(said["prior_lift"], lift, atol=1e-3)
 
 
 def test_a_user_without_a_forecast_falls_back_to_the_anchor_and_is_flagged(fitted: Fitted, table: PriorTable) -> None:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import polars as pl
@@ -10,11 +12,12 @@ import pytest
 from data.log import Log, load_log
 from data.writer import write_tables
 from priors.anchor import Anchor, AnchorConstants, Counts
-from priors.baselines import Planned, fit_baselines
+from priors.baselines import Planned, Scored, fit_baselines
 from priors.config import AnchorConfig, BaselineConfig
 from priors.constants import choose_constants
 from priors.interests import InterestSpace
 from priors.plan import planned, running_ads
+from priors.sasrec import SasRecForecast
 from tests.logs import tiny_config, tiny_log, tiny_tables
 
 CONSTANTS = AnchorConstants(own_weight=0.6, own_decay=0.9, popularity_decay=0.8, smoothing=0.5, co_weight=0.2)
@@ -117,6 +120,7 @@ def test_baselines_are_told_the_plan(log: Log, tmp_path: Path) -> None:
     told = fit_baselines(log, popularity, cfg, seed=0, work_dir=tmp_path)[0]["own"]
     found = told.log_probs(users, when)
     assert counts.plan_PA is not None
+    assert isinstance(told, Scored)
     expected = told.scores(users, when) * np.exp(counts.plan_PA[8])
     np.testing.assert_array_equal(found.argmax(1), expected.argmax(1))
     for row, wanted in zip(found, expected, strict=True):  # what was not bought is told apart by popularity alone
@@ -126,9 +130,48 @@ def test_baselines_are_told_the_plan(log: Log, tmp_path: Path) -> None:
     np.testing.assert_allclose(np.exp(found).sum(1), 1.0)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_forecast_of_before_gets_the_plan_of_today(log: Log, dtype: type) -> None:
+    """As if what was known then had been asked with today's plan; a forecast of today stays as it is, byte for byte."""
+    counts, users = Counts.of(log), np.arange(12)
+    made, period = np.full(12, 7), np.where(users % 2, 9, 7)
+    anchor, without = Anchor(counts, replace(CONSTANTS, plan_exponent=0.5)), Anchor(counts, CONSTANTS)
+    log_prob: np.ndarray = np.log(anchor.probabilities(users, made)).astype(dtype)
+    found = anchor.replanned(log_prob, made, period)
+    assert counts.plan_PA is not None
+    expected = without.probabilities(users, made) * np.exp(0.5 * counts.plan_PA[period])
+    np.testing.assert_allclose(np.exp(found), expected / expected.sum(1, keepdims=True), rtol=1e-5)
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found[::2], log_prob[::2])
+    assert np.abs(found[1::2] - log_prob[1::2]).max() > 0.1
+    assert without.replanned(log_prob, made, period) is log_prob
+
+
+def test_baselines_of_before_get_the_plan_of_today(log: Log, tmp_path: Path) -> None:
+    """Scores and popularity as of then, of whom the plan speaks today."""
+    counts, users, made, today = Counts.of(log), np.arange(12), np.full(12, 2), np.full(12, 9)
+    popularity = Anchor(counts, replace(CONSTANTS, own_weight=0.0, co_weight=0.0, plan_exponent=1.0))
+    own = fit_baselines(log, popularity, BaselineConfig(names=["own"], own_count=[0.2]), seed=0, work_dir=tmp_path)
+    told = own[0]["own"]
+    assert isinstance(told, Scored)
+    found, plan_PA = told.log_probs(users, made, today), counts.plan_PA
+    assert plan_PA is not None
+    expected = told.scores(users, made) * np.exp(plan_PA[9])
+    some = (told.scores(users, made) > 0).any(1)
+    assert 0 < some.sum() < len(users)
+    np.testing.assert_array_equal(found[some].argmax(1), expected[some].argmax(1))
+    alone = Anchor(counts, replace(CONSTANTS, own_weight=0.0, co_weight=0.0)).probabilities(users, made)
+    alone = alone * np.exp(plan_PA[9])
+    np.testing.assert_allclose(np.exp(found[~some]), (alone / alone.sum(1, keepdims=True))[~some], rtol=1e-9)
+    np.testing.assert_array_equal(told.log_probs(users, made, made), told.log_probs(users, made))
+
+
 def test_a_network_is_told_the_plan(log: Log) -> None:
     counts, users, when = Counts.of(log), np.arange(12), np.full(12, 8)
     popularity = Anchor(counts, replace(CONSTANTS, plan_exponent=1.0))
     untold = Anchor(counts, CONSTANTS).probabilities
-    told = Planned(lambda user_B, period_B: np.log(untold(user_B, period_B)), popularity).log_probs(users, when)
-    np.testing.assert_allclose(np.exp(told), popularity.probabilities(users, when), rtol=1e-9)
+    network = SimpleNamespace(log_probs=lambda user_B, period_B: np.log(untold(user_B, period_B)))
+    told = Planned(cast(SasRecForecast, network), popularity)
+    np.testing.assert_allclose(np.exp(told.log_probs(users, when)), popularity.probabilities(users, when), rtol=1e-9)
+    later = popularity.replanned(np.log(popularity.probabilities(users, when)), when, when + 1)
+    np.testing.assert_allclose(told.log_probs(users, when, when + 1), later, rtol=1e-9)
