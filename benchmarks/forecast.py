@@ -99,10 +99,12 @@ def measure(log: Log, config: AdsidConfig, work_dir: Path, run: PriorModel | Non
         for kind in ANCHORS[1:]:
             began = time.perf_counter()
             prior.anchor.kind = kind
-            anchor = Anchor(counts, choose_constants(counts, select, prior.anchor)[0])
+            constants, trials = choose_constants(counts, select, prior.anchor)
+            anchor = Anchor(counts, constants)
             scorers[kind] = _log_of(anchor)
             seconds[kind] = time.perf_counter() - began
-            print(f"{kind}: {anchor.constants}", file=sys.stderr)
+            nll = min(trial["nll"] for trial in trials)
+            print(f"{kind}: {constants}, NLL of {len(select)} selection rows {nll:.4f}", file=sys.stderr)
     else:
         targets, anchor = rows_of(targets, log.panel(prior.panel, prior.seed)), run.base.anchor
         scorers = {"popularity": _log_of(anchor.popularity_alone()), "anchor": run.base.log_probs}
