@@ -59,6 +59,7 @@ class AnchorConstants:
         co_decay: by which a purchase's weight falls a period, for what it says of others.
         co_shrinkage: κ.
         plan_exponent: γ.
+        alone_decay, alone_smoothing: ρ and s of popularity where it stands alone; None: the same.
     """
 
     own_weight: float = 0.5
@@ -70,6 +71,8 @@ class AnchorConstants:
     co_shrinkage: float = 1.0
     plan_exponent: float = 0.0
     own_shrinkage: float = 0.0
+    alone_decay: float | None = None
+    alone_smoothing: float | None = None
 
 
 @dataclass(frozen=True)
@@ -185,8 +188,12 @@ class Anchor:
         self.co_conversions = CoConversions(counts, decay=constants.co_decay)  # counted when first asked for
 
     def popularity_alone(self) -> Anchor:
-        """The anchor without what it knows of the user."""
-        return Anchor(self.counts, replace(self.constants, own_weight=0.0, co_weight=0.0))
+        """The anchor without what it knows of the user, with the constants that are best for that."""
+        c = self.constants
+        decay = c.popularity_decay if c.alone_decay is None else c.alone_decay
+        smoothing = c.smoothing if c.alone_smoothing is None else c.alone_smoothing
+        alone = replace(c, own_weight=0.0, co_weight=0.0, popularity_decay=decay, smoothing=smoothing)
+        return Anchor(self.counts, alone)
 
     def plan(self, period_B: NDArray[np.integer]) -> Float:
         """log r(a)^γ of each period, ``(B, A)``, or ``(B, 1)`` of zeros where the plan has no say."""

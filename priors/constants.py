@@ -36,7 +36,8 @@ def choose_constants(
 ) -> tuple[AnchorConstants, list[dict[str, float]]]:
     """The constants with the lowest NLL on the given targets.
 
-    The grid's order settles ties. Where the plan says nothing, its exponent is 0.
+    The grid's order settles ties. What popularity would have for itself is kept beside them. Where the plan says
+    nothing, its exponent is 0.
 
     Args:
         counts: of the log; each row of targets uses those before its period only.
@@ -63,6 +64,8 @@ def choose_constants(
             tried = [replace(best, **values) for values in term]
             of_tried = [(nll(one), one) for one in tried if one.own_weight + one.co_weight < 1]
             lowest, best = min(of_tried, key=itemgetter(0))
+            if best.alone_decay is None:  # popularity's, before there is anything else
+                best = replace(best, alone_decay=best.popularity_decay, alone_smoothing=best.smoothing)
         if len(terms) == 1 or not lowest < before:
             break
     return best, trials

@@ -119,6 +119,10 @@ def test_no_term_has_better_constants_beside_the_others(log: Log, kind: str) -> 
         by_row = np.bincount(targets.row, -np.log(q[targets.row, targets.item])) / np.diff(targets.ptr)
         return float(by_row.mean())
 
+    popularity = choose_constants(counts, targets, AnchorConfig(kind="popularity", **grid))[0]
+    alone = Anchor(counts, chosen).popularity_alone().constants
+    assert (alone.popularity_decay, alone.smoothing) == (popularity.popularity_decay, popularity.smoothing)
+    assert alone.own_weight == alone.co_weight == 0
     lowest = nll(chosen)
     assert lowest == pytest.approx(min(trial["nll"] for trial in trials))
     for values in terms.values():
