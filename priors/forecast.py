@@ -73,8 +73,7 @@ class TableForecast:
 
     Both arms answer a request with their newest forecast at or before it, made at the same times, so that
     neither is fresher, with the plan of campaigns of the period asked for in the place of its own. A user
-    without a forecast gets the tuned anchor's of that period, marked
-    as missing.
+    without a forecast gets the tuned anchor's of that period, marked as missing.
 
     Args:
         table: the LM's forecasts.
