@@ -106,12 +106,7 @@ class AnchorTree:
         """Row, advertiser and share of the row's own purchases, each pair once; and how far each row's are trusted."""
         anchor, counts = self.base.anchor, self.base.anchor.counts
         user_B, period_B = np.asarray(user_B, dtype=np.int64), np.asarray(period_B, dtype=np.int64)
-        start_B = counts.user_ptr[user_B]
-        length_B = counts.user_ptr[user_B + 1] - start_B
-        row_R = np.repeat(np.arange(len(user_B)), length_B)
-        index_R = np.arange(length_B.sum()) - np.repeat(np.cumsum(length_B) - length_B, length_B) + start_B[row_R]
-        ago_R = period_B[row_R] - counts.period_R[index_R]
-        row_R, index_R, ago_R = (x[ago_R > 0] for x in (row_R, index_R, ago_R))
+        row_R, index_R, ago_R = counts.history(user_B, period_B)
         weight_R = counts.count_R[index_R] * anchor.constants.own_decay**ago_R
         cell_H, inverse = np.unique(row_R * counts.n_advertisers + counts.advertiser_R[index_R], return_inverse=True)
         row_H, advertiser_H = np.divmod(cell_H, counts.n_advertisers)

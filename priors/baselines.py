@@ -70,6 +70,7 @@ class Scored:
             user_B, period_B: whose, and as of when.
             planned_B: periods whose plan holds; None: the same.
         """
+        planned_B = period_B if planned_B is None else planned_B
         return self.distribution(self.scores(user_B, period_B), user_B, period_B, planned_B)
 
     def distribution(
@@ -77,10 +78,9 @@ class Scored:
         score_BA: Float,
         user_B: NDArray[np.integer],
         period_B: NDArray[np.integer],
-        planned_B: NDArray[np.integer] | None = None,
+        planned_B: NDArray[np.integer],
     ) -> Float:
         """:meth:`log_probs` of scores that are there."""
-        planned_B = period_B if planned_B is None else planned_B
         log_popularity_BA = np.log(self.popularity.probabilities(user_B, period_B))
         log_popularity_BA = self.popularity.replanned(log_popularity_BA, period_B, planned_B)
         score_BA = np.where(score_BA > 0, score_BA * np.exp(self.popularity.plan(planned_B)), score_BA)
@@ -255,7 +255,7 @@ def _temperature(candidate: Scored, targets: Targets) -> float:
         sharper = replace(candidate, inverse_temperature=float(np.exp(log_beta)))
         found = []
         for part, score_BA in parts:
-            log_prob_BA = sharper.distribution(score_BA, part.user, part.period)
+            log_prob_BA = sharper.distribution(score_BA, part.user, part.period, part.period)
             found.append(mean_target_nll(log_prob_BA[part.row, part.item], part))
         return float(np.mean(np.concatenate(found)))
 

@@ -108,9 +108,9 @@ class TableForecast:
             user, as_of = np.array([key for key, _ in chunk]).T
             dense = self._complete(user, as_of, np.array([row for _, row in chunk]))
             self._dense.update((key, values) for (key, _), values in zip(chunk, dense, strict=True))
-        dense_BA = (
-            np.stack([self._dense[key] for key in keys]) if keys else np.zeros((0, self.n_advertisers), np.float32)
-        )
+        if not keys:
+            return np.zeros((0, self.n_advertisers), np.float32)
+        dense_BA = np.stack([self._dense[key] for key in keys])
         return self.base.anchor.replanned(dense_BA, as_of_B, period_B)
 
     def features(

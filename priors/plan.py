@@ -47,17 +47,20 @@ def running_ads(log: Log, n_periods: int) -> NDArray[np.int64]:
 
 
 def planned(log: Log, n_periods: int) -> Float | None:
+    """:func:`compared` of the running ads of a log, as of :func:`running_ads`."""
+    return compared(running_ads(log, n_periods))
+
+
+def compared(running_PA: NDArray[np.int64]) -> Float | None:
     """log r of each advertiser in each period.
 
     Args:
-        log: its placements.
-        n_periods: P, as of :func:`running_ads`.
+        running_PA: running ads, as of :func:`running_ads`.
 
     Returns:
         ``(P, A)``, with rows of zeros for the first period and where nothing at all is known to run; None where the
         plan says nothing, for the same ads run in every period.
     """
-    running_PA = running_ads(log, n_periods)
     known_P = running_PA.sum(1) > 0
     if not known_P.any() or not np.ptp(running_PA[known_P], axis=0).any():
         return None

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from data.errors import LineageError, UserError
 from data.log import Log
 from data.sampling import hash_ids
-from priors.plan import planned, running_ads
+from priors.plan import compared, running_ads
 from ranking.config import FeatureConfig
 from ranking.history import History, pair
 from ranking.prior import GROUPS
@@ -157,8 +157,9 @@ class FeatureBuilder:
     def plan(self) -> tuple[Ints, NDArray[np.float64]] | None:
         """Running ads and log r of `priors.plan` by period and advertiser, ``(P, A)``; None where there is no plan."""
         n_periods = int(self.log.events.period.max(initial=0)) + 2
-        plan_PA = planned(self.log, n_periods)
-        return None if plan_PA is None else (running_ads(self.log, n_periods), plan_PA)
+        running_PA = running_ads(self.log, n_periods)
+        plan_PA = compared(running_PA)
+        return None if plan_PA is None else (running_PA, plan_PA)
 
     @cached_property
     def prefixes(self) -> tuple[Bags, list[int]]:
