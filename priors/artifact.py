@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ from priors.base_model import BaseModel, load_base_model, without_adapters
 from priors.calibration import Calibration
 from priors.config import BaseModelConfig, HistoryConfig, PriorConfig, PromptConfig
 from priors.dataset import TreeCollator
-from priors.history import HistoryVectors, freeze_history, history_size
+from priors.history import NO_CATEGORIES, Categories, HistoryVectors, freeze_history, history_size
 from priors.interests import Interests
 from priors.prompt import PromptCompiler
 from semantic_ids.advertiser_ids import AdvertiserIds
@@ -96,12 +95,14 @@ class PriorModel:
         """Write the artifact into an existing directory."""
         # Weights that were trained are loaded as they were, not as frozen ones would be.
         kept = {"dtype": "float32"} if self.cfg.train == "full" else {}
+        told = NO_CATEGORIES if self.compiler.history is None else self.compiler.history.categories
         plain = {
             "base_model": to_plain(self.cfg.base) | {"name": self.base_reference} | kept,
             "prompt": to_plain(self.cfg.prompt),
             "head": to_plain(self.cfg.head),
             "history": to_plain(self.cfg.history),
-            "history_categories": [] if self.compiler.history is None else list(self.compiler.history.categories),
+            "history_categories": list(told.bought),
+            "history_browsed": list(told.browsed),
             "anchor": self.base.to_plain(),
             "calibration": to_plain(self.calibration),
             "ids_version": self.fitted_ids.version,
@@ -233,14 +234,13 @@ def _history_size(plain: dict[str, Any], ids: AdvertiserIds) -> int:
     return history_size(ids, cfg.decays, _history_categories(plain)) if cfg.prompts else 0
 
 
-def _history_categories(plain: dict[str, Any]) -> list[str]:
+def _history_categories(plain: dict[str, Any]) -> Categories:
     """Those that the history vectors tell, as of the fit; an artifact from before they could has none."""
-    categories: list[str] = plain.get("history_categories", [])
-    return categories
+    return Categories(tuple(plain.get("history_categories", [])), tuple(plain.get("history_browsed", [])))
 
 
 def history_vectors(
-    cfg: HistoryConfig, counts: Counts, ids: AdvertiserIds, log: Log, categories: Sequence[str]
+    cfg: HistoryConfig, counts: Counts, ids: AdvertiserIds, log: Log, categories: Categories
 ) -> HistoryVectors | None:
     """What gives the history vectors; None where they are left out."""
     return HistoryVectors(counts, ids, decays=cfg.decays, log=log, categories=categories) if cfg.prompts else None

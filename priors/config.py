@@ -96,6 +96,7 @@ class HistoryConfig:
         decays: by which a purchase's weight falls a period; of several values, e.g. [0.5, 0.97], each gives a vector of
             its own, so that what was bought last and what was ever bought are told apart.
         categories: tell the categories of purchases too, where the log has any, beside each mean.
+        browsing: tell the categories of visits, searches, clicks and coupons too, where the log has any.
         epochs: passes over them, at the most; each level keeps its best one, and stops where three brought no gain.
         learning_rate, weight_decay: AdamW's.
         dropout: share of the vector's features that are hidden from the head while they are fitted.
@@ -105,6 +106,7 @@ class HistoryConfig:
     prompts: int = 30_000
     decays: list[float] = field(default_factory=lambda: [0.97])
     categories: bool = False
+    browsing: bool = False
     epochs: int = 40
     learning_rate: float = 1e-3
     weight_decay: float = 0.01

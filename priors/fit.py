@@ -50,7 +50,7 @@ from priors.calibration import calibrate, calibrated_nll, fit_anchor_levels
 from priors.config import AnchorConfig, PriorConfig
 from priors.constants import choose_constants
 from priors.dataset import PromptDataset, TreeCollator
-from priors.history import categories_of, fit_history, freeze_history, history_states
+from priors.history import Categories, fit_history, freeze_history, history_states
 from priors.interests import Interests, InterestSpace, fit_interest_anchor, interest_column
 from priors.judge import Measure, RequestValues, save_requests
 from priors.probe import LevelStates, fit_probe, levels_by_head, nll_by_level, read_states
@@ -117,7 +117,7 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
             )
     anchor_rows = sample_rows(select, cfg.anchor.select_rows, cfg.seed)
     base_model = load_base_model(cfg.base, trained=cfg.train == "full", seed=cfg.seed)
-    history = history_vectors(cfg.history, counts, ids, log, categories_of(log, cfg.history))
+    history = history_vectors(cfg.history, counts, ids, log, Categories.of(log, cfg.history))
     compiler = PromptCompiler(log, ids, base_model.tokenizer, cfg.prompt, window=base_model.window, history=history)
     train_set = PromptDataset(train_rows, compiler, max_targets=cfg.max_targets, seed=cfg.seed)
     select_set = PromptDataset(select_rows, compiler)

@@ -301,7 +301,7 @@ def model_version(prior: PriorModel) -> str:
     prompt = to_plain(prior.compiler.cfg)
     history = prior.compiler.history
     if history is not None:
-        prompt["history_decays"], prompt["history_categories"] = list(history.decays), list(history.categories)
+        prompt["history_decays"], prompt["history_categories"] = list(history.decays), to_plain(history.categories)
     parts = [prior.base_reference, prompt, prior.base.to_plain(), to_plain(prior.calibration), trained]
     return fingerprint(parts if prior.interests is None else [*parts, prior.interests.to_plain()])
 

@@ -13,7 +13,8 @@ colliding IDs apart have no vectors and no part in it. Several decays give sever
 what was ever bought, which the head reads after one another.
 
 With ``categories`` the weights of the categories bought, from an advertiser or from none, stand beside each mean, at
-length one too.
+length one too. With ``browsing`` so do those of the categories that the user visited, searched for, clicked or redeemed
+a coupon for, and a user who browsed but never bought has a vector too.
 
 The weights that read the vector are fitted first, on all user-periods of the fit span, which needs no LM and takes
 about a minute; then they stay as they are, and the LM learns what is left. So its own share is told apart: forecasts
@@ -25,7 +26,7 @@ Shapes: B user-periods, F features, L levels with vectors, V codes and D feature
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.log import Log
+from data.tables import KINDS
 from models.prior_lm import Decisions, HeadConfig, IdHead, PriorLM, TreeBatch
 from priors.anchor import Counts
 from priors.config import HistoryConfig, ProbeConfig
@@ -42,6 +44,8 @@ from priors.interests import in_place_of_advertisers, index_of_code
 from priors.probe import LevelStates, fit_levels, in_batches, joined_states, levels_by_head
 from semantic_ids.advertiser_ids import AdvertiserIds
 
+BROWSED = ("visit", "search", "click", "coupon")
+"""Kinds of events that are a user's own, and no purchases."""
 _AT_ONCE = 64
 """Prompts of a batch."""
 _PATIENCE = 3
@@ -49,11 +53,49 @@ _PATIENCE = 3
 
 
 @dataclass(frozen=True)
-class _Bought:
-    """One kind of thing that is bought, and the vectors that tell it.
+class Categories:
+    """Names of the categories that history vectors tell beside the mean of code vectors.
 
     Attributes:
-        counts: purchases by user, period and thing.
+        bought: of purchases.
+        browsed: of the kinds `BROWSED`.
+    """
+
+    bought: tuple[str, ...] = ()
+    browsed: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, log: Log, cfg: HistoryConfig) -> Categories:
+        """Those that a config tells, of the events that a forecaster is fitted and chosen by."""
+        known_N = log.events.period <= log.split.prior_select[1]
+
+        def named(rows_N: NDArray[np.bool_]) -> tuple[str, ...]:
+            seen = np.unique(log.events.category[rows_N & known_N])
+            return tuple(log.category_names[code] for code in seen if code > 0)
+
+        return cls(
+            bought=named(log.is_purchase) if cfg.prompts and cfg.categories else (),
+            browsed=named(np.isin(log.events.kind, _browsed_kinds(log))) if cfg.prompts and cfg.browsing else (),
+        )
+
+    def __len__(self) -> int:
+        return len(self.bought) + len(self.browsed)
+
+
+NO_CATEGORIES = Categories()
+
+
+def _browsed_kinds(log: Log) -> tuple[int, ...]:
+    """Codes of `BROWSED`, less those that are labels."""
+    return tuple(code for code in map(KINDS.index, BROWSED) if code not in log.label_kinds)
+
+
+@dataclass(frozen=True)
+class _Told:
+    """One kind of thing that a user's events are of, and the vectors that tell it.
+
+    Attributes:
+        counts: events by user, period and thing; the purchases of `Counts`.
         levels: of each level with vectors the things' codes and the codes' vectors; None: every thing is a feature of
             its own.
     """
@@ -62,7 +104,8 @@ class _Bought:
     levels: list[tuple[NDArray[np.int64], NDArray[np.float64]]] | None
 
     @classmethod
-    def advertisers(cls, counts: Counts, ids: AdvertiserIds) -> _Bought:
+    def advertisers(cls, counts: Counts, ids: AdvertiserIds) -> _Told:
+        """The advertisers of the purchases, by their codes."""
         levels = []
         for level, vectors_VD in enumerate(ids.code_vectors):
             if vectors_VD.any():
@@ -71,10 +114,12 @@ class _Bought:
         return cls(counts, levels)
 
     @classmethod
-    def categories(cls, log: Log, names: Sequence[str]) -> _Bought:
-        """Of the events' categories; others than ``names`` are as if missing."""
+    def categories(cls, log: Log, names: Sequence[str], kinds: Sequence[int]) -> _Told:
+        """The categories of the events of some kinds; others than ``names`` are as if missing."""
         category_N = index_of_code(log.category_names, names)[log.events.category]
-        return cls(Counts.of(in_place_of_advertisers(log, category_N, len(names))), None)
+        thing_N = np.where(np.isin(log.events.kind, kinds), category_N, -1)
+        as_bought = replace(in_place_of_advertisers(log, thing_N, len(names)), label_kinds=tuple(kinds))
+        return cls(Counts.of(as_bought), None)
 
     def vectors(
         self, user_B: NDArray[np.integer], period_B: NDArray[np.integer], decays: Sequence[float]
@@ -113,8 +158,11 @@ class HistoryVectors:
         counts: purchases by user, period and advertiser.
         ids: codes of the advertisers and the codes' vectors.
         decays: by which a purchase's weight falls a period; each gives a mean of its own.
-        log: whose purchases have categories; None leaves them out.
-        categories: names of those that count; as of `categories_of`, or those that a forecaster was fitted on.
+        log: whose events have categories; not read where no category is told.
+        categories: those that are told; as of `Categories.of`, or those that a forecaster was fitted on.
+
+    Raises:
+        ValueError: categories without a log.
     """
 
     def __init__(
@@ -124,26 +172,25 @@ class HistoryVectors:
         *,
         decays: Sequence[float],
         log: Log | None = None,
-        categories: Sequence[str] = (),
+        categories: Categories = NO_CATEGORIES,
     ) -> None:
-        self.decays, self.categories = tuple(decays), tuple(categories)
-        self._parts = [_Bought.advertisers(counts, ids)]
-        if log is not None and self.categories:
-            self._parts.append(_Bought.categories(log, self.categories))
-        self.size = history_size(ids, self.decays, self.categories)
+        if log is None and len(categories):
+            raise ValueError(f"{len(categories)} categories to tell, and no log whose events have any")
+        self.decays, self.categories = tuple(decays), categories
+        self._parts = [_Told.advertisers(counts, ids)]
+        if log is not None and categories.bought:
+            self._parts.append(_Told.categories(log, categories.bought, log.purchase_kinds))
+        if log is not None and categories.browsed:
+            self._parts.append(_Told.categories(log, categories.browsed, _browsed_kinds(log)))
+        self.size = history_size(ids, self.decays, categories)
 
     def __call__(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> NDArray[np.float32]:
-        """Vectors, of length one for each part and decay, ``(B, F)``; zeros for who bought nothing before."""
+        """Vectors, of length one for each part and decay, ``(B, F)``; zeros where nothing was done before."""
         vectors = [vector_BF for part in self._parts for vector_BF in part.vectors(user_B, period_B, self.decays)]
         return np.concatenate(vectors, axis=1)
 
 
-def categories_of(log: Log, cfg: HistoryConfig) -> tuple[str, ...]:
-    """Categories of purchases that the history vector tells; none where it leaves them out or the log has none."""
-    return tuple(log.category_names[1:]) if cfg.prompts and cfg.categories else ()
-
-
-def history_size(ids: AdvertiserIds, decays: Sequence[float], categories: Sequence[str] = ()) -> int:
+def history_size(ids: AdvertiserIds, decays: Sequence[float], categories: Categories = NO_CATEGORIES) -> int:
     """F of a vector of these decays and categories."""
     of_codes = sum(vectors_VD.shape[1] for vectors_VD in ids.code_vectors if vectors_VD.any())
     return len(decays) * (of_codes + len(categories))

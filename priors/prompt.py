@@ -15,7 +15,7 @@ tokens. Text of data is inert (`priors.pieces`), and ID tokens enter as numbers 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,9 @@ from priors.prompt_config import DateConfig, EventsConfig, ProfileConfig, Prompt
 from priors.sections import Catalogue, DateSection, EventsSection, ProfileSection, Section
 from semantic_ids.advertiser_ids import AdvertiserIds
 
+if TYPE_CHECKING:
+    from priors.history import Categories
+
 FRAME = "frame"
 """Name of the words before the forecast, in `Prompt.sections`."""
 
@@ -36,7 +39,7 @@ class HistoryReader(Protocol):
     """Gives history vectors; see `priors.history`."""
 
     decays: tuple[float, ...]
-    categories: tuple[str, ...]
+    categories: Categories
     size: int
 
     def __call__(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> NDArray[np.float32]:

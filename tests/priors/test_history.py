@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from data.errors import UserError
 from data.log import Log
+from data.tables import KINDS
 from models.prior_lm import HeadConfig, IdHead, row_nll, target_log_prob, with_history
 from priors.anchor import Counts
 from priors.artifact import PriorModel
@@ -23,7 +24,7 @@ from priors.config import HistoryConfig, ProbeConfig
 from priors.dataset import PromptDataset, TreeCollator, history_of
 from priors.evaluate import another_user, constant_log_probs, exact_log_prob
 from priors.fit import _load_start, batches, fit_prior, sample_rows
-from priors.history import HistoryVectors, fit_history, history_size
+from priors.history import Categories, HistoryVectors, fit_history, history_size
 from priors.probe import LevelStates, fit_levels
 from semantic_ids.advertiser_ids import AdvertiserIds
 from tests.priors.conftest import Fitted, tiny_prior_config
@@ -84,7 +85,8 @@ def test_it_knows_nothing_of_its_period_or_later(fitted: Fitted) -> None:
     assert not np.allclose(before, after)
 
 
-CATEGORIES = ["bread", "milk"]
+CATEGORIES = ("bread", "milk")
+BOUGHT = Categories(bought=CATEGORIES)
 
 
 def with_categories(log: Log, *, shift: int = 0, since: int = 0) -> Log:
@@ -98,7 +100,7 @@ def with_categories(log: Log, *, shift: int = 0, since: int = 0) -> Log:
 def test_categories_stand_beside_the_mean(fitted: Fitted) -> None:
     log, users, period = with_categories(fitted.log), np.arange(len(fitted.log.user_ids)), 6
     decays, counts_ = [0.5, 1.0], Counts.of(fitted.log)
-    whole = HistoryVectors(counts_, fitted.ids, decays=decays, log=log, categories=["milk", "beer"])
+    whole = HistoryVectors(counts_, fitted.ids, decays=decays, log=log, categories=Categories(bought=("milk", "beer")))
     plain = HistoryVectors(counts_, fitted.ids, decays=decays)
     asked = users, np.full(len(users), period)
     vectors = whole(*asked)
@@ -112,7 +114,7 @@ def test_categories_stand_beside_the_mean(fitted: Fitted) -> None:
 
 def test_of_two_categories_each_weighs_by_what_was_bought_of_it(fitted: Fitted) -> None:
     log, users, period, decay = with_categories(fitted.log), np.arange(len(fitted.log.user_ids)), 7, 0.8
-    vectors = HistoryVectors(Counts.of(log), fitted.ids, decays=[decay], log=log, categories=CATEGORIES)
+    vectors = HistoryVectors(Counts.of(log), fitted.ids, decays=[decay], log=log, categories=BOUGHT)
     bought = log.is_purchase & (log.events.category > 0) & (log.events.period < period)
     cell = log.events.user[bought] * 2 + log.events.category[bought] - 1
     weight = np.bincount(cell, decay ** (period - log.events.period[bought]), minlength=2 * len(users))
@@ -124,13 +126,84 @@ def test_of_two_categories_each_weighs_by_what_was_bought_of_it(fitted: Fitted) 
 def test_categories_know_nothing_of_the_period_or_later(fitted: Fitted) -> None:
     users, period = np.arange(len(fitted.log.user_ids)), 6
     read = [
-        HistoryVectors(Counts.of(fitted.log), fitted.ids, decays=[0.97], log=log, categories=CATEGORIES)
+        HistoryVectors(Counts.of(fitted.log), fitted.ids, decays=[0.97], log=log, categories=BOUGHT)
         for log in (with_categories(fitted.log), with_categories(fitted.log, shift=1, since=period))
     ]
     before, same = (vectors(users, np.full(len(users), period)) for vectors in read)
     np.testing.assert_array_equal(before, same)
     after, other = (vectors(users, np.full(len(users), period + 2)) for vectors in read)
     assert not np.allclose(after, other)
+
+
+def with_browsing(log: Log, *, shift: int = 0, since: int = 0) -> Log:
+    """The log, whose impressions are visits and searches by turns, each of one of two categories."""
+    events = with_categories(log).events
+    shown = events.kind == KINDS.index("impression")
+    assert shown.any()
+    kind = np.where(shown, np.array([KINDS.index("visit"), KINDS.index("search")])[events.request % 2], events.kind)
+    later = np.where(events.period >= since, shift, 0)
+    category = np.where(shown, 1 + (events.ad + later) % 2, events.category).astype(np.int32)
+    events = replace(events, kind=kind.astype(events.kind.dtype), category=category)
+    return replace(with_categories(log), events=events)
+
+
+def test_browsing_stands_beside_purchases_and_tells_who_bought_nothing_yet(fitted: Fitted) -> None:
+    log, users, period = with_browsing(fitted.log), np.arange(len(fitted.log.user_ids)), 6
+    bought = log.is_purchase & (log.events.user % 2 == 0)  # every other user has bought nothing ever
+    events = replace(log.events, advertiser=np.where(log.is_purchase & ~bought, -1, log.events.advertiser))
+    log = replace(log, events=replace(events, category=np.where(log.is_purchase & ~bought, 0, events.category)))
+    told = Categories(bought=CATEGORIES, browsed=("milk", "beer"))
+    whole = HistoryVectors(Counts.of(log), fitted.ids, decays=[0.5, 1.0], log=log, categories=told)
+    plain = HistoryVectors(Counts.of(log), fitted.ids, decays=[0.5, 1.0], log=log, categories=BOUGHT)
+    vectors, without = (read(users, np.full(len(users), period)) for read in (whole, plain))
+    assert vectors.shape == (len(users), whole.size) == (len(users), plain.size + 4)
+    np.testing.assert_array_equal(vectors[:, : plain.size], without)
+    browsed = np.isin(log.events.kind, [KINDS.index(kind) for kind in ("visit", "search")])
+    milk = browsed & (log.events.category == 2) & (log.events.period < period)
+    looked = np.bincount(log.events.user[milk], minlength=len(users)) > 0
+    np.testing.assert_array_equal(vectors[:, plain.size :: 2], np.repeat(looked[:, None], 2, 1).astype(np.float32))
+    assert not without[1::2].any()
+    assert vectors[1::2][looked[1::2]].any(1).all()
+    assert looked[1::2].any()
+
+
+def test_browsing_knows_nothing_of_the_period_or_later(fitted: Fitted) -> None:
+    users, period = np.arange(len(fitted.log.user_ids)), 6
+    told = Categories(browsed=CATEGORIES)
+    read = [
+        HistoryVectors(Counts.of(fitted.log), fitted.ids, decays=[0.97], log=log, categories=told)
+        for log in (with_browsing(fitted.log), with_browsing(fitted.log, shift=1, since=period))
+    ]
+    before, same = (vectors(users, np.full(len(users), period)) for vectors in read)
+    np.testing.assert_array_equal(before, same)
+    after, other = (vectors(users, np.full(len(users), period + 2)) for vectors in read)
+    assert not np.allclose(after, other)
+
+
+def test_what_is_told_are_categories_of_its_own_events_up_to_the_selection_span(fitted: Fitted) -> None:
+    log, last = with_browsing(fitted.log), fitted.log.split.prior_select[1]
+    asked = HistoryConfig(categories=True, browsing=True)
+    assert Categories.of(log, asked) == Categories(bought=CATEGORIES, browsed=CATEGORIES)
+    assert Categories.of(log, HistoryConfig()) == Categories()
+    assert Categories.of(log, replace(asked, prompts=0)) == Categories()
+    assert Categories.of(with_categories(fitted.log), asked) == BOUGHT, "impressions are not a user's own"
+    # Bread is bought from the last period of selection on, or after it; milk is not looked at.
+    for since, bought in ((last, CATEGORIES), (last + 1, ("milk",))):
+        bread = log.is_purchase & (log.events.category == 1) & (log.events.period < since)
+        milk = ~log.is_purchase & (log.events.category == 2)
+        category = np.where(bread | milk, 0, log.events.category).astype(np.int32)
+        late = replace(log, events=replace(log.events, category=category))
+        assert Categories.of(late, asked) == Categories(bought=bought, browsed=("bread",))
+    clicks = replace(log, label_kinds=(KINDS.index("search"), *log.label_kinds))
+    visits = log.events.kind == KINDS.index("visit")
+    assert set(Categories.of(clicks, asked).browsed) == {
+        log.category_names[code] for code in np.unique(log.events.category[visits]) if code > 0
+    }
+
+
+def test_categories_without_a_log_are_told(fitted: Fitted) -> None:
+    with pytest.raises(ValueError, match="2 categories to tell, and no log"):
+        HistoryVectors(Counts.of(fitted.log), fitted.ids, decays=[0.97], categories=BOUGHT)
 
 
 def test_another_users_prompt_brings_the_history_of_that_user(fitted: Fitted) -> None:
@@ -262,8 +335,9 @@ def told(fitted: Fitted) -> PriorModel:
 
 
 def test_a_forecaster_keeps_the_categories_it_was_fitted_on(fitted: Fitted, tmp_path: Path) -> None:
-    log = with_categories(fitted.log)
-    cfg = tiny_prior_config(prompts=16, select_prompts=8, history=HistoryConfig(prompts=200, epochs=2, categories=True))
+    log = with_browsing(fitted.log)
+    told = HistoryConfig(prompts=200, epochs=2, categories=True, browsing=True)
+    cfg = tiny_prior_config(prompts=16, select_prompts=8, history=told)
     prior, _ = fit_prior(log, fitted.ids, cfg, work_dir=tmp_path / "work")
     assert prior.model.head.history is not None
     (tmp_path / "out").mkdir()
@@ -276,7 +350,7 @@ def test_a_forecaster_keeps_the_categories_it_was_fitted_on(fitted: Fitted, tmp_
     ours, theirs = (one.compiler.history for one in (prior, loaded))
     assert ours is not None
     assert theirs is not None
-    assert theirs.categories == tuple(CATEGORIES)
+    assert theirs.categories == ours.categories == Categories(bought=CATEGORIES, browsed=CATEGORIES)
     np.testing.assert_array_equal(theirs(*users), ours(*users))
     found = [constant_log_probs(one, *users, own_history=True) for one in (prior, loaded)]
     np.testing.assert_allclose(found[1], found[0], atol=1e-5)
