@@ -26,7 +26,7 @@ from data.config import DataConfig
 from data.errors import UserError
 from data.sampling import hash_ids
 from data.split import EVALUATE, Calendar, Span, TimeSplit
-from data.tables import ENTITIES, KINDS, Tables
+from data.tables import BROWSING, ENTITIES, KINDS, Tables
 
 __all__ = ["KINDS", "Before", "Events", "Log", "Placements", "Prices", "Requests", "Targets", "Visits", "load_log"]
 
@@ -262,6 +262,12 @@ class Log:
     def is_purchase(self) -> Bool:
         """True for events of a purchase kind, shape ``(N,)``."""
         return np.isin(self.events.kind, self.purchase_kinds)
+
+    @cached_property
+    def is_browsing(self) -> Bool:
+        """True for events of the kinds ``BROWSING`` that are no labels, shape ``(N,)``."""
+        kinds = [code for code in map(KINDS.index, BROWSING) if code not in self.label_kinds]
+        return np.isin(self.events.kind, kinds)
 
     def history(self, user: int, period: int) -> slice:
         """Rows of ``events`` of one user before the start of a period."""

@@ -40,6 +40,8 @@ KINDS = (
     "coupon",
     "campaign",
 )
+BROWSING = ("click", "search", "visit", "coupon")
+"""Kinds of what a user does without buying."""
 ENTITIES = ("advertiser", "item")
 """What later stages take for an advertiser: the advertisers of the tables, or every ad (`Tables.of_items`)."""
 NAME_LETTERS = 60

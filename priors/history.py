@@ -44,8 +44,6 @@ from priors.interests import in_place_of_advertisers, index_of_code
 from priors.probe import LevelStates, fit_levels, in_batches, joined_states, levels_by_head
 from semantic_ids.advertiser_ids import AdvertiserIds
 
-BROWSED = ("visit", "search", "click", "coupon")
-"""Kinds of events that are a user's own, and no purchases."""
 _AT_ONCE = 64
 """Prompts of a batch."""
 _PATIENCE = 3
@@ -58,7 +56,7 @@ class Categories:
 
     Attributes:
         bought: of purchases.
-        browsed: of the kinds `BROWSED`.
+        browsed: of visits, searches, clicks and coupons (`data.log.Log.is_browsing`).
     """
 
     bought: tuple[str, ...] = ()
@@ -75,7 +73,7 @@ class Categories:
 
         return cls(
             bought=named(log.is_purchase) if cfg.prompts and cfg.categories else (),
-            browsed=named(np.isin(log.events.kind, _browsed_kinds(log))) if cfg.prompts and cfg.browsing else (),
+            browsed=named(log.is_browsing) if cfg.prompts and cfg.browsing else (),
         )
 
     def __len__(self) -> int:
@@ -83,11 +81,6 @@ class Categories:
 
 
 NO_CATEGORIES = Categories()
-
-
-def _browsed_kinds(log: Log) -> tuple[int, ...]:
-    """Codes of `BROWSED`, less those that are labels."""
-    return tuple(code for code in map(KINDS.index, BROWSED) if code not in log.label_kinds)
 
 
 @dataclass(frozen=True)
@@ -114,12 +107,11 @@ class _Told:
         return cls(counts, levels)
 
     @classmethod
-    def categories(cls, log: Log, names: Sequence[str], kinds: Sequence[int]) -> _Told:
-        """The categories of the events of some kinds; others than ``names`` are as if missing."""
+    def categories(cls, log: Log, names: Sequence[str], told_N: NDArray[np.bool_]) -> _Told:
+        """The categories of some of the events; others than ``names`` are as if missing."""
         category_N = index_of_code(log.category_names, names)[log.events.category]
-        thing_N = np.where(np.isin(log.events.kind, kinds), category_N, -1)
-        as_bought = replace(in_place_of_advertisers(log, thing_N, len(names)), label_kinds=tuple(kinds))
-        return cls(Counts.of(as_bought), None)
+        as_advertisers = in_place_of_advertisers(log, np.where(told_N, category_N, -1), len(names))
+        return cls(Counts.of(replace(as_advertisers, label_kinds=tuple(range(len(KINDS))))), None)
 
     def vectors(
         self, user_B: NDArray[np.integer], period_B: NDArray[np.integer], decays: Sequence[float]
@@ -179,9 +171,9 @@ class HistoryVectors:
         self.decays, self.categories = tuple(decays), categories
         self._parts = [_Told.advertisers(counts, ids)]
         if log is not None and categories.bought:
-            self._parts.append(_Told.categories(log, categories.bought, log.purchase_kinds))
+            self._parts.append(_Told.categories(log, categories.bought, log.is_purchase))
         if log is not None and categories.browsed:
-            self._parts.append(_Told.categories(log, categories.browsed, _browsed_kinds(log)))
+            self._parts.append(_Told.categories(log, categories.browsed, log.is_browsing))
         self.size = history_size(ids, self.decays, categories)
 
     def __call__(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> NDArray[np.float32]:

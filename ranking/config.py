@@ -60,6 +60,7 @@ class FeatureConfig:
             "advertiser_popularity",
             "activity",
             "plan",
+            "browsing",
         ]
     )
     prior: list[str] = field(default_factory=lambda: list(GROUPS))

@@ -139,6 +139,23 @@ class FeatureBuilder:
         return History(visit_at_market // n_markets, period), History(visit_at_market, period)
 
     @cached_property
+    def browsing(self) -> dict[str, tuple[History, History]]:
+        """Visits, searches, clicks and coupons by user and value of an ad column, and by user, of each such column.
+
+        An event's category is the value of an ad column that is called the same; columns without any are left out.
+        """
+        log, found = self.log, {}
+        browsed = np.flatnonzero(log.is_browsing)
+        for column in self.ad_columns:
+            code_of = {name: code for code, name in enumerate(log.ad_vocabularies[column]) if code > 0}
+            code_C = np.array([code_of.get(name, -1) for name in log.category_names], np.int64)
+            if (code_C >= 0).any():
+                user, period = log.events.user[browsed], np.maximum(log.events.period[browsed], 0)
+                key = pair(user, code_C[log.events.category[browsed]], len(log.ad_vocabularies[column]))
+                found[column] = History(key, period), History(np.where(key < 0, -1, user), period)
+        return found
+
+    @cached_property
     def unit_price(self) -> tuple[History, Floats, Floats]:
         """Purchases with a known price, by ad: their history, price of a piece and share of it taken off."""
         events = self.log.events
@@ -247,6 +264,21 @@ def _activity(builder: FeatureBuilder, rows: Rows) -> dict[str, NDArray[Any]]:
     }
 
 
+def _browsing(builder: FeatureBuilder, rows: Rows) -> dict[str, NDArray[Any]]:
+    """How often the user looked at the ad's category, lately too, and its share; nothing where no category is known."""
+    found: dict[str, NDArray[Any]] = {}
+    for column, (history, of_user) in builder.browsing.items():
+        code = builder.log.ad_features[column][rows.ad]
+        key = pair(rows.user, np.where(code > 0, code, -1), len(builder.log.ad_vocabularies[column]))
+        count, total = history.count(key, rows.period), of_user.count(rows.user, rows.period)
+        found |= {
+            f"browsed_{column}": np.log1p(count),
+            f"browsed_{column}_recent": np.log1p(history.count(key, rows.period, window=builder.cfg.recent_periods)),
+            f"browsed_{column}_share": count / np.maximum(total, 1),
+        }
+    return found
+
+
 def _plan(builder: FeatureBuilder, rows: Rows) -> dict[str, NDArray[Any]]:
     """How many ads of the advertiser run in the period, and how many more than used to; nothing without a plan."""
     if builder.plan is None:
@@ -324,6 +356,7 @@ DENSE: Mapping[str, Callable[[FeatureBuilder, Rows], dict[str, NDArray[Any]]]] =
     "advertiser_popularity": lambda b, rows: _popularity(b, rows, "advertiser"),
     "activity": _activity,
     "plan": _plan,
+    "browsing": _browsing,
 }
 """Groups of dense features by name."""
 

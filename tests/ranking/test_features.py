@@ -10,6 +10,7 @@ import pytest
 
 from data.errors import LineageError, UserError
 from data.log import Log
+from data.tables import KINDS
 from ranking.config import FeatureConfig
 from ranking.features import DENSE, SPARSE, FeatureBuilder
 from ranking.prior import GROUPS, columns_of_groups
@@ -100,6 +101,31 @@ def test_a_log_whose_ads_always_run_has_no_features_of_a_plan(log: Log, features
     )
     built = FeatureBuilder(replace(log, placements=always), tiny_ids(log), CFG).build(features.rows)
     assert {"advertiser_plan", "advertiser_running"} == {*features.dense} - {*built.dense} - {*PRIOR}
+
+
+def test_browsing_of_the_ads_category_is_counted_before_the_period(log: Log, features: Features) -> None:
+    events, rows, column = log.events, features.rows, log.ad_features["category"]
+    names = ("", *reversed(log.ad_vocabularies["category"][1:]), "unknown to ads")
+    looked = (events.kind == KINDS.index("impression")) & (events.request % 2 == 0)
+    kind = np.where(looked, KINDS.index("search"), events.kind).astype(events.kind.dtype)
+    category = np.where(events.ad >= 0, len(names) - 1 - column[events.ad], 0)
+    category = np.where(events.request % 6 == 0, len(names) - 1, category)
+    changed = replace(events, kind=kind, category=category.astype(np.int32))
+    seen = replace(log, events=changed, category_names=names)
+    dense = FeatureBuilder(seen, tiny_ids(log), CFG).build(rows).dense
+    looked, checked = seen.is_browsing & (events.ad >= 0), 0
+    for n in np.random.default_rng(4).choice(len(rows), 40, replace=False):
+        before = looked & (events.user == rows.user[n]) & (events.period < rows.period[n])
+        known = before & (events.request % 6 != 0) & (column[events.ad] > 0)
+        same = known & (column[events.ad] == column[rows.ad[n]])
+        assert dense["browsed_category"][n] == pytest.approx(np.log1p(same.sum()), rel=1e-6)
+        recent = same & (events.period >= rows.period[n] - CFG.recent_periods)
+        assert dense["browsed_category_recent"][n] == pytest.approx(np.log1p(recent.sum()), rel=1e-6)
+        assert dense["browsed_category_share"][n] == pytest.approx(same.sum() / max(known.sum(), 1), rel=1e-6)
+        checked += int(same.any())
+    assert checked > 5
+    nameless = FeatureBuilder(replace(seen, category_names=("", *("none of any ad's",) * 5)), tiny_ids(log), CFG)
+    assert not [name for name in nameless.build(rows).dense if name.startswith("browsed_")]
 
 
 def test_price_is_that_of_the_last_purchase_before_by_anybody(log: Log, features: Features) -> None:
