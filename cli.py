@@ -74,9 +74,10 @@ def run(
         from pipeline.config import compose, run_directory
         from pipeline.run import REPORT, run_stages
 
-        config = compose([*terminal_overrides(), *(overrides or [])])
+        asked = overrides or []
+        config = compose([*terminal_overrides(), *asked])
         console = Console(soft_wrap=True)
-        run_stages(config, console=console)
+        run_stages(config, console=console, overrides=asked)
         report = run_directory(config) / REPORT
         if report.exists() and config.run.until in (None, "report"):
             console.print(f"report: {report}", highlight=False)

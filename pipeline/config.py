@@ -10,7 +10,9 @@ from __future__ import annotations
 import difflib
 import importlib.resources
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
@@ -39,6 +41,7 @@ from semantic_ids.config import SemanticIdsConfig
 CONFIGS = "configs"
 CONFIG_FILE = "config.yaml"
 """Of a run directory: what it was made with."""
+_COMMENT = "# "
 STUDIES = "ablation"
 """Folder of ``configs/`` that holds ablations (`pipeline.ablation`) and is no group."""
 
@@ -446,9 +449,33 @@ def run_directory(config: AdsidConfig) -> Path:
     return Path(config.run.dir).expanduser().absolute()
 
 
-def save(config: AdsidConfig, path: Path) -> None:
-    """Write a configuration as YAML, every value in it."""
-    atomic_write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
+def save(config: AdsidConfig, path: Path, overrides: Sequence[str] | None = None) -> None:
+    """Write a configuration as YAML, every value in it.
+
+    Args:
+        config: what to write.
+        path: the file.
+        overrides: of the command that asked for it, which the file opens with; None where there was none.
+    """
+    text = OmegaConf.to_yaml(OmegaConf.structured(config))
+    command = None if overrides is None else shlex.join(["adsid", "run", *overrides])
+    if command is not None and command.isprintable():
+        text = f"{_COMMENT}{command}\n{text}"
+    atomic_write_text(path, text)
+
+
+def made_by(directory: Path) -> str:
+    """The command that made a run, for a shell; where it is not known, words that name the configuration.
+
+    Args:
+        directory: of the run.
+    """
+    path = directory / CONFIG_FILE
+    with suppress(OSError, UnicodeDecodeError):
+        first, _, _ = path.read_text(encoding="utf-8").partition("\n")
+        if first.startswith(_COMMENT):
+            return first.removeprefix(_COMMENT)
+    return f"adsid run, as configured in {path}"
 
 
 def load_run(directory: Path, *, action: str) -> AdsidConfig:

@@ -67,7 +67,8 @@ def test_a_run_writes_below_the_current_folder(folder: Path) -> None:
     result = adsid("run", "experiment=smoke", "data.path=missing", "run.until=data")
     assert result.exit_code == USER_MISTAKE
     assert "missing" in result.stderr
-    assert (folder / "runs" / "smoke").is_dir()
+    config = (folder / "runs" / "smoke" / "config.yaml").read_text()
+    assert config.startswith("# adsid run experiment=smoke data.path=missing run.until=data\n")
     assert not (folder / "runs" / "smoke" / "data").exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import fields
 from pathlib import Path
 
@@ -176,6 +177,32 @@ def test_several_mistakes_are_told_together() -> None:
         compose(["prior.prompts=0", "prior.probe.epochs=0", "prior.lora.rank=-1", "ranker.batch_size=0", "evaluate=x"])
     for part in ("prior.prompts=0", "prior.probe.epochs=0", "prior.lora.rank=-1", "ranker.batch_size=0", "evaluate=x"):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "command"),
+    [
+        ([], "adsid run"),
+        (["experiment=smoke", "seed=1"], "adsid run experiment=smoke seed=1"),
+        (["experiment=smoke", "data.split.test=[47,49]"], "adsid run experiment=smoke 'data.split.test=[47,49]'"),
+        (["run.dir='my runs'"], """adsid run 'run.dir='"'"'my runs'"'"''"""),
+        (["prior.prompt.next='a\nb'"], None),
+        (None, None),
+    ],
+)
+def test_the_command_of_a_run_is_told_for_a_shell(
+    tmp_path: Path, overrides: list[str] | None, command: str | None
+) -> None:
+    config = compose(["experiment=smoke"])
+    configuration.save(config, tmp_path / "config.yaml", overrides)
+    told = configuration.made_by(tmp_path)
+    assert told == (command or f"adsid run, as configured in {tmp_path / 'config.yaml'}")
+    assert command is None or shlex.split(command) == ["adsid", "run", *(overrides or [])]
+    assert configuration.load(tmp_path / "config.yaml") == config
+
+
+def test_a_run_without_a_config_is_made_by_an_unknown_command(tmp_path: Path) -> None:
+    assert configuration.made_by(tmp_path) == f"adsid run, as configured in {tmp_path / 'config.yaml'}"
 
 
 def test_a_saved_config_is_read_back(tmp_path: Path) -> None:
