@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pipeline.commands import ablate, bench, data, ids, priors, rank, results, tune
-from pipeline.commands.terminal import Debug, guarded, terminal_overrides
+from pipeline.commands.terminal import Debug, guarded, path_argument, terminal_overrides
 
 app = typer.Typer(
     name="adsid",
@@ -74,9 +74,10 @@ def run(
         from pipeline.config import compose, run_directory
         from pipeline.run import REPORT, run_stages
 
-        config = compose([*terminal_overrides(), *(overrides or [])])
+        asked = overrides or []
+        config = compose([*terminal_overrides(), *asked])
         console = Console(soft_wrap=True)
-        run_stages(config, console=console)
+        run_stages(config, console=console, overrides=asked)
         report = run_directory(config) / REPORT
         if report.exists() and config.run.until in (None, "report"):
             console.print(f"report: {report}", highlight=False)
@@ -87,7 +88,7 @@ def run(
 @app.command(epilog="Example:\n\n  adsid report runs/quickstart")
 def report(
     context: typer.Context,
-    directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a finished run.")],
+    directory: Annotated[Path, path_argument("RUN_DIR", "The folder of a finished run.")],
     debug: Debug = False,
 ) -> None:
     """Write the report of a finished run anew, from its artifacts."""

@@ -42,7 +42,8 @@ def main(arguments: list[str]) -> None:
         from pipeline.config import compose
         from pipeline.run import run_stages
 
-        run_stages(compose([*terminal_overrides(), *overrides]), console=Console(soft_wrap=True), only=stage)
+        config = compose([*terminal_overrides(), *overrides])
+        run_stages(config, console=Console(soft_wrap=True), only=stage, overrides=overrides)
 
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)

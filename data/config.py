@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 
 from data.errors import UserError
+from data.rules import SEED, at_least, broken
 from data.split import Calendar, SplitConfig, TimeSplit
 from data.tables import KINDS, Tables
 from data.truth import SimulatorConfig
@@ -64,23 +65,8 @@ class DataConfig:
     simulator: SimulatorConfig = field(default_factory=SimulatorConfig)
 
     def __post_init__(self) -> None:
-        errors = []
-        if self.impressions_per_visit < 1:
-            errors.append(
-                UserError(
-                    f"data.impressions_per_visit={self.impressions_per_visit}",
-                    expected="a whole number, at least 1",
-                    action="set data.impressions_per_visit, e.g. to 20",
-                )
-            )
-        if self.max_users is not None and self.max_users < 1:
-            errors.append(
-                UserError(
-                    f"data.max_users={self.max_users}",
-                    expected="a whole number, at least 1, or null for all users",
-                    action="set data.max_users, e.g. to 300",
-                )
-            )
+        rules = {"seed": SEED, "impressions_per_visit": at_least(1), "max_users": at_least(1).or_null()}
+        errors = broken(self, "data", rules)
         if not self.label_kinds or set(self.label_kinds) - set(LABELS):
             errors.append(
                 UserError(

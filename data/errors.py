@@ -18,6 +18,7 @@ class UserError(Exception):
 
     def __init__(self, given: str, *, expected: str, action: str) -> None:
         self.given, self.expected, self.action = given, expected, action
+        self.problems: list[UserError] = [self]
         super().__init__(f"given: {given}\nexpected: {expected}\nwhat to do: {action}")
 
     @classmethod
@@ -25,18 +26,20 @@ class UserError(Exception):
         """Several mistakes in one error, so that a user mends them in one go.
 
         Args:
-            errors: at least one error.
+            errors: at least one error; those of a collected one are taken one by one.
 
         Returns:
-            The only error, or one whose message lists all of them.
+            The only error, or one whose message lists all of them, and whose ``problems`` they are.
         """
         if len(errors) == 1:
             return errors[0]
+        errors = [problem for error in errors for problem in error.problems]
         combined = cls(
             f"{len(errors)} problems",
             expected="; ".join(error.expected for error in errors),
             action="; ".join(error.action for error in errors),
         )
+        combined.problems = errors
         combined.args = ("\n\n".join(f"[{n}] {error}" for n, error in enumerate(errors, 1)),)
         return combined
 

@@ -76,6 +76,7 @@ class Column:
         required: the column must be there.
         nullable: a value may be missing.
         minimum: smallest value of a number, included.
+        above: a number that every value is above.
         references: table whose key the value must be in.
         private: values identify a person and stay out of messages.
     """
@@ -87,6 +88,7 @@ class Column:
     required: bool = True
     nullable: bool = False
     minimum: float | None = None
+    above: float | None = None
     references: str | None = None
     private: bool = False
 
@@ -141,7 +143,7 @@ EVENTS = Schema(
         Column("advertiser_id", "id", "the advertiser concerned", nullable=True, references="advertisers"),
         Column("value", "number", "money spent", "the source's currency", nullable=True, minimum=0),
         Column("market_id", "id", "where: store, region or site", nullable=True),
-        Column("sample_weight", "number", "rows of the full log this one stands for", "rows", minimum=0),
+        Column("sample_weight", "number", "rows of the full log this one stands for", "rows", above=0),
         Column("request_id", "id", "the visit the event belongs to", nullable=True),
         Column("quantity", "number", "how much was bought", "pieces", required=False, nullable=True, minimum=0),
         Column(

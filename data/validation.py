@@ -201,6 +201,8 @@ class _Check:
             if column.minimum is not None:
                 rule = f"must not be below {column.minimum:g}"
                 checks.append(pa.Check.ge(column.minimum, error=rule))
+            if column.above is not None:
+                checks.append(pa.Check.gt(column.above, error=f"must be above {column.above:g}"))
         if column.family == "timestamp":
             rule = f"must lie between {EARLIEST:%Y-%m-%d} and {LATEST:%Y-%m-%d}"
             checks.append(pa.Check.in_range(EARLIEST, LATEST, error=rule))

@@ -42,6 +42,11 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from data.errors import UserError
+from data.rules import DROPOUT, NOT_NEGATIVE, POSITIVE, at_least, broken, check
+
+HEAD_KINDS = ("tied", "free", "tied+free")
+
 
 @dataclass(frozen=True)
 class Decisions:
@@ -169,6 +174,23 @@ class HeadConfig:
     dropout: float = 0.1
     period_learning_rate: float = 1e-2
 
+    def __post_init__(self) -> None:
+        errors = broken(
+            self,
+            "prior.head",
+            {"learning_rate": POSITIVE, "dropout": DROPOUT, "period_learning_rate": NOT_NEGATIVE},
+        )
+        if self.kind not in HEAD_KINDS:
+            errors.append(
+                UserError(
+                    f"prior.head.kind={self.kind}",
+                    expected=f"one of {', '.join(HEAD_KINDS)}",
+                    action="set prior.head.kind to one of them",
+                )
+            )
+        if errors:
+            raise UserError.collect(errors)
+
 
 @dataclass
 class LoraSettings:
@@ -187,6 +209,18 @@ class LoraSettings:
     layers: int | None = None
     targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
     learning_rate: float = 2e-4
+
+    def __post_init__(self) -> None:
+        check(
+            self,
+            "prior.lora",
+            {
+                "rank": at_least(0),
+                "alpha": POSITIVE,
+                "layers": at_least(1).or_null(),
+                "learning_rate": POSITIVE,
+            },
+        )
 
 
 class IdHead(nn.Module):

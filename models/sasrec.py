@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from data.errors import UserError
+from data.rules import DROPOUT, POSITIVE, at_least, broken
 from models.training import TrainerConfig
 
 
@@ -53,14 +54,9 @@ class SasRecConfig:
     trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(max_epochs=40, patience=3))
 
     def __post_init__(self) -> None:
-        errors = [
-            UserError(
-                f"prior.baselines.sasrec.{name}={value}", expected="a whole number, at least 1", action="raise it"
-            )
-            for name in ("width", "layers", "heads", "max_length", "batch_size")
-            if (value := getattr(self, name)) < 1
-        ]
-        if not errors and self.width % self.heads:
+        sizes = dict.fromkeys(("width", "layers", "heads", "max_length", "batch_size"), at_least(1))
+        errors = broken(self, "prior.baselines.sasrec", {**sizes, "dropout": DROPOUT, "learning_rate": POSITIVE})
+        if self.width > 0 and self.heads > 0 and self.width % self.heads:
             errors.append(
                 UserError(
                     f"prior.baselines.sasrec.width={self.width}, heads={self.heads}",

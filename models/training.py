@@ -37,6 +37,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from data.errors import UserError
+from data.rules import POSITIVE, at_least, broken
 
 TRAINER_STATE = "trainer.pt"
 """Of a checkpoint that several processes wrote: all but the weights."""
@@ -80,21 +81,16 @@ class TrainerConfig:
     progress_bar: bool = True
 
     def __post_init__(self) -> None:
-        counts = {
-            "max_epochs": self.max_epochs,
-            "accumulate": self.accumulate,
-            "devices": self.devices,
-            "checkpoint_every": self.checkpoint_every,
+        one = at_least(1)
+        rules = {
+            "max_epochs": one,
+            "patience": at_least(0).or_null(),
+            "gradient_clip": POSITIVE.or_null(),
+            "accumulate": one,
+            "devices": one,
+            "checkpoint_every": one.or_null(),
         }
-        errors = [
-            UserError(
-                f"trainer.{name}={value}",
-                expected="a whole number, at least 1",
-                action=f"set trainer.{name} to a positive number",
-            )
-            for name, value in counts.items()
-            if value is not None and value < 1
-        ]
+        errors = broken(self, "trainer", rules)
         for name, value, known in (
             ("accelerator", self.accelerator, ACCELERATORS),
             ("precision", self.precision, PRECISIONS),

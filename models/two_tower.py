@@ -43,6 +43,9 @@ import torch
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
 
+from data.errors import UserError
+from data.rules import DROPOUT, NOT_NEGATIVE, POSITIVE, at_least, broken
+
 NO_ITEM = -1
 CONTEXT = ("market",)
 """What a user tower can read of a request beside its user."""
@@ -82,21 +85,37 @@ class TwoTowerConfig:
     weight_decay: float = 1e-4
 
     def __post_init__(self) -> None:
-        for name in ("dim", "hidden", "heads", "temperature", "learning_rate"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)}; expected a positive number")
-        if self.advertiser_weight is not None and self.advertiser_weight <= 0:
-            raise ValueError(f"advertiser_weight={self.advertiser_weight}; expected a positive number, or null")
-        for name in ("dropout", "id_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; expected a share in [0, 1)")
+        section = "retrieval.model"
+        errors = broken(
+            self,
+            section,
+            {
+                **dict.fromkeys(("dim", "hidden", "heads"), at_least(1)),
+                "layers": at_least(0),
+                **dict.fromkeys(("dropout", "id_dropout"), DROPOUT),
+                "advertiser_weight": POSITIVE.or_null(),
+                **dict.fromkeys(("temperature", "learning_rate"), POSITIVE),
+                "weight_decay": NOT_NEGATIVE,
+            },
+        )
         if not set(self.context) <= set(CONTEXT) or len(set(self.context)) < len(self.context):
-            raise ValueError(f"context={list(self.context)}; expected distinct names out of {', '.join(CONTEXT)}")
-        if self.layers < 0 or (self.layers and self.dim % self.heads):
-            raise ValueError(
-                f"layers={self.layers} with dim={self.dim} and heads={self.heads}; expected at least 0, and heads "
-                "that divide dim"
+            errors.append(
+                UserError(
+                    f"{section}.context={list(self.context)}",
+                    expected=f"distinct names out of {', '.join(CONTEXT)}",
+                    action=f"correct {section}.context; [] reads nothing of the request",
+                )
             )
+        if self.layers > 0 and self.dim > 0 and self.heads > 0 and self.dim % self.heads:
+            errors.append(
+                UserError(
+                    f"{section}.layers={self.layers} with dim={self.dim} and heads={self.heads}",
+                    expected="heads that divide dim, where layers read the history",
+                    action="change one of them, e.g. dim=64 heads=4",
+                )
+            )
+        if errors:
+            raise UserError.collect(errors)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import importlib.resources
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from rich.console import Console
 
 from data.artifacts import MANIFEST, Manifest
 from data.errors import UserError
+from data.rules import SEED
 from data.statistics import Interval, Row
 from pipeline import config as configuration
 from pipeline.config import CONFIG_FILE, CONFIGS, STUDIES, AdsidConfig, compose, nearest
@@ -204,9 +205,11 @@ def _study(name: str, plain: Any) -> Study:
     for arm in arms:
         if not isinstance(arm, str) or not _NAME.fullmatch(arm) or " - " in arm:
             wrong(f"an arm named {arm!r}", "a name of letters, digits, spaces and any of + . , = ( ) - _")
+    for given, expected in _shared_folders(map(str, arms)):
+        wrong(given, expected)
     seeds = plain.get("seeds", [0])
-    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
-        wrong(f"seeds={seeds!r}", "a list of whole numbers, at least one")
+    if not isinstance(seeds, list) or not all(type(seed) is int for seed in seeds) or not SEED.each().holds(seeds):
+        wrong(f"seeds={seeds!r}", f"a list of seeds: {SEED.each().expected}")
         seeds = [0]
     study = Study(
         name=name,
@@ -285,7 +288,11 @@ def arm_configs(study: Study, kind: Kind, out: Path, overrides: Sequence[str]) -
     Raises:
         UserError: an override is wrong, in any arm; all are told at once.
     """
-    configs, errors = {}, []
+    configs: dict[tuple[str, int], AdsidConfig] = {}
+    errors = [
+        UserError(given, expected=expected, action="name one of them differently")
+        for given, expected in _shared_folders(study.arms)
+    ]
     if any(override.startswith("run.") for override in overrides):
         errors.append(
             UserError(
@@ -312,7 +319,25 @@ def arm_configs(study: Study, kind: Kind, out: Path, overrides: Sequence[str]) -
 
 
 def _directory(out: Path, arm: str, seed: int) -> Path:
-    return out / arm.replace(" ", "_") / f"seed={seed}"
+    return out / _folder(arm) / f"seed={seed}"
+
+
+def _folder(arm: str) -> str:
+    return arm.replace(" ", "_")
+
+
+def _shared_folders(arms: Iterable[str]) -> list[tuple[str, str]]:
+    """Arms that cannot have a folder of their own: what was given, and what was expected."""
+    by_folder: dict[str, list[str]] = {}
+    for arm in arms:
+        by_folder.setdefault(_folder(arm), []).append(arm)
+    wrong = [
+        (f"the arms {' and '.join(map(repr, same))}", f"one folder each; all of these have {folder}")
+        for folder, same in by_folder.items()
+        if len(same) > 1
+    ]
+    wrong += [(f"an arm named {arm!r}", "a name that a folder can have") for arm in by_folder if arm in (".", "..")]
+    return wrong
 
 
 def _cost(kind: Kind, runs: Sequence[Path]) -> Cost:

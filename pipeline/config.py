@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
+import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
@@ -27,6 +30,7 @@ from yaml import YAMLError
 from data.artifacts import atomic_write_text, to_plain
 from data.config import DataConfig
 from data.errors import UserError
+from data.rules import SEED, at_least, broken, check
 from data.split import EVALUATE
 from priors.config import PriorConfig
 from ranking.auction import AuctionConfig
@@ -37,6 +41,7 @@ from semantic_ids.config import SemanticIdsConfig
 CONFIGS = "configs"
 CONFIG_FILE = "config.yaml"
 """Of a run directory: what it was made with."""
+_COMMENT = "# "
 STUDIES = "ablation"
 """Folder of ``configs/`` that holds ablations (`pipeline.ablation`) and is no group."""
 
@@ -75,12 +80,7 @@ class DeviceConfig:
     progress_bar: bool = True
 
     def __post_init__(self) -> None:
-        if self.devices < 1:
-            raise UserError(
-                f"trainer.devices={self.devices}",
-                expected="a whole number, at least 1",
-                action="set trainer.devices to the number of devices to use",
-            )
+        check(self, "trainer", {"devices": at_least(1)})
 
 
 @dataclass
@@ -121,10 +121,7 @@ class AdsidConfig:
                     action=f"set evaluate to one of them{nearest(self.evaluate, EVALUATE)}",
                 )
             )
-        if self.seed < 0:
-            errors.append(
-                UserError(f"seed={self.seed}", expected="a whole number, at least 0", action="set another seed")
-            )
+        errors += broken(self, "", {"seed": SEED})
         if self.semantic_ids.entity == "item" and self.data.source == "simulator":
             errors.append(
                 UserError(
@@ -362,30 +359,81 @@ def _writable(node: DictConfig) -> DictConfig:
 
 
 def _instantiate(merged: DictConfig) -> AdsidConfig:
-    """Dataclasses with their own checks; the problems of all components are told together."""
-    errors: list[UserError] = []
-    parts: dict[str, Any] = {}
-    for entry in fields(AdsidConfig):
-        try:
-            node = merged[entry.name]
-            parts[entry.name] = OmegaConf.to_object(node) if OmegaConf.is_config(node) else node
-        except UserError as error:
-            errors.append(error)
-        except (ValueError, OmegaConfBaseException) as error:
-            errors.append(
-                UserError(
-                    f"{entry.name}: {str(error).splitlines()[0]}",
-                    expected=f"values that fit together in {entry.name}",
-                    action=f"correct the overrides of {entry.name}",
-                )
-            )
-    try:
-        config = AdsidConfig(**parts)  # a part that failed has its default here, and its error above
-    except UserError as error:
-        errors.append(error)
+    """Dataclasses with their own checks; the problems of all components are told together, each once."""
+    errors: dict[str, UserError] = {}
+    config = _build(merged, AdsidConfig(), "", errors)
     if errors:
-        raise UserError.collect(errors)
+        raise UserError.collect(list(errors.values()))
+    assert isinstance(config, AdsidConfig)
     return config
+
+
+def _build(node: DictConfig, default: Any, key: str, errors: dict[str, UserError]) -> Any:
+    """The dataclass of a node, its parts first, each checked by itself.
+
+    Args:
+        node: values of the dataclass.
+        default: the same dataclass with values that are sound; stands in for what is not.
+        key: of the node; empty for the root.
+        errors: takes what is wrong, by what was given.
+    """
+    values: dict[str, Any] = {}
+    failed: list[str] = []
+    for entry in fields(default):
+        known = len(errors)
+        part, path = getattr(default, entry.name), f"{key}.{entry.name}" if key else entry.name
+        try:
+            value = node[entry.name]
+            if is_dataclass(part) and isinstance(value, DictConfig):
+                values[entry.name] = _build(value, part, path, errors)
+            else:
+                values[entry.name] = OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
+        except UserError as error:
+            errors.update((problem.given, problem) for problem in error.problems)
+        except OmegaConfBaseException as error:
+            errors[path] = _unfit(path, error)
+        if len(errors) > known:
+            failed.append(path)
+    try:
+        return type(default)(**values)  # a part that failed has its default here, and its error above
+    except UserError as error:
+        for problem in error.problems:
+            located = _located(problem, node, key)
+            if not any(f"{path}." in located.given for path in failed):  # it would be told of the default
+                errors.setdefault(located.given, located)
+    except ValueError as error:
+        if not failed:
+            errors[key] = _unfit(key, error)
+    return default
+
+
+def _unfit(key: str, error: Exception) -> UserError:
+    return UserError(
+        f"{key}: {str(error).splitlines()[0]}",
+        expected=f"values that fit together in {key}",
+        action=f"correct the overrides of {key}",
+    )
+
+
+def _located(error: UserError, node: DictConfig, key: str) -> UserError:
+    """An error with the key that a user sets.
+
+    A part that several components have, as their trainers, names its own keys by its last name, ``trainer.patience``:
+    the component is put before it. A key that follows another, as seeds follow ``seed``, is told as that one.
+    """
+    given = error.given.partition("=")[0]
+    parent, _, name = given.rpartition(".")
+    if not key.endswith(parent):
+        return error  # of a part's part, or of two keys
+    full = f"{key}.{name}" if key else name
+    raw = OmegaConf.to_container(node, resolve=False).get(name)  # type: ignore[union-attr]
+    if isinstance(raw, str) and raw.startswith("${") and raw.endswith("}"):
+        full = raw[2:-1]
+    return UserError(
+        full + error.given.removeprefix(given),
+        expected=error.expected,
+        action=re.sub(rf"{re.escape(given)}\b", lambda _: full, error.action),
+    )
 
 
 def nearest(given: str, valid: Sequence[str]) -> str:
@@ -401,9 +449,33 @@ def run_directory(config: AdsidConfig) -> Path:
     return Path(config.run.dir).expanduser().absolute()
 
 
-def save(config: AdsidConfig, path: Path) -> None:
-    """Write a configuration as YAML, every value in it."""
-    atomic_write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
+def save(config: AdsidConfig, path: Path, overrides: Sequence[str] | None = None) -> None:
+    """Write a configuration as YAML, every value in it.
+
+    Args:
+        config: what to write.
+        path: the file.
+        overrides: of the command that asked for it, which the file opens with; None where there was none.
+    """
+    text = OmegaConf.to_yaml(OmegaConf.structured(config))
+    command = None if overrides is None else shlex.join(["adsid", "run", *overrides])
+    if command is not None and command.isprintable():
+        text = f"{_COMMENT}{command}\n{text}"
+    atomic_write_text(path, text)
+
+
+def made_by(directory: Path) -> str:
+    """The command that made a run, for a shell; where it is not known, words that name the configuration.
+
+    Args:
+        directory: of the run.
+    """
+    path = directory / CONFIG_FILE
+    with suppress(OSError, UnicodeDecodeError):
+        first, _, _ = path.read_text(encoding="utf-8").partition("\n")
+        if first.startswith(_COMMENT):
+            return first.removeprefix(_COMMENT)
+    return f"adsid run, as configured in {path}"
 
 
 def load_run(directory: Path, *, action: str) -> AdsidConfig:

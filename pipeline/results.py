@@ -137,7 +137,7 @@ def read_runs(named: Sequence[str]) -> list[Run]:
                 )
             )
             continue
-        directory = Path(folder)
+        directory = Path(folder).expanduser()
         manifests = {
             stage: Manifest.read(directory / stage)
             for stage in (*NEEDED, *MORE)

@@ -30,6 +30,7 @@ def run_stages(
     only: str | None = None,
     until: Sequence[str] = (),
     shared: dict[Any, Any] | None = None,
+    overrides: Sequence[str] | None = None,
 ) -> list[Outcome]:
     """Bring the stages of a run directory up to date.
 
@@ -39,6 +40,7 @@ def run_stages(
         only: run this one stage alone, from artifacts that are there.
         until: the last stages wanted, in the place of ``run.until``.
         shared: takes what the stages hand on to each other, for whoever reads it after them.
+        overrides: that the configuration was asked for with; the report tells them. None where they are not known.
 
     Returns:
         One outcome a stage.
@@ -54,7 +56,7 @@ def run_stages(
     run = Run(
         directory, stages(), config, observer=ConsoleObserver(console), follows=follows,
         # Before the first stage: artifacts of a run that stops half-way are read by the configuration that made them.
-        on_begin=lambda: configuration.save(config, directory / CONFIG_FILE),
+        on_begin=lambda: configuration.save(config, directory / CONFIG_FILE, overrides),
     )  # fmt: skip
     if shared is not None:
         run.shared = shared

@@ -31,7 +31,7 @@ from data.statistics import Row
 from data.truth import TRUTH, Truth
 from data.writer import untracked
 from models.sharded import is_leader
-from pipeline.config import AdsidConfig
+from pipeline.config import AdsidConfig, made_by, run_directory
 from pipeline.console import progress_bars
 from pipeline.engine import Context, Stage, check_inputs
 from pipeline.example import user_example
@@ -39,8 +39,10 @@ from pipeline.ranker_ablation import write_ablation
 from pipeline.report import Curves, RunInfo, write_report
 from priors.anchor import TunedAnchor
 from priors.artifact import FOR_LISTS, PriorModel, load_base, load_interests, read_plain
+from priors.base_model import why_random
 from priors.baselines import fit_baselines
 from priors.card import model_card
+from priors.config import BaseModelConfig
 from priors.evaluate import DatedScorer, evaluate_forecast, evaluated_rows
 from priors.fit import fit_prior
 from priors.forecast import Forecast, TableForecast
@@ -76,7 +78,7 @@ from semantic_ids.tokenize import build_ids, precomputed_content
 Work = Context[AdsidConfig]
 T = TypeVar("T")
 
-TINY_CAVEAT = "The language model of this run has random weights (packaged:tiny): its forecasts are no result."
+_NO_RESULT = "its forecasts are no result."
 ROWS = "rows.json"
 FACTS = "facts.json"
 TEXT = "text_embeddings.safetensors"
@@ -351,8 +353,8 @@ def make_report(context: Work) -> dict[str, Any]:
         ],
         "dataset": cfg.data.source,
         "evaluate": cfg.evaluate,
-        "command": f"adsid run experiment={cfg.experiment}",
-        "caveats": [TINY_CAVEAT] if cfg.prior.base.name == "packaged:tiny" else [],
+        "command": made_by(run_directory(cfg)),
+        "caveats": caveats(cfg.prior.base),
     }
     forecasts = _forecasts(context)
     example = user_example(
@@ -605,6 +607,12 @@ def _retriever_of(context: Work, asked: str) -> Retriever:
     folder, counted = (REFIT[asked], _known(log, asked)) if cfg.refit else (TOWERS, "prior_fit")
     towers = TrainedTwoTower.load(context.inputs["two_tower"] / folder, cfg.index)
     return Retriever(log, towers, _ids(context).codes_AL, cfg, counted=counted)
+
+
+def caveats(base: BaseModelConfig) -> list[str]:
+    """What a reader must know of the LM before its figures."""
+    why = why_random(base.name, base.random_weights)
+    return [] if why is None else [f"The language model of this run has random weights ({why}): {_NO_RESULT}"]
 
 
 def _panel(context: Work) -> NDArray[np.int32]:

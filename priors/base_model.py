@@ -37,6 +37,8 @@ from models.block import append_layer, last_layer
 from models.training import TrainerConfig
 from priors.config import BaseModelConfig
 
+TINY = "packaged:tiny"
+"""The base model for tests, whose weights are random."""
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -63,6 +65,18 @@ class BaseModel:
         return positions
 
 
+def why_random(name: str, random_weights: bool) -> str | None:
+    """What gave a base model random weights, in words; None where it is pretrained.
+
+    Args:
+        name: as of `BaseModelConfig`.
+        random_weights: likewise.
+    """
+    if name == TINY:
+        return TINY
+    return "prior.base.random_weights=true" if random_weights else None
+
+
 def load_base_model(
     cfg: BaseModelConfig, *, trained: bool = False, seed: int = 0, weights: Path | None = None
 ) -> BaseModel:
@@ -81,7 +95,7 @@ def load_base_model(
     Raises:
         UserError: the package is not installed, there is no such model, or no layer can be appended to it.
     """
-    config, tokenizer, source = _tiny() if cfg.name == "packaged:tiny" else _found(cfg.name)
+    config, tokenizer, source = _tiny() if cfg.name == TINY else _found(cfg.name)
     if weights is not None:
         decoder = AutoModel.from_pretrained(str(weights), local_files_only=True)
     elif cfg.random_weights or source is None:

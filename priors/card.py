@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from priors.base_model import why_random
+
 _USE = """```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -64,8 +66,8 @@ def model_card(
     """
     prior, data = config["prior"], config["data"]
     base = plain["base_model"]
-    random = base.get("random_weights") or base["name"] == "packaged:tiny"
-    weights = "random weights of its architecture" if random else "its pretrained weights"
+    random = why_random(base["name"], base.get("random_weights", False))
+    weights = "its pretrained weights" if random is None else "random weights of its architecture"
     nll = metrics.get("select_nll_by_part") or []
     split = ", ".join(f"{name} {data['split'][name]}" for name in ("prior_fit", "prior_select"))
     history = plain.get("history")

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field
 
 from data.errors import UserError
+from data.rules import DROPOUT, NOT_NEGATIVE, POSITIVE, POSITIVE_SHARE, SEED, at_least, broken
 from data.split import Span
 from models.prior_lm import HeadConfig, LoraSettings
 from models.prior_reward import PAID
@@ -64,6 +65,12 @@ class ProbeConfig:
     epochs: int = 10
     weight_decay: float = 0.01
     batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        errors = _too_small(self, "probe", {"prompts": 0, "epochs": 1, "batch_size": 1}, without="the probe")
+        errors += broken(self, "prior.probe", {"weight_decay": NOT_NEGATIVE})
+        if errors:
+            raise UserError.collect(errors)
 
 
 def _too_small(settings: object, section: str, least: dict[str, int], *, without: str | None = None) -> list[UserError]:
@@ -123,14 +130,9 @@ class HistoryConfig:
                     action="set prior.history.decays, e.g. to [0.97]",
                 )
             )
-        if not 0 <= self.dropout < 1:
-            errors.append(
-                UserError(
-                    f"prior.history.dropout={self.dropout}",
-                    expected="at least 0, below 1",
-                    action="set prior.history.dropout, e.g. to 0.3",
-                )
-            )
+        errors += broken(
+            self, "prior.history", {"learning_rate": POSITIVE, "weight_decay": NOT_NEGATIVE, "dropout": DROPOUT}
+        )
         if errors:
             raise UserError.collect(errors)
 
@@ -320,6 +322,12 @@ class DecodeConfig:
     shard_users: int = 10_000
     every: int = 1
 
+    def __post_init__(self) -> None:
+        errors = _too_small(self, "decode", dict.fromkeys(("beam", "top_k", "batch_size", "shard_users", "every"), 1))
+        errors += broken(self, "prior.decode", {"frontier_floor": POSITIVE_SHARE})
+        if errors:
+            raise UserError.collect(errors)
+
 
 ID_WORDS = r"(.*)\{id\}(.*?)(\s*)\{words\}"
 """What `WarmUpConfig.to_text` looks like: words before the ID, words after it, a blank, the words asked for."""
@@ -352,14 +360,7 @@ class WarmUpConfig:
         errors = _too_small(
             self, "warm_up", {"prompts": 0, "max_tokens": 1, "held_out": 1, "batch_size": 1}, without="the warm-up"
         )
-        if not self.text_weight >= 0:
-            errors.append(
-                UserError(
-                    f"prior.warm_up.text_weight={self.text_weight}",
-                    expected="a number, not below 0",
-                    action="set prior.warm_up.text_weight to 0 or more",
-                )
-            )
+        errors += broken(self, "prior.warm_up", {"text_weight": NOT_NEGATIVE})
         if self.to_id.count("{words}") != 1 or self.to_id.endswith("{words}"):
             errors.append(
                 UserError(
@@ -414,15 +415,11 @@ class RewardConfig:
                     action="lower prior.reward.length",
                 )
             )
-        errors += [
-            UserError(
-                f"prior.reward.{name}={getattr(self, name)}",
-                expected="a number, not below 0",
-                action=f"set prior.reward.{name} to 0 or more",
-            )
-            for name in ("kl_weight", "lora_learning_rate", "head_learning_rate")
-            if not getattr(self, name) >= 0
-        ]
+        errors += broken(
+            self,
+            "prior.reward",
+            dict.fromkeys(("kl_weight", "lora_learning_rate", "head_learning_rate"), NOT_NEGATIVE),
+        )
         if errors:
             raise UserError.collect(errors)
 
@@ -475,32 +472,22 @@ class PriorConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        errors = []
-        positive = {
-            "panel": 1 if self.panel is None else self.panel,
-            "prompts": self.prompts,
-            "max_targets": self.max_targets,
-            "select_prompts": self.select_prompts,
-            "evaluation_prompts": self.evaluation_prompts,
-            "batch_size": self.batch_size,
-            "batch_tokens": 1 if self.batch_tokens is None else self.batch_tokens,
-            "trainer.max_epochs": self.trainer.max_epochs,
-            "prompt.max_tokens": self.prompt.max_tokens,
-            "decode.beam": self.decode.beam,
-            "decode.top_k": self.decode.top_k,
-            "decode.batch_size": self.decode.batch_size,
-            "decode.shard_users": self.decode.shard_users,
-            "decode.every": self.decode.every,
-        }
-        for name, value in positive.items():
-            if value < 1:
-                errors.append(
-                    UserError(
-                        f"prior.{name}={value}",
-                        expected="a whole number, at least 1",
-                        action=f"set prior.{name} to a positive number",
-                    )
-                )
+        one = at_least(1)
+        errors = broken(
+            self,
+            "prior",
+            {
+                "panel": one.or_null(),
+                "prompts": one,
+                "first_period": one.or_null(),
+                "max_targets": one,
+                "select_prompts": one,
+                "evaluation_prompts": one,
+                "batch_size": one,
+                "batch_tokens": one.or_null(),
+                "seed": SEED,
+            },
+        )
         if self.base.dtype not in ("auto", "float32", "bfloat16"):
             errors.append(
                 UserError(
@@ -543,14 +530,6 @@ class PriorConfig:
                     f"prior.warm_up.prompts={self.warm_up.prompts} with prior.lora.rank=0",
                     expected="something below the head that it can train",
                     action="raise prior.lora.rank, set prior.base.train_input_rows=true, or prior.warm_up.prompts=0",
-                )
-            )
-        if self.head.kind not in ("tied", "free", "tied+free"):
-            errors.append(
-                UserError(
-                    f"prior.head.kind={self.head.kind}",
-                    expected="tied, free or tied+free",
-                    action="set prior.head.kind to one of them",
                 )
             )
         if errors:

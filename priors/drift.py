@@ -231,8 +231,16 @@ def _check(prior: PriorModel, every: int, lm_prompts: int) -> None:
                 action="fit it with prior.history.prompts above 0: train.py stage=prior",
             )
         )
+    if lm_prompts < 0:
+        errors.append(
+            UserError(
+                f"--lm {lm_prompts}",
+                expected="a number of prompts, at least 0",
+                action="raise it, or leave it out: then the LM is not asked",
+            )
+        )
     trained = (*prior.model.head.projections, *prior.model.head.rows.values())
-    if lm_prompts and not any(bool(weight.any()) for weight in trained):
+    if lm_prompts > 0 and not any(bool(weight.any()) for weight in trained):
         errors.append(
             UserError(
                 f"--lm {lm_prompts} of a forecaster that ended where it started, with anchor and history alone",

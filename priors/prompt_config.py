@@ -277,6 +277,8 @@ class PromptConfig:
         return made
 
     def _problems(self) -> Iterator[UserError]:
+        if self.max_tokens < 1:
+            yield _wrong("max_tokens", self.max_tokens, "a whole number, at least 1")
         if not self.next:
             yield _wrong("next", self.next, "words before the forecast, e.g. 'Next:'")
         for part in fields(self):

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.errors import UserError
+from data.rules import SEED, broken
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -65,8 +66,7 @@ class AuctionConfig:
             errors.append(_wrong("budgets", self.budgets, "at least one positive number, each named once"))
         if not 0 <= self.pacing_rate < 1:
             errors.append(_wrong("pacing_rate", self.pacing_rate, "at least 0 and below 1"))
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
-            errors.append(_wrong("seeds", self.seeds, "at least one seed from 0 up, each named once"))
+        errors += broken(self, "auction", {"seeds": SEED.each()})
         if any(not 0 < share <= 1 for share in self.oracle) or len(set(self.oracle)) != len(self.oracle):
             errors.append(_wrong("oracle", self.oracle, "shares above 0 and up to 1, each named once"))
         if self.draws < 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 
 from data.errors import UserError
+from data.rules import NOT_NEGATIVE, POSITIVE, SEED, Rule, broken
 from models.dcn_v2 import DCNv2Config
 from models.deepfm import DeepFMConfig
 from models.dlrm import DLRMConfig
@@ -146,7 +147,6 @@ class RankerConfig:
             "features.min_count": self.features.min_count,
             "features.history_length": self.features.history_length,
             "features.recent_periods": self.features.recent_periods,
-            "trainer.max_epochs": self.trainer.max_epochs,
             **{
                 f"{model}.{name}": size
                 for model in ("dlrm", "dcn_v2", "deepfm", *MULTI_TASK)
@@ -172,18 +172,9 @@ class RankerConfig:
         if self.model not in MODELS:
             errors.append(_out_of_range("model", self.model, f"one of {', '.join(MODELS)}"))
         errors += self._wrong_tasks()
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            errors.append(_out_of_range("seeds", self.seeds, "at least one seed, each named once"))
-        for name, rate in (
-            ("learning_rate", self.learning_rate),
-            ("embedding_learning_rate", self.embedding_learning_rate),
-            ("sharded_learning_rate", self.sharded_learning_rate),
-            ("features.clip", self.features.clip),
-        ):
-            if rate <= 0:
-                errors.append(_out_of_range(name, rate, "a positive number"))
-        if self.weight_decay < 0:
-            errors.append(_out_of_range("weight_decay", self.weight_decay, "zero or a positive number"))
+        rates = ("learning_rate", "embedding_learning_rate", "sharded_learning_rate")
+        rules: dict[str, Rule] = {"seeds": SEED.each(), **dict.fromkeys(rates, POSITIVE), "weight_decay": NOT_NEGATIVE}
+        errors += broken(self, "ranker", rules) + broken(self.features, "ranker.features", {"clip": POSITIVE})
         if errors:
             raise UserError.collect(errors)
 

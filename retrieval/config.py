@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from data.errors import UserError
+from data.rules import NOT_NEGATIVE, POSITIVE_SHARE, SEED, SHARE, at_least, broken, check
 from models.training import TrainerConfig
 from models.two_tower import TwoTowerConfig
 from retrieval.index import IndexConfig
@@ -30,8 +31,7 @@ class PopularityConfig:
     market_weight: float = 10.0
 
     def __post_init__(self) -> None:
-        _check_decay(self.decay, "popularity.decay")
-        _check_at_least(self, {"market_weight": 0}, "popularity")
+        check(self, "popularity", {"decay": POSITIVE_SHARE, "market_weight": NOT_NEGATIVE})
 
 
 @dataclass
@@ -61,13 +61,20 @@ class PairsConfig:
     popularity: PopularityConfig = field(default_factory=PopularityConfig)
 
     def __post_init__(self) -> None:
-        _check_positive(self, "retrieval.pairs")
+        one = at_least(1)
+        sizes = ("history", "window", "targets_per_request", "batch_size", "sampled_negatives")
+        rules = {**dict.fromkeys(sizes, one), "requests_per_epoch": one.or_null(), "validation_requests": one}
+        errors = broken(self, "retrieval.pairs", {**rules, "recall_at": one})
         if self.window < self.history:
-            raise UserError(
-                f"retrieval.pairs.window={self.window} below history={self.history}",
-                expected="a window of at least the history's length",
-                action="raise retrieval.pairs.window.",
+            errors.append(
+                UserError(
+                    f"retrieval.pairs.window={self.window} below history={self.history}",
+                    expected="a window of at least the history's length",
+                    action="raise retrieval.pairs.window.",
+                )
             )
+        if errors:
+            raise UserError.collect(errors)
 
 
 @dataclass
@@ -84,8 +91,7 @@ class OwnConfig:
     advertiser_weight: float = 0.3
 
     def __post_init__(self) -> None:
-        _check_decay(self.decay, "retrieval.own.decay")
-        _check_at_least(self, {"advertiser_weight": 0}, "retrieval.own")
+        check(self, "retrieval.own", {"decay": POSITIVE_SHARE, "advertiser_weight": NOT_NEGATIVE})
 
 
 @dataclass
@@ -107,9 +113,8 @@ class ItemKnnConfig:
     decay: float = 0.97
 
     def __post_init__(self) -> None:
-        _check_decay(self.decay, "retrieval.item_knn.decay")
-        least = {"neighbours": 1, "shrinkage": 0, "per_user": 1, "history": 1}
-        _check_at_least(self, least, "retrieval.item_knn")
+        sizes = dict.fromkeys(("neighbours", "per_user", "history"), at_least(1))
+        check(self, "retrieval.item_knn", {**sizes, "shrinkage": NOT_NEGATIVE, "decay": POSITIVE_SHARE})
 
 
 @dataclass
@@ -182,7 +187,7 @@ class ForecastChannelConfig:
     seeded_share: float = 0.1
 
     def __post_init__(self) -> None:
-        errors = []
+        errors = broken(self, "retrieval.forecast", {"seeded_share": SHARE})
         for name in ("advertisers", "seed_advertisers"):
             if getattr(self, name) < 1:
                 errors.append(
@@ -210,7 +215,6 @@ class ForecastChannelConfig:
             )
         if errors:
             raise UserError.collect(errors)
-        _check_share(self.seeded_share, "retrieval.forecast.seeded_share")
 
 
 @dataclass
@@ -226,7 +230,7 @@ class AdvertiserChannelConfig:
     prior_weight: float = 0.3
 
     def __post_init__(self) -> None:
-        _check_at_least(self, {"advertisers": 1, "prior_weight": 0}, "retrieval.advertiser")
+        check(self, "retrieval.advertiser", {"advertisers": at_least(1), "prior_weight": NOT_NEGATIVE})
 
 
 @dataclass
@@ -274,7 +278,7 @@ class RetrievalConfig:
     sparse_quantile: float = 0.33
 
     def __post_init__(self) -> None:
-        errors = [*self._channel_errors()]
+        errors = [*self._channel_errors(), *broken(self, "retrieval", {"seed": SEED, "sparse_quantile": SHARE})]
         if self.budget < 1:
             errors.append(
                 UserError(f"retrieval.budget={self.budget}", expected="a positive whole number", action="raise it.")
@@ -303,10 +307,6 @@ class RetrievalConfig:
                     action="give the quotas to choose from.",
                 )
             )
-        try:
-            _check_share(self.sparse_quantile, "retrieval.sparse_quantile")
-        except UserError as error:
-            errors.append(error)
         if errors:
             raise UserError.collect(errors)
 
@@ -348,33 +348,3 @@ class RetrievalConfig:
                 expected=f"shares of channels in use that follow no forecast: {', '.join(self.base_channels)}",
                 action="take them out, or add the channel to retrieval.channels.",
             )
-
-
-def _check_positive(cfg: PairsConfig, group: str) -> None:
-    errors = [
-        UserError(f"{group}.{name}={value}", expected="a positive whole number", action="raise it.")
-        for name, value in vars(cfg).items()
-        if isinstance(value, int) and value < 1
-    ]
-    if errors:
-        raise UserError.collect(errors)
-
-
-def _check_share(value: float, name: str) -> None:
-    if not 0 <= value <= 1:
-        raise UserError(f"{name}={value}", expected="a share between 0 and 1", action="correct it.")
-
-
-def _check_decay(value: float, name: str) -> None:
-    if not 0 < value <= 1:
-        raise UserError(f"{name}={value}", expected="above 0 and at most 1", action="correct it.")
-
-
-def _check_at_least(cfg: object, least: Mapping[str, float], group: str) -> None:
-    errors = [
-        UserError(f"{group}.{name}={getattr(cfg, name)}", expected=f"at least {low}", action="raise it.")
-        for name, low in least.items()
-        if getattr(cfg, name) < low
-    ]
-    if errors:
-        raise UserError.collect(errors)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.errors import UserError
+from data.rules import SEED
 from data.tables import ENTITIES
 from models.rqvae import RQVAEConfig
 from models.training import TrainerConfig
@@ -228,7 +229,7 @@ class SemanticIdsConfig:
         _check(
             "",
             [
-                ("seed", self.seed, self.seed >= 0, "a whole number of at least 0"),
+                ("seed", self.seed, SEED.holds(self.seed), SEED.expected),
                 ("entity", self.entity, self.entity in ENTITIES, f"one of {', '.join(ENTITIES)}"),
                 ("tokenizer", self.tokenizer, self.tokenizer in TOKENIZERS, f"one of {', '.join(TOKENIZERS)}"),
                 (

@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 import cli
 import train
 from data.errors import UserError
-from pipeline.commands.terminal import INTERRUPTED, OUR_MISTAKE, USER_MISTAKE, guarded
+from pipeline.commands.terminal import INTERRUPTED, OUR_MISTAKE, USER_MISTAKE, guarded, show_page
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,7 +67,8 @@ def test_a_run_writes_below_the_current_folder(folder: Path) -> None:
     result = adsid("run", "experiment=smoke", "data.path=missing", "run.until=data")
     assert result.exit_code == USER_MISTAKE
     assert "missing" in result.stderr
-    assert (folder / "runs" / "smoke").is_dir()
+    config = (folder / "runs" / "smoke" / "config.yaml").read_text()
+    assert config.startswith("# adsid run experiment=smoke data.path=missing run.until=data\n")
     assert not (folder / "runs" / "smoke" / "data").exists()
 
 
@@ -82,6 +83,48 @@ def test_report_of_no_run() -> None:
     result = adsid("report", "nowhere")
     assert result.exit_code == USER_MISTAKE
     assert "a run directory, with a config.yaml" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["report", "~/none"],
+        ["rank", "~/none", "--user", "1"],
+        ["export", "~/none", "--out", "out"],
+        ["results", "A run=~/none", "--out", "out"],
+        ["data", "describe", "~/none"],
+        ["ids", "report", "~/none"],
+        ["priors", "drift", "--run", "~/none"],
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]),
+)
+def test_a_home_folder_that_no_shell_expanded(
+    arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(folder / "home"))
+    result = adsid(*arguments)
+    assert result.exit_code == USER_MISTAKE
+    assert str(folder / "home" / "none") in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["priors", "drift", "--run", "none", "--lm", "-1"], ["priors", "drift", "--run", "none", "--every", "0"]],
+)
+def test_numbers_that_are_too_small_are_refused_at_once(arguments: list[str]) -> None:
+    result = adsid(*arguments)
+    assert result.exit_code == USER_MISTAKE
+    assert arguments[-2] in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("directory", "page"),
+    [("log", "log.html"), ("v1.5", "v1.5.html"), ("log/", "log.html"), ("a/../v1.5", "v1.5.html")],
+)
+def test_a_page_lies_beside_its_folder(directory: str, page: str, folder: Path) -> None:
+    written: list[Path] = []
+    show_page("", Path(directory), None, write=lambda _, path: written.append(path), to_console=str)
+    assert written == [folder / page]
 
 
 def test_one_stage_without_the_ones_before(capsys: pytest.CaptureFixture[str]) -> None:

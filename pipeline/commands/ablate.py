@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.commands import ablate_ranker
-from pipeline.commands.terminal import Debug, guarded, terminal_overrides
+from pipeline.commands.terminal import Debug, guarded, path_option, terminal_overrides
 
 if TYPE_CHECKING:
     from pipeline.ablation import Kind, Study
@@ -36,11 +36,12 @@ Seeds = Annotated[
     typer.Option(min=1, help="Train each arm with seeds 0 .. N-1; else those of the study.", metavar="N"),
 ]
 Out = Annotated[
-    Path | None, typer.Option(help="Folder to write; runs/ablation/<STUDY> where none is given.", show_default=False)
+    Path | None,
+    path_option("DIR", "Folder to write; runs/ablation/<STUDY> where none is given."),
 ]
 Reuse = Annotated[
     list[Path] | None,
-    typer.Option(metavar="RUN_DIR", help="A run whose artifacts are taken where an arm calls for the very same."),
+    path_option("RUN_DIR", "A run whose artifacts are taken where an arm calls for the very same."),
 ]
 
 
@@ -104,11 +105,11 @@ def ablate(
 
     if seeds is not None:
         study = replace(study, seeds=tuple(range(seeds)))
-    folder = (out or Path("runs/ablation") / study.name).expanduser().absolute()
+    folder = (out or Path("runs/ablation") / study.name).absolute()
     console = Console(soft_wrap=True)
     result = run_study(
         study, kind, folder, [*terminal_overrides(), *overrides], console=console,
-        reuse=[run.expanduser().absolute() for run in reuse],
+        reuse=[run.absolute() for run in reuse],
     )  # fmt: skip
     write_ablation(result, folder)
     console.print(to_console(result))

@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.terminal import Debug, FiguresJson, folder_option, guarded, show_figures, terminal_overrides
+from pipeline.commands.terminal import (
+    Debug,
+    FiguresJson,
+    folder_option,
+    guarded,
+    path_option,
+    show_figures,
+    terminal_overrides,
+)
 
 app = typer.Typer(
     name="bench",
@@ -45,7 +53,7 @@ def bench_retrieval(
     ] = None,
     run: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="A run directory whose artifacts are taken as they are.", show_default=False),
+        path_option("DIR", "A run directory whose artifacts are taken as they are."),
     ] = None,
     out: Annotated[Path | None, folder_option("retrieval.json and retrieval.html", "bench")] = None,
     part: Annotated[
@@ -70,8 +78,8 @@ def bench_retrieval(
             asked = [*terminal_overrides(), *(overrides or [])]
             config, found = bench_of_configuration(asked, console=progress, parts=parts)
         else:
-            config, found = bench_of_run(run.expanduser().absolute(), overrides or [], parts)
-        page = write_bench(config, found, (out or default_folder(config)).expanduser().absolute())
+            config, found = bench_of_run(run.absolute(), overrides or [], parts)
+        page = write_bench(config, found, (out or default_folder(config)).absolute())
         if json:
             typer.echo(to_json(config, found), nl=False)
         else:
@@ -89,7 +97,7 @@ def bench_retrieval(
 )
 def bench_ab(
     context: typer.Context,
-    run: Annotated[Path, typer.Option(metavar="DIR", help="A finished run on simulated data.")],
+    run: Annotated[Path, path_option("DIR", "A finished run on simulated data.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="auction.key=value.")] = None,
     out: Annotated[Path | None, folder_option("ab.json and ab.html", "bench")] = None,
     json: FiguresJson = False,
@@ -101,8 +109,8 @@ def bench_ab(
         from pipeline.ab_page import to_console
         from pipeline.bench import FOLDER, ab_json, ab_of_run, write_ab
 
-        directory = run.expanduser().absolute()
-        folder = (out or directory / FOLDER).expanduser().absolute()
+        directory = run.absolute()
+        folder = (out or directory / FOLDER).absolute()
         config, found = ab_of_run(directory, overrides or [], folder)
         page = write_ab(config, found, folder)
         if json:

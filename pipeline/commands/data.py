@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.terminal import Debug, Page, PageJson, guarded, print_json, show_page
+from pipeline.commands.terminal import Debug, Page, PageJson, guarded, path_argument, path_option, print_json, show_page
 
 app = typer.Typer(
     name="data",
@@ -21,7 +21,7 @@ app = typer.Typer(
     "  adsid data describe runs/data/complete_journey",
 )
 
-DataDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the five tables.")]
+DataDirectory = Annotated[Path, path_argument("DIR", "The folder of the five tables.")]
 DataOverrides = Annotated[
     list[str] | None, typer.Argument(help="data.key=value, or evaluate=test, beside what the folder's manifest says.")
 ]
@@ -41,7 +41,8 @@ def data_prepare(
         list[str] | None, typer.Argument(help="data=<source> and data.key=value; see configs/data/.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder to write; runs/data/<source> where none is given.", show_default=False)
+        Path | None,
+        path_option("DIR", "Folder to write; runs/data/<source> where none is given."),
     ] = None,
     debug: Debug = False,
 ) -> None:
@@ -55,7 +56,7 @@ def data_prepare(
         from pipeline.dataset import prepare_directory
 
         config = compose(["experiment=full", *(overrides or [])])
-        directory = (out or Path("runs/data") / config.data.source).expanduser().absolute()
+        directory = (out or Path("runs/data") / config.data.source).absolute()
         console = Console(soft_wrap=True)
         manifest = prepare_directory(config.data, directory, track=progress_bars(console))
         console.print(f"tables: {directory}", highlight=False)
@@ -82,7 +83,7 @@ def data_validate(
         from pipeline.console import figures_line
         from pipeline.dataset import check_directory
 
-        figures = check_directory(directory.expanduser(), overrides or [])
+        figures = check_directory(directory, overrides or [])
         Console(soft_wrap=True).print(f"sound: {figures_line(figures)}", highlight=False)
 
     guarded(work, debug=debug or bool(context.obj))
@@ -111,12 +112,11 @@ def data_describe(
         from pipeline.dataset import open_directory
         from pipeline.description import to_console, write_description
 
-        folder = directory.expanduser()
-        tables, config = open_directory(folder, overrides or [])
+        tables, config = open_directory(directory, overrides or [])
         description = describe(tables, config.data, evaluate=config.evaluate)
         if json:
             print_json(description)
             return
-        show_page(description, folder, page, write=write_description, to_console=to_console)
+        show_page(description, directory, page, write=write_description, to_console=to_console)
 
     guarded(work, debug=debug or bool(context.obj))

@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.terminal import Debug, Page, PageJson, guarded, print_json, show_page, terminal_overrides
+from pipeline.commands.terminal import (
+    Debug,
+    Page,
+    PageJson,
+    guarded,
+    path_argument,
+    path_option,
+    print_json,
+    show_page,
+    terminal_overrides,
+)
 
 app = typer.Typer(
     name="ids",
@@ -31,7 +41,7 @@ app = typer.Typer(
 )
 def ids_report(
     context: typer.Context,
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the stage semantic_ids.")],
+    directory: Annotated[Path, path_argument("DIR", "The folder of the stage semantic_ids.")],
     page: Page = None,
     json: PageJson = False,
     debug: Debug = False,
@@ -42,20 +52,20 @@ def ids_report(
         from pipeline.ids_quality import quality_of
         from pipeline.ids_report import to_console, write_ids_report
 
-        folder = directory.expanduser()
-        found = quality_of(folder)
+        found = quality_of(directory)
         if json:
             print_json(found)
             return
-        show_page(found, folder, page, write=write_ids_report, to_console=to_console)
+        show_page(found, directory, page, write=write_ids_report, to_console=to_console)
 
     guarded(work, debug=debug or bool(context.obj))
 
 
 IdsDirectory = Annotated[
-    Path, typer.Option("--ids", metavar="DIR", help="The old IDs: the folder of the stage semantic_ids, or of its run.")
+    Path,
+    path_option("DIR", "The old IDs: the folder of the stage semantic_ids, or of its run.", "--ids"),
 ]
-IdsOutput = Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; the old IDs stay where they are.")]
+IdsOutput = Annotated[Path, path_option("DIR", "Folder to write; the old IDs stay where they are.")]
 
 
 @app.command(
@@ -68,7 +78,8 @@ IdsOutput = Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; t
 def ids_assign(
     context: typer.Context,
     new: Annotated[
-        Path, typer.Argument(metavar="NEW.parquet", help="The new ones: advertiser_id, name and text, one row each.")
+        Path,
+        path_argument("NEW.parquet", "The new ones: advertiser_id, name and text, one row each."),
     ],
     ids: IdsDirectory,
     out: IdsOutput,
@@ -84,8 +95,8 @@ def ids_assign(
 
         from pipeline.ids import assign_file, to_console
 
-        target = out.expanduser().absolute()
-        manifest = assign_file(new.expanduser(), ids.expanduser(), target, skip_known=skip_known)
+        target = out.absolute()
+        manifest = assign_file(new, ids, target, skip_known=skip_known)
         Console(soft_wrap=True).print(to_console(manifest, target), highlight=False)
 
     guarded(work, debug=debug or bool(context.obj))
@@ -101,7 +112,7 @@ def ids_assign(
 def ids_refit(
     context: typer.Context,
     ids: IdsDirectory,
-    data: Annotated[Path, typer.Option(metavar="DIR", help="The five tables of today.")],
+    data: Annotated[Path, path_option("DIR", "The five tables of today.")],
     out: IdsOutput,
     overrides: Annotated[
         list[str] | None,
@@ -124,12 +135,10 @@ def ids_refit(
 
         from pipeline.ids import TOLERANCE, refit_directory, to_console
 
-        target = out.expanduser().absolute()
+        target = out.absolute()
         quiet = [f"semantic_ids.{override}" for override in terminal_overrides()]
         share = TOLERANCE if tolerance is None else tolerance
-        manifest = refit_directory(
-            ids.expanduser(), data.expanduser(), target, [*quiet, *(overrides or [])], tolerance=share
-        )
+        manifest = refit_directory(ids, data, target, [*quiet, *(overrides or [])], tolerance=share)
         Console(soft_wrap=True).print(to_console(manifest, target), highlight=False)
 
     guarded(work, debug=debug or bool(context.obj))

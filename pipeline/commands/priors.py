@@ -12,6 +12,7 @@ from pipeline.commands.terminal import (
     FiguresJson,
     folder_option,
     guarded,
+    path_option,
     print_json,
     show_figures,
     terminal_overrides,
@@ -33,7 +34,8 @@ app = typer.Typer(
 User = Annotated[str, typer.Option(help="Id of the user, as in the tables.")]
 AsOf = Annotated[str, typer.Option("--as-of", metavar="T", help="A date, e.g. 2017-10-16, or a period's number.")]
 RunDirectory = Annotated[
-    Path, typer.Option("--run", metavar="DIR", help="The folder of a run whose stages data and semantic_ids are done.")
+    Path,
+    path_option("DIR", "The folder of a run whose stages data and semantic_ids are done.", "--run"),
 ]
 
 
@@ -64,7 +66,7 @@ def priors_prompt(
 
         from pipeline.prompts import prompt_of, to_console
 
-        shown = prompt_of(run.expanduser(), user, as_of, overrides or [])
+        shown = prompt_of(run, user, as_of, overrides or [])
         if json:
             print_json(shown, ensure_ascii=False)
             return
@@ -73,7 +75,7 @@ def priors_prompt(
     guarded(work, debug=debug or bool(context.obj))
 
 
-FittedRun = Annotated[Path, typer.Option("--run", metavar="DIR", help="The folder of a run whose stage prior is done.")]
+FittedRun = Annotated[Path, path_option("DIR", "The folder of a run whose stage prior is done.", "--run")]
 
 
 @app.command(
@@ -102,7 +104,7 @@ def priors_explain(
 
         from pipeline.explain import explain, to_console
 
-        explained = explain(run.expanduser(), user, as_of, top_k, overrides or [])
+        explained = explain(run, user, as_of, top_k, overrides or [])
         if json:
             print_json(explained, ensure_ascii=False)
             return
@@ -122,7 +124,7 @@ def priors_explain(
 def priors_generate(
     context: typer.Context,
     run: FittedRun,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the table; as-of periods it has stay.")],
+    out: Annotated[Path, path_option("DIR", "Folder of the table; as-of periods it has stay.")],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="prior.decode.key=value, prior.panel=null for all users; beside the run's config.yaml."),
@@ -148,7 +150,7 @@ def priors_generate(
         from pipeline.forecasts import JobConfig, cost_to_console, generate
 
         job = JobConfig(
-            out=out.expanduser(),
+            out=out,
             as_of=tuple(as_of or ()),
             engine=engine,
             workers=workers,
@@ -156,7 +158,7 @@ def priors_generate(
             price=price,
             progress_bar=not terminal_overrides(),
         )
-        sheet = generate(run.expanduser(), job, overrides or [])
+        sheet = generate(run, job, overrides or [])
         if json:
             print_json(sheet)
             return
@@ -174,9 +176,10 @@ def priors_generate(
 def priors_export(
     context: typer.Context,
     run: Annotated[
-        Path, typer.Option("--run", metavar="DIR", help="The folder of the stage prior, or of a run that has it.")
+        Path,
+        path_option("DIR", "The folder of the stage prior, or of a run that has it.", "--run"),
     ],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write.")],
+    out: Annotated[Path, path_option("DIR", "Folder to write.", "--out")],
     debug: Debug = False,
 ) -> None:
     """Write the fine-tuned LM as a plain Hugging Face model, ID tokens as ordinary rows, with a model card."""
@@ -184,8 +187,8 @@ def priors_export(
     def work() -> None:
         from priors.export import export_prior
 
-        folder, target = run.expanduser(), out.expanduser().absolute()
-        export_prior(folder / "prior" if (folder / "prior").is_dir() else folder, target)
+        target = out.absolute()
+        export_prior(run / "prior" if (run / "prior").is_dir() else run, target)
         typer.echo(f"{target}: load it as README.md says")
 
     guarded(work, debug=debug or bool(context.obj))
@@ -201,7 +204,7 @@ def priors_export(
 def priors_monitor(
     context: typer.Context,
     run: FittedRun,
-    priors: Annotated[Path, typer.Option(metavar="DIR", help="The table: of adsid priors generate, or of a run.")],
+    priors: Annotated[Path, path_option("DIR", "The table: of adsid priors generate, or of a run.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value, beside what the run's config.yaml says.")
     ] = None,
@@ -215,7 +218,7 @@ def priors_monitor(
 
         from pipeline.monitor import monitor, to_console
 
-        found = monitor(run.expanduser(), priors.expanduser(), overrides or [])
+        found = monitor(run, priors, overrides or [])
         if json:
             print_json(found)
             return
@@ -238,9 +241,11 @@ def priors_drift(
         list[str] | None,
         typer.Argument(help="key=value, e.g. prior.panel=null for all users, beside the run's config.yaml."),
     ] = None,
-    every: Annotated[int, typer.Option(metavar="N", help="Periods of a step, after which it is learned again.")] = 4,
+    every: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Periods of a step, after which it is learned again.")
+    ] = 4,
     lm: Annotated[
-        int, typer.Option(metavar="N", help="Prompts of each step that the LM is asked with; 0 leaves it out.")
+        int, typer.Option(min=0, metavar="N", help="Prompts of each step that the LM is asked with; 0 leaves it out.")
     ] = 0,
     out: Annotated[Path | None, folder_option("drift.json and drift.html", "drift")] = None,
     json: FiguresJson = False,
@@ -251,9 +256,8 @@ def priors_drift(
     def work() -> None:
         from pipeline.drift import FOLDER, follow_run, to_console, write_drift
 
-        folder = run.expanduser()
-        found = follow_run(folder, overrides or [], every=every, lm_prompts=lm)
-        page = write_drift(found, (out.expanduser() if out else folder / FOLDER).absolute())
+        found = follow_run(run, overrides or [], every=every, lm_prompts=lm)
+        page = write_drift(found, (out or run / FOLDER).absolute())
         if json:
             print_json(found)
         else:

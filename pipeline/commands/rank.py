@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.terminal import Debug, guarded, print_json
+from pipeline.commands.terminal import Debug, guarded, path_argument, path_option, print_json
 
-RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a finished run.")]
+RunDirectory = Annotated[Path, path_argument("RUN_DIR", "The folder of a finished run.")]
 DEFAULT_RUN = Path("runs/quickstart")
 """Where `adsid run` without an override leaves its run."""
 Arm = Annotated[str, typer.Option(help="Arm of the ranker: none, anchor or lm.")]
@@ -47,7 +47,7 @@ def rank(
 
 def export(
     context: typer.Context,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.")],
+    out: Annotated[Path, path_option("DIR", "Folder to write.")],
     directory: RunDirectory = DEFAULT_RUN,
     arm: Arm = "lm",
     seed: Seed = None,
@@ -59,7 +59,7 @@ def export(
         from pipeline.ranked_user import ranker_of
         from ranking.serving import export as write
 
-        target = out.expanduser().absolute()
+        target = out.absolute()
         difference = write(ranker_of(directory.absolute(), arm=arm, seed=seed), target)
         typer.echo(f"{target}: largest difference to the trained ranker {difference:.1g}")
 

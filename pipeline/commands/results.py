@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.terminal import Debug, guarded
+from pipeline.commands.terminal import Debug, guarded, path_option
 
 EPILOG = (
     "Example:\n\n"
@@ -19,7 +19,7 @@ EPILOG = (
 def results(
     context: typer.Context,
     runs: Annotated[list[str], typer.Argument(metavar="NAME=RUN_DIR...", help="Runs, with the names to show.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write headline.md and headline.svg in.")],
+    out: Annotated[Path, path_option("DIR", "Folder to write headline.md and headline.svg in.")],
     debug: Debug = False,
 ) -> None:
     """Put the headline figures of several runs on one page: a table a run, and a picture of the differences."""
@@ -30,7 +30,7 @@ def results(
         from pipeline.grids import sections_to_console
         from pipeline.results import MARKDOWN, read_runs, sections, write_results
 
-        found, folder = read_runs(runs), out.expanduser().absolute()
+        found, folder = read_runs(runs), out.absolute()
         write_results(found, folder)
         console = Console(soft_wrap=True)
         console.print(sections_to_console("", sections(found)), highlight=False)

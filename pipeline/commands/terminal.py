@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -18,10 +19,26 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 USER_MISTAKE, OUR_MISTAKE, INTERRUPTED = 2, 1, 130
 
+
+def user_path(text: str | Path) -> Path:
+    """A path of a command line; ``~`` is the home folder, which shells expand at the start of a word alone."""
+    return Path(text).expanduser()
+
+
+def path_argument(metavar: str, text: str) -> Any:
+    """An argument that is a path."""
+    return typer.Argument(parser=user_path, metavar=metavar, help=text)
+
+
+def path_option(metavar: str, text: str, *names: str) -> Any:
+    """An option that is a path, which may be left out where its default is None."""
+    return typer.Option(*names, parser=user_path, metavar=metavar, help=text, show_default=False)
+
+
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and every message of the libraries.")]
 Page = Annotated[
     Path | None,
-    typer.Option(help="HTML page with plots to write; <DIR>.html where none is given.", show_default=False),
+    path_option("FILE", "HTML page with plots to write; <DIR>.html where none is given."),
 ]
 FiguresJson = Annotated[bool, typer.Option("--json", help="Print all figures as JSON instead of the tables.")]
 PageJson = Annotated[bool, typer.Option("--json", help="Print all figures as JSON, and write no page.")]
@@ -72,7 +89,7 @@ def print_json(value: Any, *, ensure_ascii: bool = True) -> None:
 def folder_option(files: str, folder: str) -> Any:
     """An option for the folder that a command writes into, by default one in the run directory."""
     text = f"Folder of {files}; {folder} in the run directory where none is given."
-    return typer.Option(metavar="DIR", help=text, show_default=False)
+    return path_option("DIR", text)
 
 
 def show_figures(tables: RenderableType, page: Path) -> None:
@@ -95,7 +112,8 @@ def show_page(
     """Print what was found in a folder, and write it as a page beside the folder if not elsewhere."""
     from rich.console import Console
 
-    target = page or directory.absolute().with_suffix(".html")
+    folder = Path(os.path.abspath(directory))  # noqa: PTH100 (of "..", the name that it stands for)
+    target = page or folder.with_name(f"{folder.name}.html")  # a name may have a dot: v1.5
     write(found, target)
     console = Console()
     console.print(to_console(found))

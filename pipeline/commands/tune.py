@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pipeline.commands.ablate import Reuse, ablate
-from pipeline.commands.terminal import Debug, guarded
+from pipeline.commands.terminal import Debug, guarded, path_option
 
 EPILOG = (
     "Examples:\n\n"
@@ -34,7 +34,8 @@ def tune(
         int | None, typer.Option(min=1, help="Train each point with seeds 0 .. N-1; else with 0.", metavar="N")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder to write; runs/tune/<STAGE> where none is given.", show_default=False)
+        Path | None,
+        path_option("DIR", "Folder to write; runs/tune/<STAGE> where none is given."),
     ] = None,
     reuse: Reuse = None,
     debug: Debug = False,

@@ -121,7 +121,8 @@ BROKEN: list[tuple[str, Callable[[pl.DataFrame], pl.DataFrame], str, str, int]] 
     ),
     ("ads", cast("ad_id", pl.UInt64), "ad_id", "dtype must be whole number or string", 0),
     ("events", lambda frame: frame[:0], "", "the table must have rows", 0),
-    ("events", put("sample_weight", -1.0, [2, 9]), "sample_weight", "must not be below 0", 2),
+    ("events", put("sample_weight", -1.0, [2, 9]), "sample_weight", "must be above 0", 2),
+    ("events", put("sample_weight", 0.0, [3]), "sample_weight", "must be above 0", 1),
     (
         "placements",
         cast("market_id", pl.String),
@@ -205,7 +206,7 @@ def test_nulls_anywhere_are_counted_where_they_may_not_be(nulls: dict[tuple[str,
     column=st.sampled_from(["value", "quantity", "discount", "sample_weight"]),
     numbers=st.lists(st.floats(width=32), min_size=1, max_size=20),
 )
-def test_numbers_are_sound_exactly_if_finite_and_not_negative(column: str, numbers: list[float]) -> None:
+def test_numbers_are_sound_exactly_if_finite_and_large_enough(column: str, numbers: list[float]) -> None:
     parts = frames()
     events = parts["events"].with_row_index("row")
     new = pl.DataFrame({"row": range(len(numbers)), "new": numbers}, schema={"row": pl.UInt32, "new": pl.Float32})
@@ -213,8 +214,12 @@ def test_numbers_are_sound_exactly_if_finite_and_not_negative(column: str, numbe
     parts["events"] = events.with_columns(pl.coalesce("new", column).alias(column)).drop("row", "new")
     problems = {problem.rule: problem.rows for problem in find_problems(tables_of(parts))}
     wrong = sum(number != number or number in (float("inf"), float("-inf")) for number in numbers)
-    negative = sum(number < 0 for number in numbers)
-    expected = {"must be a finite number": wrong, "must not be below 0": negative}
+    small = {
+        "must not be below 0": sum(number < 0 for number in numbers),
+        "must be above 0": sum(number <= 0 for number in numbers),
+    }
+    rule = "must be above 0" if column == "sample_weight" else "must not be below 0"
+    expected = {"must be a finite number": wrong, rule: small[rule]}
     assert problems == {rule: rows for rule, rows in expected.items() if rows}
 
 

@@ -462,17 +462,20 @@ def test_bad_configuration_is_told(make: object, message: str) -> None:
 
 
 BAD_SIZES: list[tuple[dict[str, Any], str]] = [
-    ({"dim": 0}, "dim=0"),
-    ({"id_dropout": 1.0}, "id_dropout=1.0"),
-    ({"layers": -1}, "layers=-1"),
-    ({"context": ["weather"]}, r"context=\['weather'\]; expected distinct names out of market"),
-    ({"context": ["market", "market"]}, "expected distinct names"),
-    ({"advertiser_weight": 0.0}, "advertiser_weight=0.0"),
+    ({"dim": 0}, r"retrieval\.model\.dim=0"),
+    ({"id_dropout": 1.0}, r"retrieval\.model\.id_dropout=1\.0"),
+    ({"layers": -1}, r"retrieval\.model\.layers=-1"),
+    ({"weight_decay": -0.1}, r"retrieval\.model\.weight_decay=-0\.1"),
+    ({"learning_rate": float("nan")}, r"retrieval\.model\.learning_rate=nan"),
+    ({"context": ["weather"]}, r"(?s)retrieval\.model\.context=\['weather'\].*distinct names out of market"),
+    ({"context": ["market", "market"]}, "distinct names"),
+    ({"advertiser_weight": 0.0}, r"retrieval\.model\.advertiser_weight=0\.0"),
     ({"layers": 1, "dim": 30, "heads": 4}, "heads that divide dim"),
+    ({"dim": 0, "heads": 0, "dropout": 2.0, "layers": 1}, r"(?s)\.dim=0.*\.heads=0.*\.dropout=2\.0"),
 ]
 
 
 @pytest.mark.parametrize(("sizes", "message"), BAD_SIZES)
 def test_sizes_of_the_towers_fit(sizes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         TwoTowerConfig(**sizes)

@@ -178,6 +178,12 @@ def test_the_studies_of_the_project_compose(name: str, tmp_path: Path) -> None:
         assert len(arm_configs(study, PRIOR, tmp_path, ["experiment=quickstart"])) == len(study.arms)
 
 
+def test_arms_of_one_folder_are_refused_before_any_runs(tmp_path: Path) -> None:
+    """However the study came about; `adsid tune` makes its own."""
+    with pytest.raises(UserError, match=r"(?s)'a b' and 'a_b'.*name one of them differently"):
+        arm_configs(Study("mine", "", (), {"a b": (), "a_b": ()}), PRIOR, tmp_path, ["experiment=smoke"])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -187,7 +193,12 @@ def test_the_studies_of_the_project_compose(name: str, tmp_path: Path) -> None:
         ("arms: {a - b: []}", "an arm named 'a - b'"),
         ("arms: {a/b: []}", "an arm named 'a/b'"),
         ("arms: {a: x=1}", r"arms.a='x=1'.*a list of overrides"),
+        ("arms: {a b: [], a_b: [], c: []}", "the arms 'a b' and 'a_b'.*one folder each; all of these have a_b"),
+        ("arms: {..: []}", r"an arm named '\.\.'.*a name that a folder can have"),
         ("arms: {a: []}\nseeds: [x]", r"seeds=\['x'\]"),
+        ("arms: {a: []}\nseeds: []", r"seeds=\[\]"),
+        ("arms: {a: []}\nseeds: [-1]", r"seeds=\[-1\]"),
+        ("arms: {a: []}\nseeds: [1, 1]", r"seeds=\[1, 1\].*each named once"),
         ("arms: {a: [}", "a YAML file"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import fields
 from pathlib import Path
 
@@ -85,6 +86,83 @@ def test_a_mistake_names_what_is_valid(override: str, parts: list[str]) -> None:
         assert part in str(caught.value)
 
 
+IMPOSSIBLE = {
+    "data.seed": ["-1", "2000000001"],
+    "data.impressions_per_visit": ["0"],
+    "data.max_users": ["0"],
+    "data.simulator.users": ["0"],
+    "data.simulator.cold_share": ["1.5", "nan"],
+    "semantic_ids.seed": ["-5"],
+    "semantic_ids.trainer.patience": ["-1"],
+    "semantic_ids.rqvae.source_dropout": ["1.0"],
+    "prior.seed": ["-5"],
+    "prior.first_period": ["0"],
+    "prior.prompt.max_tokens": ["0"],
+    "prior.probe.prompts": ["-1"],
+    "prior.probe.epochs": ["0"],
+    "prior.probe.batch_size": ["0"],
+    "prior.probe.weight_decay": ["-0.1"],
+    "prior.history.learning_rate": ["0"],
+    "prior.history.dropout": ["1.0", "nan"],
+    "prior.head.kind": ["bound"],
+    "prior.head.dropout": ["1.5", "-0.1", "nan"],
+    "prior.head.learning_rate": ["-1", "0", "inf"],
+    "prior.head.period_learning_rate": ["-1"],
+    "prior.lora.rank": ["-4"],
+    "prior.lora.layers": ["-1", "0"],
+    "prior.lora.alpha": ["-1", "0"],
+    "prior.lora.learning_rate": ["0"],
+    "prior.decode.frontier_floor": ["-1", "0", "2"],
+    "prior.decode.beam": ["0"],
+    "prior.baselines.sasrec.dropout": ["1"],
+    "prior.baselines.sasrec.learning_rate": ["-1"],
+    "prior.baselines.sasrec.trainer.patience": ["-1"],
+    "prior.trainer.patience": ["-1"],
+    "prior.trainer.gradient_clip": ["-1", "0"],
+    "prior.trainer.max_epochs": ["0"],
+    "retrieval.seed": ["-5"],
+    "retrieval.model.dim": ["0"],
+    "retrieval.pairs.batch_size": ["0"],
+    "retrieval.pairs.requests_per_epoch": ["0"],
+    "retrieval.pairs.popularity.decay": ["0", "nan"],
+    "retrieval.popularity.market_weight": ["-1"],
+    "retrieval.own.decay": ["2"],
+    "retrieval.item_knn.neighbours": ["0"],
+    "retrieval.forecast.seeded_share": ["1.5"],
+    "retrieval.advertiser.prior_weight": ["-1"],
+    "retrieval.sparse_quantile": ["-0.1"],
+    "ranker.seeds": ["[-1]", "[]", "[1,1]"],
+    "ranker.learning_rate": ["nan"],
+    "ranker.trainer.gradient_clip": ["-1"],
+    "auction.seeds": ["[-1]"],
+    "seed": ["-1"],
+    "trainer.devices": ["0"],
+}
+
+
+@pytest.mark.parametrize("turn", range(max(map(len, IMPOSSIBLE.values()))))
+def test_values_that_cannot_work_are_told_together_by_their_full_keys(turn: int) -> None:
+    given = {key: values[turn] for key, values in IMPOSSIBLE.items() if turn < len(values)}
+    with pytest.raises(UserError) as caught:
+        compose([f"{key}={value}" for key, value in given.items()])
+    told = {problem.given.partition("=")[0]: problem.action for problem in caught.value.problems}
+    assert told.keys() == given.keys()
+    assert all(key in action for key, action in told.items())
+
+
+def test_what_all_components_take_over_is_told_once_and_by_the_key_that_was_set() -> None:
+    with pytest.raises(UserError) as caught:
+        compose(["seed=-1", "trainer.accelerator=abacus", "prior.trainer.devices=0"])
+    told = [problem.given for problem in caught.value.problems]
+    assert sorted(told) == ["prior.trainer.devices=0", "seed=-1", "trainer.accelerator=abacus"]
+
+
+def test_a_part_that_failed_is_not_judged_with_others_by_its_default() -> None:
+    with pytest.raises(UserError) as caught:
+        compose(["retrieval=advertiser_tower", "retrieval.model.advertiser_weight=-1"])
+    assert [problem.given for problem in caught.value.problems] == ["retrieval.model.advertiser_weight=-1.0"]
+
+
 def test_the_simulator_has_no_items() -> None:
     with pytest.raises(UserError, match="entity=item with data=simulator"):
         compose(["data=simulator", "semantic_ids=items"])
@@ -96,9 +174,35 @@ def test_several_mistakes_are_told_together() -> None:
     for part in ("smok", "prior.promts", "seed='abc'"):
         assert part in str(caught.value)
     with pytest.raises(UserError) as caught:
-        compose(["prior.prompts=0", "ranker.batch_size=0", "evaluate=x"])
-    for part in ("prior.prompts=0", "ranker.batch_size=0", "evaluate=x"):
+        compose(["prior.prompts=0", "prior.probe.epochs=0", "prior.lora.rank=-1", "ranker.batch_size=0", "evaluate=x"])
+    for part in ("prior.prompts=0", "prior.probe.epochs=0", "prior.lora.rank=-1", "ranker.batch_size=0", "evaluate=x"):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "command"),
+    [
+        ([], "adsid run"),
+        (["experiment=smoke", "seed=1"], "adsid run experiment=smoke seed=1"),
+        (["experiment=smoke", "data.split.test=[47,49]"], "adsid run experiment=smoke 'data.split.test=[47,49]'"),
+        (["run.dir='my runs'"], """adsid run 'run.dir='"'"'my runs'"'"''"""),
+        (["prior.prompt.next='a\nb'"], None),
+        (None, None),
+    ],
+)
+def test_the_command_of_a_run_is_told_for_a_shell(
+    tmp_path: Path, overrides: list[str] | None, command: str | None
+) -> None:
+    config = compose(["experiment=smoke"])
+    configuration.save(config, tmp_path / "config.yaml", overrides)
+    told = configuration.made_by(tmp_path)
+    assert told == (command or f"adsid run, as configured in {tmp_path / 'config.yaml'}")
+    assert command is None or shlex.split(command) == ["adsid", "run", *(overrides or [])]
+    assert configuration.load(tmp_path / "config.yaml") == config
+
+
+def test_a_run_without_a_config_is_made_by_an_unknown_command(tmp_path: Path) -> None:
+    assert configuration.made_by(tmp_path) == f"adsid run, as configured in {tmp_path / 'config.yaml'}"
 
 
 def test_a_saved_config_is_read_back(tmp_path: Path) -> None:

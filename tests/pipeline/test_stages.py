@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -28,8 +29,10 @@ from pipeline.commands.terminal import USER_MISTAKE
 from pipeline.config import AdsidConfig, compose
 from pipeline.engine import Outcome, Run
 from pipeline.run import report_again
-from pipeline.stages import ROWS, stages
+from pipeline.stages import ROWS, caveats, stages
+from pipeline.verdict import METRICS
 from priors.artifact import PriorModel
+from priors.config import BaseModelConfig
 from priors.forecast import TableForecast
 from priors.table import PriorTable
 from semantic_ids.advertiser_ids import AdvertiserIds
@@ -58,6 +61,11 @@ def tiny(directory: Path, *overrides: str) -> AdsidConfig:
     return compose([*TINY, f"run.dir={directory}", *overrides])
 
 
+def asked_for(directory: Path, source: str) -> list[str]:
+    """What a command line that makes the tiny run says."""
+    return [*TINY, source, f"run.dir={directory}"]
+
+
 def execute(config: AdsidConfig, **options: Any) -> list[Outcome]:
     return Run(configuration.run_directory(config), stages(), config).execute(**options)
 
@@ -66,9 +74,9 @@ def execute(config: AdsidConfig, **options: Any) -> list[Outcome]:
 def finished(tmp_path_factory: pytest.TempPathFactory, source: str) -> Path:
     directory = tmp_path_factory.mktemp("run")
     config = tiny(directory, source)
+    configuration.save(config, directory / "config.yaml", asked_for(directory, source))
     outcomes = execute(config)
     assert [(outcome.stage, outcome.status) for outcome in outcomes] == [(name, "done") for name in NAMES]
-    configuration.save(config, directory / "config.yaml")
     return directory
 
 
@@ -77,10 +85,33 @@ def test_a_second_run_does_nothing(finished: Path, source: str) -> None:
 
 
 def test_another_process_finds_it_up_to_date_too(finished: Path, source: str) -> None:
-    command = [sys.executable, "-m", "cli", "run", *TINY, source, f"run.dir={finished}"]
+    command = [sys.executable, "-m", "cli", "run", *asked_for(finished, source)]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "nothing was done" in told
     assert "report.html" in told
+
+
+def test_every_measure_of_a_run_has_a_name(finished: Path) -> None:
+    document = json.loads((finished / "report" / "report.json").read_text())
+    assert {row["metric"] for row in document["rows"]} <= METRICS.keys()
+
+
+def test_the_report_tells_the_whole_command_and_that_weights_are_random(finished: Path, source: str) -> None:
+    told = json.loads((finished / "report" / "report.json").read_text())["run"]
+    assert shlex.split(told["command"]) == ["adsid", "run", *asked_for(finished, source)]
+    assert "packaged:tiny" in told["caveats"][0]
+
+
+@pytest.mark.parametrize(
+    ("base", "told"),
+    [
+        (BaseModelConfig("packaged:tiny"), ["(packaged:tiny)"]),
+        (BaseModelConfig("packaged:smollm2", random_weights=True), ["(prior.base.random_weights=true)"]),
+        (BaseModelConfig("packaged:smollm2"), []),
+    ],
+)
+def test_random_weights_are_told_whatever_made_them(base: BaseModelConfig, told: list[str]) -> None:
+    assert [reason in caveat for caveat, reason in zip(caveats(base), told, strict=True)] == [True] * len(told)
 
 
 def test_the_report_compares_the_three_arms(finished: Path) -> None:

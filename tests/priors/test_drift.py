@@ -167,6 +167,8 @@ def test_it_is_followed_to_the_end_of_validation(fitted: Fitted, prior: PriorMod
     ("every", "lm_prompts", "change", "message"),
     [
         (0, 0, {}, "--every 0"),
+        (4, -1, {}, "(?s)--lm -1.*at least 0"),
+        (0, -2, {}, "(?s)--every 0.*--lm -2"),
         (4, 0, {"history": None}, "without history vectors"),
         (4, 5, {"head": 0.0}, "--lm 5"),
     ],

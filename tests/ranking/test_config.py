@@ -24,8 +24,12 @@ from ranking.config import MODELS, FeatureConfig, RankerConfig
         ({"batch_size": 0}, "ranker.batch_size=0"),
         ({"seeds": []}, "ranker.seeds="),
         ({"seeds": [1, 1]}, "each named once"),
-        ({"learning_rate": 0.0}, "a positive number"),
-        ({"weight_decay": -1.0}, "zero or a positive number"),
+        ({"seeds": [-1]}, r"ranker.seeds=\[-1\]"),
+        ({"learning_rate": 0.0}, r"(?s)ranker.learning_rate=0.0.*a number above 0"),
+        ({"learning_rate": float("nan")}, "ranker.learning_rate=nan"),
+        ({"embedding_learning_rate": -1.0}, "ranker.embedding_learning_rate=-1.0"),
+        ({"weight_decay": -1.0}, r"(?s)ranker.weight_decay=-1.0.*a number, at least 0"),
+        ({"features": FeatureConfig(clip=0.0)}, "ranker.features.clip=0.0"),
     ],
 )
 def test_impossible_values_are_told_with_their_key(changes: dict, message: str) -> None:
