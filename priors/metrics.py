@@ -5,6 +5,8 @@ Shapes: R user-periods, A advertisers, T targets.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,7 +16,7 @@ Float = NDArray[np.float64]
 
 FLOOR, BINS = 1e-4, 15
 """DESIGN §4: pairs of a user-period and an advertiser below this probability are left out of calibration's bins."""
-_TARGETS = 4096
+_TARGETS, _CHUNK = 4096, 512
 
 
 def target_ranks(
@@ -42,6 +44,12 @@ def target_ranks(
         ahead_CA = (score_CA > own_C1) | ((score_CA == own_C1) & (index_A < item_C[:, None]))
         rank_T[part] = np.where(np.isfinite(own_C1[:, 0]), ahead_CA.sum(1), n)
     return rank_T
+
+
+def chunks(targets: Targets) -> Iterator[Targets]:
+    """Some user-periods at a time, in order, for distributions over all advertisers."""
+    for start in range(0, len(targets), _CHUNK):
+        yield targets.select(np.arange(start, min(start + _CHUNK, len(targets))))
 
 
 def recall_at_k(rank_T: NDArray[np.int64], targets: Targets, k: int) -> Float:
