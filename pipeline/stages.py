@@ -503,10 +503,10 @@ def _fitting(cfg: AdsidConfig) -> dict[str, Any]:
 
 
 def _model_files(what: str, name: str) -> dict[str, str] | None:
-    """Content of a model's files where its name is that of a directory, else None: packages and hubs have versions."""
+    """Content of a model's files where its name is a directory's; None where that is gone, nothing of other names."""
     directory = Path(name).expanduser()
     if name == PACKAGED_ENCODER or not directory.is_dir():
-        return None
+        return None if name.startswith(("/", "~", ".")) else {}
     read = [path for path in sorted(directory.iterdir()) if path.suffix != ".md" and not path.name.startswith(".")]
     return {f"{what}/{name}": content for name, content in contents(read, whole=True).items()}
 

@@ -201,7 +201,8 @@ def test_a_changed_source_under_the_same_path_is_noticed(tmp_path: Path) -> None
 def test_the_files_of_a_model_directory_tell_a_forecaster(tmp_path: Path) -> None:
     of = {stage.name: stage.outside for stage in stages()}
     packaged = tiny(tmp_path / "run")
-    assert (of["prior"](packaged), of["semantic_ids"](packaged), of["data"](packaged)) == (None, None, {})
+    assert (of["prior"](packaged), of["semantic_ids"](packaged), of["data"](packaged)) == ({}, {}, {})
+    assert of["prior"](tiny(tmp_path / "run", f"prior.base.name={tmp_path}/gone")) is None
     model = tmp_path / "model"
     model.mkdir()
     (model / "model.safetensors").write_bytes(b"weights")
