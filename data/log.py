@@ -2,8 +2,8 @@
 
 Ids of the tables become indexes here and nowhere else: row ``i`` of ``advertiser_ids`` is advertiser ``i``
 of every array, artifact and model, and the frames of ``Log.tables`` are in the same order. An index of -1
-says "none". The as-of time of anything in period ``w`` is the start of ``w``; ``Log.before(w)`` and
-``Log.last_prices`` read periods below ``w`` only. Unless loaded with ``evaluate="test"`` the log holds nothing
+says "none". The as-of time of anything in period ``w`` is the start of ``w``; ``Log.history`` and
+``Log.is_new`` read periods below ``w`` only. Unless loaded with ``evaluate="test"`` the log holds nothing
 of the test span.
 
 Shapes: N events, R rows of targets, T targets, P placements, U users, A advertisers, I ads.
@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from scipy.sparse import csr_array
 
 from data.config import DataConfig
 from data.errors import UserError
@@ -28,14 +27,13 @@ from data.sampling import hash_ids
 from data.split import EVALUATE, Calendar, Span, TimeSplit
 from data.tables import BROWSING, ENTITIES, KINDS, Tables
 
-__all__ = ["KINDS", "Before", "Events", "Log", "Placements", "Prices", "Requests", "Targets", "Visits", "load_log"]
+__all__ = ["KINDS", "Events", "Log", "Placements", "Requests", "Targets", "Visits", "load_log"]
 
 I8 = NDArray[np.int8]
 I16 = NDArray[np.int16]
 I32 = NDArray[np.int32]
 I64 = NDArray[np.int64]
 F32 = NDArray[np.float32]
-F64 = NDArray[np.float64]
 Bool = NDArray[np.bool_]
 MISSING = ""
 
@@ -48,7 +46,7 @@ class Events:
         user, ad, advertiser, market: indexes, -1 for none; a user is always there.
         kind: index in ``KINDS``.
         timestamp: microseconds since 1970 in the tables' own clock.
-        period: see ``data.split``; below 1 before the calendar's origin.
+        period: see ``data.split``; below 1 before the calendar's origin, see ``counted_period``.
         value, discount: money spent and money taken off; quantity: pieces; NaN for none.
         weight: rows of the full log the row stands for.
         request: the visit the event belongs to, -1 for none; the same number in all events of a visit.
@@ -70,6 +68,11 @@ class Events:
     display: I16
     mailer: I16
     category: I32
+
+    @property
+    def counted_period(self) -> I32:
+        """Periods to count by, in arrays from 0 on: all that lies before the calendar is in 0, just before it."""
+        return np.maximum(self.period, 0)
 
     def __len__(self) -> int:
         return len(self.user)
@@ -152,17 +155,6 @@ class Visits(NamedTuple):
     market: I32
     period: I32
     request: I64
-
-
-class Prices(NamedTuple):
-    """What an ad's product last cost; NaN and -1 where it was never bought before; shapes ``(N,)``.
-
-    ``value`` and ``discount`` are means per purchase in the last period with one, ``age`` periods ago.
-    """
-
-    value: F32
-    discount: F32
-    age: I32
 
 
 class ActiveAds(NamedTuple):
@@ -325,28 +317,21 @@ class Log:
         rows = order[np.sort(first)]
         return Visits(events.user[rows], events.market[rows], events.period[rows], events.request[rows])
 
-    def impressions(self, span: str | Span, users: NDArray[Any] | None = None) -> Events:
-        """Rows for the ranker: sampled impressions, and each conversion once a visit and ad.
-
-        Returns:
-            Events whose kind tells the label (``Log.label_kinds``) and whose ``weight`` undoes the sampling. An
-            impression whose ad was converted with in the same visit is left out: the conversion stands for it.
-        """
-        return self.outcomes(span, users)[0]
-
     def outcomes(
         self, span: str | Span, users: NDArray[Any] | None = None, *, kinds: Sequence[int] = ()
     ) -> tuple[Events, I32]:
-        """As `impressions`, with what became of each row.
+        """Rows for the ranker, sampled impressions and each conversion once a visit and ad, and what became of each.
 
         Args:
-            span: as in `impressions`.
-            users: as in `impressions`.
+            span: name of a span or first and last period.
+            users: indexes of users to keep; ``None`` keeps all.
             kinds: codes of further kinds, such as clicks, of which each event stands for its impression as well.
 
         Returns:
-            The events, and for each the kinds of all events of the same visit and ad as bits, ``1 << kind``; of the
-            label kinds, impressions and ``kinds`` alone.
+            Events whose kind tells the label (``Log.label_kinds``) and whose ``weight`` undoes the sampling; an
+            impression whose ad was converted with in the same visit is left out: the conversion stands for it. And for
+            each the kinds of all events of the same visit and ad as bits, ``1 << kind``; of the label kinds,
+            impressions and ``kinds`` alone.
         """
         shown = KINDS.index("impression")
         wanted = np.isin(self.events.kind, (*self.label_kinds, *kinds, shown)) & (self.events.ad >= 0)
@@ -373,32 +358,6 @@ class Log:
             return np.ones(len(key), bool)
         position = np.minimum(np.searchsorted(first_key, key), len(first_key) - 1)
         return ~((first_key[position] == key) & (first_period[position] < period_N))
-
-    def last_prices(self, ad_N: NDArray[Any], period_N: NDArray[Any]) -> Prices:
-        """What each ad's product cost when anybody last bought it before the start of the period.
-
-        Args:
-            ad_N: indexes of ads.
-            period_N: periods of use.
-
-        Returns:
-            Price, discount and age; a purchase of the period itself is never looked at.
-        """
-        keys, value, discount = self._price_history
-        ad_N, period_N = np.asarray(ad_N, np.int64), np.asarray(period_N, np.int64)
-        position = np.searchsorted(keys, ad_N << 32 | period_N.clip(min=0)) - 1
-        if not len(keys):
-            missing = np.full(len(ad_N), np.nan, np.float32)
-            return Prices(missing, missing.copy(), np.full(len(ad_N), -1, np.int32))
-        found = (position >= 0) & (keys[position] >> 32 == ad_N)
-        age = np.where(found, period_N - (keys[position] & 0xFFFFFFFF), -1).astype(np.int32)
-        nan = np.float32(np.nan)
-        return Prices(np.where(found, value[position], nan), np.where(found, discount[position], nan), age)
-
-    def before(self, period: int) -> Before:
-        """What is known at the start of a period."""
-        self.split.span((period - 1, period - 1), evaluate=self.evaluate)
-        return Before(self, period)
 
     def panel(self, n: int | None, seed: int = 0) -> I32:
         """A fixed subset of users, chosen by a hash of the id alone.
@@ -433,53 +392,6 @@ class Log:
         key = self.events.user[rows].astype(np.int64) * len(self.advertiser_ids) + self.events.advertiser[rows]
         unique, first = np.unique(key, return_index=True)  # rows of a user are in order of time
         return unique, self.events.period[rows[first]]
-
-    @cached_property
-    def _price_history(self) -> tuple[I64, F32, F32]:
-        events = self.events
-        rows = np.flatnonzero(self.is_purchase & (events.ad >= 0) & (events.period > 0) & ~np.isnan(events.value))
-        key = events.ad[rows].astype(np.int64) << 32 | events.period[rows]
-        unique, inverse, count = np.unique(key, return_inverse=True, return_counts=True)
-        value = np.bincount(inverse, events.value[rows], len(unique)) / count
-        discount = np.bincount(inverse, np.nan_to_num(events.discount[rows]), len(unique)) / count
-        return unique, value.astype(np.float32), discount.astype(np.float32)
-
-
-@dataclass(frozen=True)
-class Before:
-    """What is known at the start of a period: events of periods below it.
-
-    Args:
-        log: the log.
-        period: the period.
-    """
-
-    log: Log
-    period: int
-
-    def events(self, kinds: Sequence[int] | None = None) -> Events:
-        """Events before the period, all or of some kinds (codes)."""
-        return self.log.events.select(np.flatnonzero(self._mask(kinds)))
-
-    def advertiser_counts(self, kinds: Sequence[int], *, decay: float = 1.0) -> F64:
-        """Events of each advertiser, each counted as ``decay ** (periods ago)``, shape ``(A,)``."""
-        rows = np.flatnonzero(self._mask(kinds) & (self.log.events.advertiser >= 0))
-        n, weight = len(self.log.advertiser_ids), self._decayed(rows, decay)
-        return np.bincount(self.log.events.advertiser[rows], weight, n).astype(np.float64)
-
-    def user_advertiser_counts(self, kinds: Sequence[int], *, decay: float = 1.0) -> csr_array:
-        """Events of each user with each advertiser, counted in the same way, sparse ``(U, A)``."""
-        rows = np.flatnonzero(self._mask(kinds) & (self.log.events.advertiser >= 0))
-        cells = (self.log.events.user[rows], self.log.events.advertiser[rows])
-        shape = (len(self.log.user_ids), len(self.log.advertiser_ids))
-        return csr_array((self._decayed(rows, decay), cells), shape=shape)
-
-    def _mask(self, kinds: Sequence[int] | None) -> Bool:
-        mask = self.log.events.period < self.period
-        return mask if kinds is None else mask & np.isin(self.log.events.kind, kinds)
-
-    def _decayed(self, rows: NDArray[Any], decay: float) -> F64:
-        return np.power(decay, self.period - self.log.events.period[rows].astype(np.float64))
 
 
 def load_log(tables_dir: Path, cfg: DataConfig, *, evaluate: str, entity: str = ENTITIES[0]) -> Log:

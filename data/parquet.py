@@ -10,7 +10,7 @@ import polars as pl
 from data.config import DataConfig
 from data.errors import UserError
 from data.sampling import trial_users
-from data.tables import Tables
+from data.tables import SCHEMAS, Tables
 from data.writer import TableWriter
 
 
@@ -30,6 +30,11 @@ def read(cfg: DataConfig, out: TableWriter) -> None:
     if cfg.max_users is not None:
         tables = _of_some_users(tables, cfg)
     out.write_all(tables)
+
+
+def files(directory: Path) -> list[Path]:
+    """The files that are read of a directory."""
+    return [directory / f"{name}.parquet" for name in SCHEMAS]
 
 
 def _of_some_users(tables: Tables, cfg: DataConfig) -> Tables:

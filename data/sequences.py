@@ -145,6 +145,11 @@ def _conversions(sequences: pl.DataFrame, ads: pl.DataFrame) -> pl.DataFrame:
     )
 
 
+def files(directory: Path) -> list[Path]:
+    """The files that are read of a directory."""
+    return [directory / name for name in FILES]
+
+
 def _directory(cfg: DataConfig) -> Path:
     if cfg.path is None:
         raise UserError(
@@ -153,7 +158,7 @@ def _directory(cfg: DataConfig) -> Path:
             action="set data.path; data/sequences.py describes the files",
         )
     directory = Path(cfg.path).expanduser()
-    missing = [name for name in FILES if not (directory / name).is_file()]
+    missing = [path.name for path in files(directory) if not path.is_file()]
     if missing:
         raise UserError(
             f"data.path={directory} without {' and '.join(missing)}",

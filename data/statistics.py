@@ -3,9 +3,9 @@
 One user's requests are not independent, so the bootstrap draws *users* with replacement and keeps
 all of a drawn user's values together (Efron & Tibshirani, An Introduction to the Bootstrap, 1993,
 ch. 8). A difference of two arms is drawn with the same users on both sides: what both arms find
-hard cancels out.
+hard cancels out. All draws of users and all percentiles of them are made here.
 
-Shapes: N values, G users, D bootstrap draws.
+Shapes: N values, G users, D bootstrap draws, U users or user-periods.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from numpy.typing import ArrayLike, NDArray
 
 DRAWS = 1000
 LEVEL = 0.95
+TIERS = ("sparse users", "middle users", "busy users")
+"""Segments by how much was bought before; what is sorted into them, users or user-periods, is each section's own."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def bootstrap_mean(
     sums_G, counts_G = _by_group(values, groups)
     weights_DG = _draw(len(sums_G), draws, seed)
     means_D = (weights_DG @ sums_G) / (weights_DG @ counts_G)
-    low, high = _percentiles(means_D, level)
+    low, high = percentiles(means_D, level)
     return Interval(float(values.mean()), low, high, len(values))
 
 
@@ -178,7 +180,7 @@ def bootstrap_over_seeds(
         means_DS = (weights_DG @ sums_SG.T) / (weights_DG @ counts_SG.T)
     drawn_DS = np.random.default_rng(seed).integers(len(seeds), size=means_DS.shape)
     means_D = np.take_along_axis(means_DS, drawn_DS, axis=1).mean(1)
-    low, high = _percentiles(means_D[np.isfinite(means_D)])
+    low, high = percentiles(means_D[np.isfinite(means_D)])
     value = float(np.mean([values.mean() for values, _ in seeds]))
     return Interval(value, low, high, sum(len(values) for values, _ in seeds))
 
@@ -202,7 +204,7 @@ def bootstrap_statistic(
     unique, inverse = np.unique(groups, return_inverse=True)
     point = statistic(np.ones(len(groups)))
     drawn = np.array([statistic(weights[inverse]) for weights in _draw(len(unique), draws, seed)])
-    low, high = _percentiles(drawn[np.isfinite(drawn)])
+    low, high = percentiles(drawn[np.isfinite(drawn)])
     return Interval(float(point), low, high, len(groups))
 
 
@@ -220,13 +222,61 @@ def _by_group(values: NDArray, groups: NDArray) -> tuple[NDArray[np.float64], ND
 
 @lru_cache(maxsize=2)  # a report draws the same users hundreds of times
 def _draw(n_groups: int, draws: int, seed: int) -> NDArray[np.float64]:
-    rng = np.random.default_rng(seed)
-    drawn_DG = rng.multinomial(n_groups, np.full(n_groups, 1.0 / n_groups), size=draws).astype(np.float64)
+    drawn_DG = draw(n_groups, draws, np.random.default_rng(seed))
     drawn_DG.flags.writeable = False
     return drawn_DG
 
 
-def _percentiles(values_D: NDArray, level: float = LEVEL) -> tuple[float, float]:
+def draw(n_groups: int, draws: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """How often each group counts in each bootstrap draw, as many groups as there are, with replacement.
+
+    Args:
+        n_groups: number of groups, at least 1.
+        draws: number of draws.
+        rng: whose next numbers are taken.
+
+    Returns:
+        Whole numbers, ``(D, G)``; each row adds up to G.
+    """
+    return rng.multinomial(n_groups, np.full(n_groups, 1.0 / n_groups), size=draws).astype(np.float64)
+
+
+def sample_and_draws(n_groups: int, draws: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """:func:`draw` below a row of ones, so that draw 0 is the data as it is; ``(1 + D, G)``."""
+    return np.concatenate([np.ones((1, n_groups)), draw(n_groups, draws, rng)])
+
+
+def activity_tiers(
+    purchases_U: NDArray[np.number], *, lowest: float = 1 / 3, highest: float = 2 / 3
+) -> NDArray[np.int64]:
+    """Tier of users, or of user-periods, by what each had bought before, as an index of `TIERS`.
+
+    Equal numbers of purchases share a tier, the lower one, so the tiers are thirds but for ties.
+
+    Args:
+        purchases_U: number of purchases before.
+        lowest: quantile up to which one is sparse.
+        highest: quantile above which one is busy, not below ``lowest``.
+
+    Returns:
+        0, 1 or 2 of each, shape ``(U,)``.
+    """
+    if not len(purchases_U):
+        return np.zeros(0, np.int64)
+    low, high = np.quantile(purchases_U, [lowest, highest])
+    return np.where(purchases_U <= low, 0, np.where(purchases_U <= high, 1, 2))
+
+
+def percentiles(values_D: NDArray, level: float = LEVEL) -> tuple[float, float]:
+    """Ends of the interval in the middle of a figure's draws.
+
+    Args:
+        values_D: the figure in each draw, none of them NaN.
+        level: share of the draws inside.
+
+    Returns:
+        Lower and upper end; NaN where there is no draw.
+    """
     if not len(values_D):
         return float("nan"), float("nan")
     tail = 100 * (1 - level) / 2

@@ -161,6 +161,11 @@ def _load(cfg: DataConfig, out: TableWriter, connection: duckdb.DuckDBPyConnecti
         raise UserError.collect(errors)
 
 
+def files(directory: Path) -> list[Path]:
+    """The files that are read of a directory."""
+    return [path for file in FILES if (path := file.locate(directory)) is not None]
+
+
 def _locate(path: str | None) -> tuple[dict[str, Path], list[UserError]]:
     """The files that are there, and an error for those that are not."""
     names = ", ".join(f"{file.name}.csv" for file in FILES)

@@ -556,8 +556,3 @@ def rank_of_world() -> tuple[int, int]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
-
-
-def default_workers() -> int:
-    """Loader processes worth starting: none on two cores, where they take time from the model."""
-    return 0 if (os.cpu_count() or 1) <= 4 else 2

@@ -6,7 +6,7 @@
     <run>/.lock                      held while a process works in the run directory
 
 An artifact is up to date when its manifest has the key that config and inputs call for now and its files have the
-hash the manifest names.
+hash the manifest names. Inputs are the artifacts of other stages, by hash, and files from outside the run.
 """
 
 from __future__ import annotations
@@ -79,6 +79,8 @@ class Stage(Generic[Config]):
         run: fills ``context.output`` and returns the metrics for the manifest.
         headline: metrics shown on the console when it is done.
         version: raised when the stage's code gives other results for the same configuration.
+        outside: content of the files from outside the run that it reads, by a name that is no stage's; None where they
+            are gone, so that an artifact made of them is kept as it is.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Stage(Generic[Config]):
     run: Callable[[Context[Config]], Mapping[str, Any]]
     headline: tuple[str, ...] = ()
     version: int = 1
+    outside: Callable[[Config], Mapping[str, str] | None] = field(default=lambda config: {})
 
 
 def check_inputs(run: Path, name: str) -> None:
@@ -231,7 +234,7 @@ class Run(Generic[Config]):
                 stage = self.stages[name]
                 if not fresh.issuperset(stage.inputs):
                     continue
-                key = self._key(stage, self._input_hashes(stage))
+                key = self._key(stage, self._inputs(stage))
                 if self._finished(self.directory / name, key) is None:
                     found = next((other for other in others if self._finished(other / name, key) is not None), None)
                     if found is None:
@@ -266,8 +269,16 @@ class Run(Generic[Config]):
                 needed.update(self.stages[name].inputs)
         return [name for name in self.stages if name in needed]
 
-    def _input_hashes(self, stage: Stage[Config]) -> dict[str, str]:
-        return {name: Manifest.read(self.directory / name).content_hash for name in stage.inputs}
+    def _inputs(self, stage: Stage[Config]) -> dict[str, str]:
+        """Content of all that a stage reads, by name: artifacts of the run, and files from outside."""
+        outside = stage.outside(self.config)
+        if outside is None:
+            try:
+                recorded = Manifest.read(self.directory / stage.name).inputs
+            except UserError:
+                recorded = {}
+            outside = {name: content for name, content in recorded.items() if name not in stage.inputs}
+        return {**{name: Manifest.read(self.directory / name).content_hash for name in stage.inputs}, **outside}
 
     def _key(self, stage: Stage[Config], inputs: Mapping[str, str]) -> str:
         settings = _without(to_plain(stage.settings(self.config)), NO_EFFECT)
@@ -299,7 +310,7 @@ class Run(Generic[Config]):
                 )
 
     def _bring_up_to_date(self, stage: Stage[Config], *, again: bool = False) -> Outcome:
-        inputs = self._input_hashes(stage)
+        inputs = self._inputs(stage)
         key = self._key(stage, inputs)
         manifest = None if again else self._finished(self.directory / stage.name, key)
         if manifest is not None:
@@ -327,7 +338,8 @@ class Run(Generic[Config]):
         changed = _differences(manifest.config, to_plain(stage.settings(self.config)))
         if changed:
             return f"starts again: {'; '.join(changed[:3])}"
-        others = [name for name, content in inputs.items() if manifest.inputs.get(name) != content]
+        names = dict.fromkeys([*inputs, *manifest.inputs])
+        others = [name for name in names if manifest.inputs.get(name) != inputs.get(name)]
         if others:
             return f"starts again: {', '.join(others)} changed"
         return "starts again: " + (
@@ -362,7 +374,7 @@ class Run(Generic[Config]):
 
     def _follow(self, stage: Stage[Config]) -> Outcome:
         """Do what the process that holds the run directory does, with its checkpoints, and let the result go."""
-        key = self._key(stage, self._input_hashes(stage))
+        key = self._key(stage, self._inputs(stage))
         manifest = self._finished(self.directory / stage.name, key)
         if manifest is not None:
             return Outcome(stage.name, "skipped", manifest)

@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
-from data.artifacts import Manifest, fingerprint, make_directory, package_versions, to_plain
+from data.artifacts import Manifest, contents, fingerprint, make_directory, package_versions, to_plain
 from data.errors import UserError
 from data.log import Log, load_log
-from data.prepare import prepare
+from data.prepare import prepare, source_content
 from data.split import Span
 from data.statistics import Row
 from data.truth import TRUTH, Truth
@@ -71,6 +71,7 @@ from retrieval.retriever import Retriever
 from retrieval.tuning import Plan, tuning_span
 from retrieval.two_tower import TrainedTwoTower, train_two_tower
 from semantic_ids.advertiser_ids import AdvertiserIds
+from semantic_ids.config import PACKAGED_ENCODER
 from semantic_ids.embeddings import text_embeddings
 from semantic_ids.quality import quality_rows
 from semantic_ids.tokenize import build_ids, precomputed_content
@@ -95,7 +96,15 @@ TRAINED = ("seed", "model", "pairs", "trainer", "refit")
 def stages() -> list[Stage[AdsidConfig]]:
     """The stage graph, each after its inputs."""
     return [
-        Stage("data", (), lambda cfg: cfg.data, make_data, ("events", "ads", "advertisers"), version=2),
+        Stage(
+            "data",
+            (),
+            lambda cfg: cfg.data,
+            make_data,
+            ("events", "ads", "advertisers"),
+            version=2,
+            outside=lambda cfg: source_content(cfg.data),
+        ),
         Stage(
             "semantic_ids",
             ("data",),
@@ -107,6 +116,7 @@ def stages() -> list[Stage[AdsidConfig]]:
             make_semantic_ids,
             ("collision_rate", "entropy_ratio"),
             version=3,
+            outside=lambda cfg: _model_files("encoder", cfg.semantic_ids.embedding.encoder.name),
         ),
         Stage(
             "prior",
@@ -115,6 +125,7 @@ def stages() -> list[Stage[AdsidConfig]]:
             make_prior,
             ("prompts", "select_nll_by_part"),
             version=10,
+            outside=lambda cfg: _model_files("prior.base", cfg.prior.base.name),
         ),
         Stage(
             "forecasts",
@@ -491,6 +502,15 @@ def _fitting(cfg: AdsidConfig) -> dict[str, Any]:
         for key, value in plain.items()
         if key not in ("decode", "panel", "evaluation_prompts", "controls", "baselines")
     }
+
+
+def _model_files(what: str, name: str) -> dict[str, str] | None:
+    """Content of a model's files where its name is a directory's; None where that is gone, nothing of other names."""
+    directory = Path(name).expanduser()
+    if name == PACKAGED_ENCODER or not directory.is_dir():
+        return None if name.startswith(("/", "~", ".")) else {}
+    read = [path for path in sorted(directory.iterdir()) if path.suffix != ".md" and not path.name.startswith(".")]
+    return {f"{what}/{name}": content for name, content in contents(read, whole=True).items()}
 
 
 def _towers(cfg: AdsidConfig) -> dict[str, Any]:

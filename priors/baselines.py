@@ -33,7 +33,8 @@ from data.errors import UserError
 from data.log import Log, Targets
 from priors.anchor import Anchor, Counts, mean_target_nll
 from priors.config import BaselineConfig
-from priors.metrics import recall_at_k, target_ranks
+from priors.fit import sample_rows
+from priors.metrics import chunks, recall_at_k, target_ranks
 from priors.sasrec import SasRecForecast, fit_sasrec
 
 Float = NDArray[np.float64]
@@ -41,7 +42,7 @@ Scores = Callable[[NDArray[np.integer], NDArray[np.integer]], Float]
 
 LARGEST_EASE = 20_000
 """Advertisers of which a dense matrix of pairs is still worth having, 3 GB."""
-_K, _CHUNK, _TIE = 10, 512, 1e-6
+_K, _SAMPLE, _TIE = 10, 0, 1e-6
 
 
 @dataclass(frozen=True)
@@ -134,9 +135,7 @@ def fit_baselines(
     """
     found: dict[str, Scored | Planned] = {}
     chosen: dict[str, Any] = {}
-    select = log.advertiser_targets("prior_select")
-    if len(select) > cfg.select_rows:
-        select = select.select(np.sort(np.random.default_rng(0).choice(len(select), cfg.select_rows, replace=False)))
+    select = sample_rows(log.advertiser_targets("prior_select"), cfg.select_rows, _SAMPLE)
     counts = popularity.counts
     for name in cfg.names:
         if name == "sasrec":
@@ -241,7 +240,7 @@ def _history(counts: Counts, user_B: NDArray[np.integer], period_B: NDArray[np.i
 
 def _recall(candidate: Scored, targets: Targets) -> float:
     found = []
-    for part in _chunks(targets):
+    for part in chunks(targets):
         score_BA = candidate.log_probs(part.user, part.period)
         found.append(recall_at_k(target_ranks(score_BA, part), part, _K))
     return float(np.mean(np.concatenate(found)))
@@ -249,7 +248,7 @@ def _recall(candidate: Scored, targets: Targets) -> float:
 
 def _temperature(candidate: Scored, targets: Targets) -> float:
     """The inverse temperature with the lowest NLL on the selection span."""
-    parts = [(part, candidate.scores(part.user, part.period)) for part in _chunks(targets)]
+    parts = [(part, candidate.scores(part.user, part.period)) for part in chunks(targets)]
 
     def nll(log_beta: float) -> float:
         sharper = replace(candidate, inverse_temperature=float(np.exp(log_beta)))
@@ -260,8 +259,3 @@ def _temperature(candidate: Scored, targets: Targets) -> float:
         return float(np.mean(np.concatenate(found)))
 
     return float(np.exp(minimize_scalar(nll, bounds=(-6.0, 6.0), method="bounded", options={"xatol": 0.02}).x))
-
-
-def _chunks(targets: Targets) -> list[Targets]:
-    starts = range(0, len(targets), _CHUNK)
-    return [targets.select(np.arange(start, min(start + _CHUNK, len(targets)))) for start in starts]

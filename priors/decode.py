@@ -89,11 +89,6 @@ class Decoded:
         """Probability of neither an advertiser found nor a prefix of the frontier."""
         return max(0.0, 1.0 - self.mass - float(np.exp(self.frontier_log_prob_F).sum()))
 
-    @property
-    def n_certified(self) -> int:
-        """How many of the first advertisers are proven to be the most probable ones."""
-        return int((self.log_prob_K >= self.bound).sum())
-
 
 class TreeDecoder:
     """Decodes prompts under a trie.

@@ -31,10 +31,10 @@ from data.statistics import Interval, Row, bootstrap_mean, bootstrap_statistic, 
 from priors.anchor import TunedAnchor, mean_target_nll
 from priors.artifact import PriorModel
 from priors.dataset import PromptDataset
-from priors.evaluate import anchor_log_prob, chunks, constant_log_probs, exact_log_prob
+from priors.evaluate import anchor_log_prob, constant_log_probs, exact_log_prob
 from priors.fit import batches, rows_of, sample_rows
 from priors.judge import Scorer
-from priors.metrics import calibration_pairs, error_of_mass, mass_by_bin
+from priors.metrics import calibration_pairs, chunks, error_of_mass, mass_by_bin
 from priors.refit import recalibrate, refit
 
 Float = NDArray[np.float64]

@@ -22,7 +22,7 @@ Shapes: R user-periods, T targets, A advertisers, B user-periods of one chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,7 +58,7 @@ from priors.judge import (
     compared,
     judge_lists,
 )
-from priors.metrics import ndcg_at_k, recall_at_k, target_ranks
+from priors.metrics import chunks, ndcg_at_k, recall_at_k, target_ranks
 from priors.tree_reader import reader_of
 
 Float = NDArray[np.float64]
@@ -68,7 +68,7 @@ DatedScorer = Callable[[NDArray[np.integer], NDArray[np.integer], NDArray[np.int
 
 AGAINST = (HEADLINE, *CONTROLS)
 """What the LM is compared with, beside popularity and the baselines."""
-_CHUNK, _SAMPLE = 512, 0
+_SAMPLE = 0
 
 
 @dataclass
@@ -399,9 +399,3 @@ class _Schedule:
             return scorer(user_B, np.array([self._made[pair] for pair in pairs], dtype=np.int64), period_B)
 
         return score
-
-
-def chunks(targets: Targets) -> Iterator[Targets]:
-    """Some user-periods at a time, for distributions over all advertisers."""
-    for start in range(0, len(targets), _CHUNK):
-        yield targets.select(np.arange(start, min(start + _CHUNK, len(targets))))

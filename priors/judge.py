@@ -26,10 +26,11 @@ from safetensors.numpy import load_file, save_file
 from data.artifacts import atomic_file
 from data.errors import UserError
 from data.log import Log, Targets
-from data.statistics import Interval, Row, bootstrap_mean, paired_bootstrap
+from data.statistics import TIERS, Interval, Row, activity_tiers, bootstrap_mean, paired_bootstrap
 from priors import config
 from priors.metrics import (
     calibration_pairs,
+    chunks,
     expected_calibration_error,
     ndcg_at_k,
     recall_at_k,
@@ -51,7 +52,6 @@ that beside the user's own history vector."""
 CONTROL_ARMS = dict(zip(config.CONTROLS, CONTROLS, strict=True))
 """Arm of each control, by its name in ``prior.controls``."""
 REQUESTS = "requests.safetensors"
-_CHUNK = 512
 
 
 class Measure(NamedTuple):
@@ -142,7 +142,8 @@ class Segments:
 
     ``all``; ``new``: advertisers the user never bought from before, among those alone; ``active``: among the
     advertisers that run ads in the markets visited in that period; ``sparse``, ``middle`` and ``busy users``: thirds
-    of the user-periods by purchases before.
+    of the *user-periods* by purchases before the period, so one user can be in several. (Retrieval and ranking sort
+    *users* by purchases before the evaluated span.)
 
     Args:
         log: the events.
@@ -160,15 +161,12 @@ class Segments:
             log.history(int(user), int(period)) for user, period in zip(targets.user, targets.period, strict=True)
         ]
         self._bought = [np.unique(log.events.advertiser[rows][log.is_purchase[rows]]) for rows in history]
-        purchases = np.array([log.is_purchase[rows].sum() for rows in history], dtype=float)
-        low, high = np.quantile(purchases, [1 / 3, 2 / 3]) if len(purchases) else (0.0, 0.0)
+        tier_R = activity_tiers(np.array([log.is_purchase[rows].sum() for rows in history], dtype=float))
         self.masks: dict[str, tuple[NDArray[np.bool_], str]] = {
             "all": (everyone_T, "all"),
             "new": (log.is_new(targets.user[row_T], targets.period[row_T], targets.item), "new"),
             "active": (self._has_active[row_T], "active"),
-            "sparse users": ((purchases <= low)[row_T], "all"),
-            "middle users": (((purchases > low) & (purchases <= high))[row_T], "all"),
-            "busy users": ((purchases > high)[row_T], "all"),
+            **{name: ((tier_R == tier)[row_T], "all") for tier, name in enumerate(TIERS)},
         }
 
     def targets_of(self, segment: str) -> Targets:
@@ -185,16 +183,17 @@ class Segments:
 
     def chunks(self) -> Iterator[tuple[Targets, dict[str, NDArray[np.bool_] | None]]]:
         """Some user-periods at a time, with the advertisers of each list, ``(B, A)``; None for everyone."""
-        for start in range(0, len(self.targets), _CHUNK):
-            rows = np.arange(start, min(start + _CHUNK, len(self.targets)))
-            new_BA = np.ones((len(rows), len(self.log.advertiser_ids)), dtype=bool)
+        start = 0
+        for part in chunks(self.targets):
+            new_BA = np.ones((len(part), len(self.log.advertiser_ids)), dtype=bool)
             active_BA = np.zeros_like(new_BA)
-            for place, row in enumerate(rows):
+            for place, row in enumerate(range(start, start + len(part))):
                 bought = self._bought[row]
                 new_BA[place, bought[bought >= 0]] = False
                 for advertisers in self._active[row]:
                     active_BA[place, advertisers] = True
-            yield self.targets.select(rows), {"all": None, "new": new_BA, "active": active_BA}
+            yield part, {"all": None, "new": new_BA, "active": active_BA}
+            start += len(part)
 
     @cached_property
     def _active(self) -> list[list[NDArray[np.integer]]]:

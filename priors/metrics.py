@@ -5,6 +5,8 @@ Shapes: R user-periods, A advertisers, T targets.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,18 +16,15 @@ Float = NDArray[np.float64]
 
 FLOOR, BINS = 1e-4, 15
 """DESIGN §4: pairs of a user-period and an advertiser below this probability are left out of calibration's bins."""
-_TARGETS = 4096
+_TARGETS, _CHUNK = 4096, 512
 
 
-def target_ranks(
-    score_RA: NDArray[np.floating], targets: Targets, allowed_RA: NDArray[np.bool_] | None = None
-) -> NDArray[np.int64]:
+def target_ranks(score_RA: NDArray[np.floating], targets: Targets) -> NDArray[np.int64]:
     """Zero-based rank of every target in its row's list; of equal scores the lower index comes first.
 
     Args:
-        score_RA: the higher, the better.
+        score_RA: the higher, the better; ``-inf`` takes an advertiser out of the list, and such a target gets rank A.
         targets: rows as in ``score_RA``.
-        allowed_RA: False takes an advertiser out of the list; a target outside it gets rank A.
 
     Returns:
         ``(T,)``.
@@ -36,12 +35,16 @@ def target_ranks(
         part = slice(start, start + _TARGETS)
         row_C, item_C = row_T[part], targets.item[part]
         score_CA = score_RA[row_C].astype(np.float64)
-        if allowed_RA is not None:
-            score_CA[~allowed_RA[row_C]] = -np.inf
         own_C1 = score_CA[np.arange(len(row_C)), item_C][:, None]
         ahead_CA = (score_CA > own_C1) | ((score_CA == own_C1) & (index_A < item_C[:, None]))
         rank_T[part] = np.where(np.isfinite(own_C1[:, 0]), ahead_CA.sum(1), n)
     return rank_T
+
+
+def chunks(targets: Targets) -> Iterator[Targets]:
+    """Some user-periods at a time, in order, for distributions over all advertisers."""
+    for start in range(0, len(targets), _CHUNK):
+        yield targets.select(np.arange(start, min(start + _CHUNK, len(targets))))
 
 
 def recall_at_k(rank_T: NDArray[np.int64], targets: Targets, k: int) -> Float:

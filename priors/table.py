@@ -67,11 +67,9 @@ class PriorTable:
         decoded_R: period of decoding, the same or an earlier one.
         advertiser_RK: advertiser indexes, best first; -1 pads.
         log_prob_RK: their log-probabilities; ``-inf`` pads.
-        anchor_log_prob_RK: the anchor's.
         level1_log_prob_RN: of every level-1 prefix.
         frontier_depth_RF, frontier_node_RF: pruned prefixes; depth 0 pads.
         frontier_log_prob_RF: their log-probabilities.
-        tokens_R: tokens computed.
         trie: fingerprint of the trie that the nodes are numbered in.
         interests: the categories that any row lists.
         interest_RI: their indexes, best first; -1 pads.
@@ -83,12 +81,10 @@ class PriorTable:
     decoded_R: NDArray[np.int64]
     advertiser_RK: NDArray[np.int64]
     log_prob_RK: NDArray[np.float64]
-    anchor_log_prob_RK: NDArray[np.float64]
     level1_log_prob_RN: NDArray[np.float64]
     frontier_depth_RF: NDArray[np.int64]
     frontier_node_RF: NDArray[np.int64]
     frontier_log_prob_RF: NDArray[np.float64]
-    tokens_R: NDArray[np.int64]
     trie: str | None = None
     interests: tuple[str, ...] = ()
     interest_RI: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 0), np.int64))
@@ -144,7 +140,8 @@ class PriorTable:
         users = pl.DataFrame({"user_id": log.user_ids, "user": np.arange(len(log.user_ids))})
         frame = frame.join(users, on="user_id", how="inner").sort("user", "period")
         advertiser = {id_: index for index, id_ in enumerate(log.advertiser_ids.tolist())}
-        lists = {name: frame[name].to_list() for name in (*_LISTS, *_INTERESTS)}
+        unread = ("anchor_log_prob", "interest_anchor_log_prob")
+        lists = {name: frame[name].to_list() for name in (*_LISTS, *_INTERESTS) if name not in unread}
         interests = sorted({name for row in lists["interest"] for name in row})
         place = {name: index for index, name in enumerate(interests)}
         indexes = [[advertiser[id_] for id_ in row] for row in lists["advertiser_id"]]
@@ -154,12 +151,10 @@ class PriorTable:
             decoded_R=frame["decoded_period"].to_numpy().astype(np.int64),
             advertiser_RK=_pad(indexes, -1).astype(np.int64),
             log_prob_RK=_pad(lists["log_prob"], -np.inf),
-            anchor_log_prob_RK=_pad(lists["anchor_log_prob"], -np.inf),
             level1_log_prob_RN=_pad(lists["level1_log_prob"], -np.inf),
             frontier_depth_RF=_pad(lists["frontier_depth"], 0).astype(np.int64),
             frontier_node_RF=_pad(lists["frontier_node"], 0).astype(np.int64),
             frontier_log_prob_RF=_pad(lists["frontier_log_prob"], -np.inf),
-            tokens_R=frame["tokens"].to_numpy().astype(np.int64),
             trie=tries[0] if tries else None,
             interests=tuple(interests),
             interest_RI=_pad([[place[name] for name in row] for row in lists["interest"]], -1).astype(np.int64),

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.artifacts import fingerprint
-from data.statistics import Row
+from data.statistics import TIERS, Row, activity_tiers
 from priors.forecast import Forecast
 from ranking.config import TASKS_SHARE, RankerConfig
 from ranking.metrics import METRICS, Sample, evaluate, interval
@@ -48,8 +48,6 @@ DIFFERENCES = (
 """Pairs of arms that are compared where both were trained."""
 SEASONS = ("winter", "spring", "summer", "autumn")
 """Of the northern half; December begins the first."""
-SPARSE_SHARE = 1 / 3
-"""Users in the lowest third by purchases are the segment of sparse users, as for the forecast."""
 
 
 @dataclass(frozen=True)
@@ -363,15 +361,15 @@ def segments(spans: RankerSpans) -> dict[str, NDArray[np.bool_]]:
     """Rows of the evaluated span by segment.
 
     Returns:
-        ``all``; ``new``: the user never bought from the advertiser before; ``sparse users``: the third of the users
-        with the fewest purchases before the span; ``cold advertisers``: nobody bought from them in the weeks that the
-        forecaster learned from; and by season of the visit, e.g. ``winter``, where the span has several.
+        ``all``; ``new``: the user never bought from the advertiser before; ``sparse users``: the third of the *users*
+        with the fewest purchases before the span, all of a user's rows (the forecast sorts user-periods); ``cold
+        advertisers``: nobody bought from them in the weeks that the forecaster learned from; and by season of the
+        visit, e.g. ``winter``, where the span has several.
     """
     rows, builder = spans.evaluation.rows, spans.builder
     users, user_N = np.unique(rows.user, return_inverse=True)
     first = np.full(len(users), rows.period.min())
-    purchases_U = builder.history("user").count(users, first)
-    sparse_U = purchases_U <= np.quantile(purchases_U, SPARSE_SHARE)
+    tier_U = activity_tiers(builder.history("user").count(users, first))
     learned = np.full(len(rows), spans.log.split.prior_fit[1] + 1)
     periods, period_N = np.unique(rows.period, return_inverse=True)
     season_N = np.array([spans.log.calendar.season(int(period)) for period in periods])[period_N]
@@ -379,7 +377,7 @@ def segments(spans: RankerSpans) -> dict[str, NDArray[np.bool_]]:
     return {
         "all": np.ones(len(rows), np.bool_),
         "new": (rows.advertiser >= 0) & spans.log.is_new(rows.user, rows.period, rows.advertiser),
-        "sparse users": sparse_U[user_N.reshape(-1)],
+        TIERS[0]: (tier_U == 0)[user_N.reshape(-1)],
         "cold advertisers": (rows.advertiser >= 0)
         & (builder.history("advertiser").count(builder.key("advertiser", rows), learned) == 0),
         **(seasons if len(np.unique(season_N)) > 1 else {}),

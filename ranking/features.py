@@ -38,7 +38,7 @@ class FeatureBuilder:
     """Builds features of any rows of a log, each as of the start of its own period.
 
     Args:
-        log: the log; events of all users are counted.
+        log: the log; events of all users are counted, those before its calendar as just before it, as the anchor does.
         ids: semantic IDs of its advertisers.
         cfg: which features.
 
@@ -72,9 +72,8 @@ class FeatureBuilder:
                 expected="semantic IDs made from this log",
                 action="make the IDs again: train.py stage=semantic_ids",
             )
-        events = log.events
-        self._bought = np.flatnonzero(log.is_purchase & (events.period >= 0))
-        self._converted = np.flatnonzero(log.is_label & (events.period >= 0))
+        self._period = log.events.counted_period
+        self._bought, self._converted = np.flatnonzero(log.is_purchase), np.flatnonzero(log.is_label)
         self._histories: dict[tuple[str, bool], History] = {}
 
     def build(self, rows: Rows) -> Features:
@@ -105,8 +104,7 @@ class FeatureBuilder:
         """
         if (of, converted) not in self._histories:
             events = self._converted if converted else self._bought
-            key, period = self._event_key(of, events), self.log.events.period[events]
-            self._histories[of, converted] = History(key, period)
+            self._histories[of, converted] = History(self._event_key(of, events), self._period[events])
         return self._histories[of, converted]
 
     def key(self, of: str, rows: Rows) -> Ints:
@@ -132,10 +130,10 @@ class FeatureBuilder:
     def visits(self) -> tuple[History, History]:
         """Visits (user, market, period) by user and by user and market."""
         events = self.log.events
-        seen = np.flatnonzero((events.market >= 0) & (events.period >= 0))
-        n_markets, n_periods = len(self.log.market_ids), int(events.period.max(initial=0)) + 1
+        seen = np.flatnonzero(events.market >= 0)
+        n_markets, n_periods = len(self.log.market_ids), int(self._period.max(initial=0)) + 1
         at_market = pair(events.user[seen], events.market[seen], n_markets)
-        visit_at_market, period = np.divmod(np.unique(at_market * n_periods + events.period[seen]), n_periods)
+        visit_at_market, period = np.divmod(np.unique(at_market * n_periods + self._period[seen]), n_periods)
         return History(visit_at_market // n_markets, period), History(visit_at_market, period)
 
     @cached_property
@@ -150,7 +148,7 @@ class FeatureBuilder:
             code_of = {name: code for code, name in enumerate(log.ad_vocabularies[column]) if code > 0}
             code_C = np.array([code_of.get(name, -1) for name in log.category_names], np.int64)
             if (code_C >= 0).any():
-                user, period = log.events.user[browsed], np.maximum(log.events.period[browsed], 0)
+                user, period = log.events.user[browsed], self._period[browsed]
                 key = pair(user, code_C[log.events.category[browsed]], len(log.ad_vocabularies[column]))
                 found[column] = History(key, period), History(np.where(key < 0, -1, user), period)
         return found
@@ -167,7 +165,7 @@ class FeatureBuilder:
             discount = np.where(off > 0, off / (events.value[bought] + off), 0.0)
         key = np.where(np.isfinite(price), events.ad[bought], -1)
         order = np.argsort(events.timestamp[bought], kind="stable")
-        history = History(key[order], events.period[bought][order])
+        history = History(key[order], self._period[bought][order])
         return history, price[order].astype(np.float32), discount[order].astype(np.float32)
 
     @cached_property
@@ -295,7 +293,7 @@ def _recent_advertisers(builder: FeatureBuilder, rows: Rows) -> SparseFeature:
     """The advertisers the user bought from last before the period, latest first, each once."""
     log, length = builder.log, builder.cfg.history_length
     events = builder._bought[log.events.advertiser[builder._bought] >= 0]
-    user, period, advertiser = (x[events] for x in (log.events.user, log.events.period, log.events.advertiser))
+    user, period, advertiser = (x[events] for x in (log.events.user, builder._period, log.events.advertiser))
     asked, bag_N = np.unique(np.stack([rows.user, rows.period]), axis=1, return_inverse=True)
     start_R = np.searchsorted(user, asked[0])
     cell = user.astype(np.int64) << 32 | period

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from data.statistics import LEVEL, Interval
+from data.statistics import Interval, percentiles, sample_and_draws
 
 Floats = NDArray[np.float64]
 
@@ -63,9 +63,7 @@ class Sample:
         if not np.isin(label, (0.0, 1.0)).all() or not (np.isfinite(weight) & (weight > 0)).all():
             raise ValueError("labels must be 0 or 1, weights positive and finite")
         users, user = np.unique(user_N, return_inverse=True)
-        rng = np.random.default_rng(seed)
-        drawn_DU = rng.multinomial(len(users), np.full(len(users), 1.0 / len(users)), size=draws)
-        times_DU = np.concatenate([np.ones((1, len(users))), drawn_DU.astype(np.float64)])
+        times_DU = sample_and_draws(len(users), draws, np.random.default_rng(seed))
         return cls(label, weight, user.astype(np.int64), times_DU)
 
     def part(self, mask_N: NDArray[np.bool_]) -> Sample:
@@ -232,12 +230,8 @@ def interval(figures_D: Floats, n: int) -> Interval:
         figures_D: a metric, or a difference of two, as `evaluate` gives them.
         n: number of rows behind the figure.
     """
-    drawn = figures_D[1:][np.isfinite(figures_D[1:])]
-    if not len(drawn):
-        return Interval(float(figures_D[0]), float("nan"), float("nan"), n)
-    tail = 100 * (1 - LEVEL) / 2
-    low, high = np.percentile(drawn, [tail, 100 - tail])
-    return Interval(float(figures_D[0]), float(low), float(high), n)
+    low, high = percentiles(figures_D[1:][np.isfinite(figures_D[1:])])
+    return Interval(float(figures_D[0]), low, high, n)
 
 
 def _ranked(sample: Sample, score_N: Floats) -> tuple[Floats, Floats]:

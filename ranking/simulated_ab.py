@@ -28,7 +28,7 @@ from scipy.sparse import csr_array
 from data.errors import UserError
 from data.log import Log, Requests, Visits
 from data.sampling import hash_ids
-from data.statistics import Row
+from data.statistics import Row, sample_and_draws
 from data.truth import Truth, generator
 from priors.forecast import Forecast
 from ranking.ablation import ORACLE, SHUFFLED, TRUE_CHANCE
@@ -460,11 +460,8 @@ class _Resampled:
     def of(cls, n_users: int, n_rankers: int, n_markets: int, draws: int) -> _Resampled:
         rng = np.random.default_rng(0)
 
-        def times(n: int) -> Floats:
-            drawn_DN = rng.multinomial(n, np.full(n, 1.0 / n), size=draws)
-            return np.concatenate([np.ones((1, n)), drawn_DN.astype(np.float64)])
-
-        return cls(times(n_users), times(n_rankers) / n_rankers, times(n_markets) / n_markets)
+        times_DU, times_DK, times_DJ = (sample_and_draws(n, draws, rng) for n in (n_users, n_rankers, n_markets))
+        return cls(times_DU, times_DK / n_rankers, times_DJ / n_markets)
 
     @property
     def n_rankers(self) -> int:

@@ -255,7 +255,8 @@ class RetrievalConfig:
         ks: list lengths reported; none above the budget.
         quotas: shares of the budget that the forecast channels may get; see `retrieval.tuning` for which is chosen.
         quota_requests: requests that quotas and shares are chosen on, at the most.
-        sparse_quantile: users whose number of earlier purchases is in this lowest part are "sparse".
+        sparse_quantile: users whose purchases before the evaluated span are in this lowest part are "sparse users",
+            those in as large a highest part "busy users".
     """
 
     seed: int = 0

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.log import Log, Targets
-from data.statistics import Row, bootstrap_mean, paired_bootstrap
+from data.statistics import TIERS, Row, activity_tiers, bootstrap_mean, paired_bootstrap
 from priors.forecast import Forecast
 from retrieval.blend import Blend, Blended, merge
 from retrieval.channels import Ads, Request
@@ -40,7 +40,6 @@ from retrieval.tuning import Plan, as_matrix, choose_plan, choose_shares, tuning
 SECTION = "retrieval"
 NONE = "none"
 DIFFERENCES = (("lm", "anchor"), ("lm", NONE), ("anchor", NONE))
-TIERS = ("sparse users", "middle users", "heavy users")
 Values = dict[tuple[str, str, int], NDArray[np.float64]]
 _Variant = tuple[str, str, tuple[str, ...]]
 """An arm, a kind of blend and the channels it merges."""
@@ -342,11 +341,10 @@ def _of_new_advertisers(log: Log, targets: Targets) -> Targets:
 
 
 def _tiers(log: Log, targets: Targets, quantile: float) -> NDArray[np.int64]:
-    """0 for requests of the users with the fewest purchases before the evaluated span, 2 for those with the most."""
+    """Tier of each request: that of its user, among users with a request, by purchases before the evaluated span."""
     if not len(targets):
         return np.zeros(0, dtype=np.int64)
     first = int(targets.period.min())
     users, row_R = np.unique(targets.user, return_inverse=True)
     purchases = np.array([int(log.is_purchase[log.history(int(user), first)].sum()) for user in users])
-    low, high = np.quantile(purchases, [quantile, max(1.0 - quantile, quantile)])
-    return np.where(purchases <= low, 0, np.where(purchases <= high, 1, 2))[row_R]
+    return activity_tiers(purchases, lowest=quantile, highest=max(1.0 - quantile, quantile))[row_R]

@@ -114,7 +114,7 @@ class Histories:
         self.next_period[order[same]] = period[order[same + 1]]
         # One sorted key answers "how many events of this user before this period".
         self._span = int(period.max(initial=0)) + 2
-        self._key = user * self._span + period.clip(0)
+        self._key = user * self._span + events.counted_period[rows]
         self.length, self.window = cfg.history, cfg.window
 
     def sizes(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> NDArray[np.int64]:

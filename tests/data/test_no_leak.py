@@ -1,13 +1,14 @@
 """No byte of what happened before a cut depends on what happens after it: on every source.
 
 Each source is written twice, the second time with everything from the cut on rewritten. The events before the cut,
-their numbers included, and all that the log says of earlier periods must be the same.
+their numbers included, and all that the log says of earlier periods must be the same; and so must be what the ranker,
+the anchor, the history vector and the user tower read of it, up to the moment of the cut itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -16,10 +17,18 @@ import polars as pl
 import pytest
 
 from data.config import DataConfig
-from data.log import Log, load_log
+from data.log import Log, Targets, load_log
 from data.prepare import SOURCES, prepare
 from data.truth import SimulatorConfig
 from data.writer import write_tables
+from priors.anchor import Anchor, AnchorConstants, Counts
+from priors.history import HistoryVectors
+from ranking.config import FeatureConfig
+from ranking.features import FeatureBuilder
+from ranking.rows import Features, Rows
+from retrieval.config import PairsConfig
+from retrieval.two_tower_data import UserInputs
+from semantic_ids.advertiser_ids import AdvertiserIds
 from tests.data import reviews_source, taobao_source
 from tests.data.journey import changed_journey, journey_config, journey_frames, write_journey
 from tests.logs import tiny_config, tiny_tables
@@ -157,22 +166,73 @@ def check_logs(log: Log, other: Log, *, cut: datetime) -> None:
     last = int(log.calendar.period(micros)[0]) - 1
     assert log.calendar.start(last + 1) == cut
     span = (1, last)
-    assert min(len(log.advertiser_targets(span)), len(log.ad_targets(span)), len(log.impressions(span))) > 0
-    for name, fields in (
+    assert min(len(log.advertiser_targets(span)), len(log.ad_targets(span)), len(log.outcomes(span)[0])) > 0
+    for name, columns in (
         ("advertiser_targets", ("period", "market", "item", "weight", "value")),
         ("ad_targets", ("period", "market", "item", "weight", "value")),
-        ("impressions", ("ad", "kind", "weight")),
+        ("outcomes", ("ad", "kind", "weight")),
     ):
         ours, theirs = (getattr(one, name)(span) for one in (log, other))
+        ours, theirs = (ours[0], theirs[0]) if name == "outcomes" else (ours, theirs)
         np.testing.assert_array_equal(log.user_ids[ours.user], other.user_ids[theirs.user])
-        for field in fields:
-            np.testing.assert_array_equal(getattr(ours, field), getattr(theirs, field))
-    ads = np.arange(len(log.ad_ids))
-    prices, other_prices = (one.last_prices(ads, np.full(len(ads), last + 1)) for one in (log, other))
-    for mine, others in zip(prices, other_prices, strict=True):
-        np.testing.assert_array_equal(mine, others)
-    counts, other_counts = (one.before(last + 1).advertiser_counts(one.purchase_kinds) for one in (log, other))
-    np.testing.assert_array_equal(counts, other_counts)
+        for column in columns:
+            np.testing.assert_array_equal(getattr(ours, column), getattr(theirs, column))
+    check_ranker(*(latest_rows(one, last) for one in (log, other)))
+    for name, ours, theirs in zip(FORECAST_AND_TOWER, *(read_of_users(one, last) for one in (log, other)), strict=True):
+        assert np.any(ours), name
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9, err_msg=name)
+
+
+def ids_of(log: Log) -> AdvertiserIds:
+    """IDs of two codes, whose vectors say something."""
+    number = np.arange(len(log.advertiser_ids))
+    codes_AL = np.stack([number % 10, number // 10], axis=1).astype(np.int64)
+    rng = np.random.default_rng(0)
+    books = [rng.normal(size=(size, 4)).astype(np.float32) for size in codes_AL.max(0) + 1]
+    return AdvertiserIds(log.advertiser_ids, codes_AL, books)
+
+
+def latest_rows(log: Log, last: int) -> Features:
+    """All but the forecast that the ranker reads of the latest rows before the cut, then and as of the cut."""
+    rows = Rows.of_span(log, (1, last))
+    latest = np.argsort(-rows.period, kind="stable")[:1000]
+    rows = Rows(**{column.name: np.tile(getattr(rows, column.name)[latest].T, 2).T for column in fields(Rows)})
+    rows.period[len(latest) :] = last + 1
+    return FeatureBuilder(log, ids_of(log), FeatureConfig()).build(rows)
+
+
+def check_ranker(ours: Features, theirs: Features) -> None:
+    """Numbers are the same, and so is what the ids stand for."""
+    assert ours.dense.keys() == theirs.dense.keys()
+    for name in ours.dense:
+        np.testing.assert_array_equal(ours.dense[name], theirs.dense[name], err_msg=name)
+    for name in ours.sparse:
+        mine, others = (
+            (np.array(one.ids)[values].tolist(), lengths.tolist())
+            for one in (ours.sparse[name], theirs.sparse[name])
+            for values, lengths in [one.bags.of_rows(np.arange(len(ours.rows)))]
+        )
+        assert mine == others, name
+
+
+FORECAST_AND_TOWER = ("anchor", "history vector", "context_BF", "history_BH", "age_BH", "count_BH")
+"""Codes of profiles are left out: the users' table is compared by itself."""
+
+
+def read_of_users(log: Log, last: int) -> list[np.ndarray]:
+    """`FORECAST_AND_TOWER` of the latest visits with a conversion before the cut, in their period and as of the cut."""
+    targets: Targets = log.ad_targets((1, last))
+    latest = np.argsort(-targets.period, kind="stable")[:200]
+    user_B, market_B = np.tile(targets.user[latest], 2), np.tile(targets.market[latest], 2)
+    period_B = np.concatenate([targets.period[latest], np.full(len(latest), last + 1, np.int32)])
+    counts, ids = Counts.of(log), ids_of(log)
+    anchor = Anchor(counts, AnchorConstants(co_weight=0.2, plan_exponent=0.5, own_shrinkage=1.0))
+    inputs = UserInputs(log, PairsConfig(), context={"market": log.market_ids.tolist()})(user_B, market_B, period_B)
+    return [
+        anchor.probabilities(user_B, period_B),
+        HistoryVectors(counts, ids, decays=(0.9, 1.0))(user_B, period_B),
+        *(inputs[name].numpy() for name in FORECAST_AND_TOWER[2:]),
+    ]
 
 
 def test_no_price_of_a_week_is_known_in_that_week(tmp_path: Path) -> None:
@@ -186,10 +246,12 @@ def test_no_price_of_a_week_is_known_in_that_week(tmp_path: Path) -> None:
         cfg.split = replace(cfg.split, ranker_fit=(7, 7), ranker_stop=(8, 8))  # week 9 may be empty
         prepare(cfg, tmp_path / name)
         logs.append(load_log(tmp_path / name, cfg, evaluate="validation"))
-    shown = logs[0].impressions((week, week))
+    shown = Rows.of_span(logs[0], (week, week))
     assert len(shown) > 50
-    for ours, theirs in zip(*(log.last_prices(shown.ad, shown.period) for log in logs), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-    later = np.full(len(shown), week + 1)
-    age, other_age = (log.last_prices(shown.ad, later).age for log in logs)
+    builders = [FeatureBuilder(log, ids_of(log), FeatureConfig(sparse=["ad"], dense=["price"])) for log in logs]
+    ours, theirs = (builder.build(shown).dense for builder in builders)
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+    later = replace(shown, period=np.full(len(shown), week + 1, np.int32))
+    age, other_age = (builder.build(later).dense["price_age"] for builder in builders)
     assert not np.array_equal(age, other_age)

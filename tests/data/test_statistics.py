@@ -3,7 +3,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from data.statistics import bootstrap_mean, bootstrap_over_seeds, bootstrap_statistic, paired_bootstrap
+from data.statistics import (
+    activity_tiers,
+    bootstrap_mean,
+    bootstrap_over_seeds,
+    bootstrap_statistic,
+    draw,
+    paired_bootstrap,
+    percentiles,
+    sample_and_draws,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -81,3 +90,26 @@ def test_seeds_may_have_other_users_or_none() -> None:
     assert interval.n == 3
     assert interval.low <= interval.value <= interval.high
     assert bootstrap_over_seeds([[]], [[]]).n == 0
+
+
+def test_draws_are_counts_of_groups_and_the_sample_comes_first() -> None:
+    """The stream of a seed is a part of every published interval."""
+    drawn = draw(7, 5, np.random.default_rng(0))
+    assert drawn.shape == (5, 7)
+    assert (drawn.sum(1) == 7).all()
+    np.testing.assert_array_equal(drawn, np.random.default_rng(0).multinomial(7, np.full(7, 1 / 7), size=5))
+    whole = sample_and_draws(7, 5, np.random.default_rng(0))
+    np.testing.assert_array_equal(whole, np.vstack([np.ones(7), drawn]))
+
+
+def test_percentiles_hold_the_level_in_their_middle() -> None:
+    assert percentiles(np.arange(101.0)) == pytest.approx((2.5, 97.5))
+    assert percentiles(np.arange(101.0), 0.5) == pytest.approx((25.0, 75.0))
+    assert all(np.isnan(end) for end in percentiles(np.zeros(0)))
+
+
+def test_tiers_are_thirds_by_purchases_and_equals_share_one() -> None:
+    assert activity_tiers(np.array([9, 0, 4, 1, 5, 8])).tolist() == [2, 0, 1, 0, 1, 2]
+    assert activity_tiers(np.array([1, 1, 1, 1, 7])).tolist() == [0, 0, 0, 0, 2]
+    assert activity_tiers(np.arange(10), lowest=0.1, highest=0.9).tolist() == [0, *[1] * 8, 2]
+    assert activity_tiers(np.zeros(0)).tolist() == []

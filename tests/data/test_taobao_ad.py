@@ -170,7 +170,7 @@ def test_as_the_log_reads_it(source: Path, tables: Path) -> None:
     shown = FRAMES["raw_sample"].filter(pl.col("time_stamp") < second_of(datetime(2017, 5, 13)))
     assert log.events.period.max() == 21
     assert int(log.is_label.sum()) == shown["clk"].sum()
-    assert len(log.impressions((15, 21))) <= len(shown)
+    assert len(log.outcomes((15, 21))[0]) <= len(shown)
     assert len(log.active_ads(0, 15).ad) == N_ADS
     assert len(log.active_ads(0, 14).ad) == 0
     for span in ("prior_fit", "prior_select", "ranker_fit", "ranker_stop", "validation"):

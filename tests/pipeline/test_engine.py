@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pytest
 
 from data.artifacts import Manifest
 from data.errors import LineageError, UserError
-from pipeline.engine import LOCK, WORK, Context, Run, Stage, locked
+from pipeline.engine import LOCK, WORK, Context, Observer, Run, Stage, locked
 
 
 @dataclass
@@ -42,6 +42,16 @@ def stage(name: str, *inputs: str, calls: list[str]) -> Stage[Settings]:
         return {"length": len(texts)}
 
     return Stage(name, inputs, settings, run)
+
+
+def make_of(source: Path, directory: Path, calls: list[str], **values: Any) -> Run[Settings]:
+    """As `make`, and the first stage reads a file from outside the run."""
+
+    def outside(config: Settings) -> dict[str, str] | None:
+        return {"source/file": source.read_text()} if source.exists() else None
+
+    first, *others = make(directory, calls, **values).stages.values()
+    return Run(directory, [replace(first, outside=outside), *others], Settings(**values))
 
 
 def make(directory: Path, calls: list[str], **values: Any) -> Run[Settings]:
@@ -293,3 +303,39 @@ def test_a_process_that_follows_works_on_the_stage_and_keeps_nothing(tmp_path: P
     assert list((tmp_path / WORK).glob("second-*/checkpoint"))
     make(tmp_path, calls).execute(until="second")
     assert follower.execute_one("second").status == "skipped"
+
+
+def test_a_changed_file_from_outside_makes_its_stage_run_and_no_other_that_got_the_same(tmp_path: Path) -> None:
+    source, directory, calls = tmp_path / "source", tmp_path / "run", list[str]()
+    source.write_text("a")
+    assert statuses(make_of(source, directory, calls)) == "done done done"
+    assert statuses(make_of(source, directory, calls)) == "skipped skipped skipped"
+    source.write_text("b")
+    why: list[str] = []
+    run = make_of(source, directory, calls)
+    run.observer = Observer(on_start=lambda stage, reason: why.append(f"{stage} {reason}"))
+    assert statuses(run) == "done skipped skipped"
+    assert why == ["first starts again: source/file changed"]
+    assert Manifest.read(directory / "first").inputs == {"source/file": "b"}
+
+
+def test_an_artifact_outlives_the_files_it_was_made_of(tmp_path: Path) -> None:
+    """A run can be carried to another machine without its source; one stage is trained there, or the report written."""
+    source, directory, calls = tmp_path / "source", tmp_path / "run", list[str]()
+    source.write_text("a")
+    make_of(source, directory, calls).execute()
+    for text in (None, "b"):
+        source.unlink() if text is None else source.write_text(text)
+        outcome = make_of(source, directory, calls, third=4 if text is None else 5).execute_one("third")
+        assert outcome.status == "done", "artifacts beside it fit each other, whatever became of the source"
+    source.unlink()
+    assert statuses(make_of(source, directory, calls, third=5)) == "skipped skipped skipped"
+    assert statuses(make_of(source, tmp_path / "another", calls), until="first") == "done"
+
+
+def test_an_artifact_from_before_files_were_watched_is_made_again_once(tmp_path: Path) -> None:
+    source, directory, calls = tmp_path / "source", tmp_path / "run", list[str]()
+    source.write_text("a")
+    make(directory, calls).execute()
+    assert make_of(source, directory, calls, third=4).execute_one("third").status == "done"
+    assert statuses(make_of(source, directory, calls, third=4)) == "done skipped skipped"

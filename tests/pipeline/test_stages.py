@@ -216,6 +216,38 @@ def test_only_what_depends_on_a_value_runs_again(finished: Path, source: str) ->
     }  # back, for the other tests
 
 
+def test_a_changed_source_under_the_same_path_is_noticed(tmp_path: Path) -> None:
+    source, run = tmp_path / "source", tmp_path / "run"
+    source.mkdir()
+    write_tables(tiny_tables(), source)
+    config = tiny(run, f"data.path={source}", "run.until=data")
+    assert [outcome.status for outcome in execute(config, until="data")] == ["done"]
+    assert [outcome.status for outcome in execute(config, until="data")] == ["skipped"]
+    events = pl.read_parquet(source / "events.parquet")
+    events.head(-500).write_parquet(source / "events.parquet")
+    (outcome,) = execute(config, until="data")
+    assert (outcome.status, outcome.manifest.metrics["events"]) == ("done", len(events) - 500)
+
+
+def test_the_files_of_a_model_directory_tell_a_forecaster(tmp_path: Path) -> None:
+    of = {stage.name: stage.outside for stage in stages()}
+    packaged = tiny(tmp_path / "run")
+    assert (of["prior"](packaged), of["semantic_ids"](packaged), of["data"](packaged)) == ({}, {}, {})
+    assert of["prior"](tiny(tmp_path / "run", f"prior.base.name={tmp_path}/gone")) is None
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
+    (model / "README.md").write_text("a card")
+    config = tiny(tmp_path / "run", f"prior.base.name={model}", f"semantic_ids.embedding.encoder.name={model}")
+    before = of["prior"](config), of["semantic_ids"](config)
+    assert [list(content) for content in before if content] == [
+        ["prior.base/model.safetensors"], ["encoder/model.safetensors"]
+    ]  # fmt: skip
+    (model / "model.safetensors").write_bytes(b"others!")
+    after = of["prior"](config), of["semantic_ids"](config)
+    assert not any(old == new for old, new in zip(before, after, strict=True))
+
+
 def test_one_stage_refuses_another_lineage(finished: Path, source: str) -> None:
     config = tiny(finished, source, "semantic_ids.rqvae.hidden=48")
     with pytest.raises(LineageError, match="hidden was 32, is 48"):

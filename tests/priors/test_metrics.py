@@ -23,9 +23,9 @@ SCORES = np.array([[0.1, 0.4, 0.3, 0.2], [0.4, 0.3, 0.2, 0.1], [0.25, 0.25, 0.25
 def test_ranks_of_targets() -> None:
     targets = targets_of([[0, 2], [3], [1]])
     assert target_ranks(SCORES, targets).tolist() == [3, 1, 3, 1]
-    allowed = np.ones((3, 4), dtype=bool)
-    allowed[0, 1] = allowed[1, 3] = False
-    assert target_ranks(SCORES, targets, allowed).tolist() == [2, 0, 4, 1]
+    allowed = SCORES.copy()
+    allowed[0, 1] = allowed[1, 3] = -np.inf
+    assert target_ranks(allowed, targets).tolist() == [2, 0, 4, 1]
 
 
 def test_recall_and_ndcg_by_hand() -> None:

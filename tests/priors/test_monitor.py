@@ -23,8 +23,7 @@ def forecasts(prob_UA: np.ndarray, top_k: int = 10) -> PriorTable:
     none = np.zeros((len(prob_UA), 1), np.int64)
     level1, nothing = np.log(TRIE.node_mass(prob_UA, 1)), np.full((len(prob_UA), 1), -np.inf)
     return PriorTable(
-        np.arange(len(prob_UA)), one, one, order, log_prob, log_prob, level1, none, none, nothing, one,
-        trie_version(TRIE),
+        np.arange(len(prob_UA)), one, one, order, log_prob, level1, none, none, nothing, trie_version(TRIE),
     )  # fmt: skip
 
 

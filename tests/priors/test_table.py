@@ -14,7 +14,7 @@ import pytest
 from data.errors import UserError
 from priors.forecast import TableForecast, among_active
 from priors.lookup import PriorLookup, write_lookup
-from priors.table import PriorTable, is_shard, shard_files, write_shard
+from priors.table import PriorTable, is_shard, read_frame, shard_files, write_shard
 from tests.priors.conftest import Fitted
 
 
@@ -33,7 +33,7 @@ def test_any_reader_of_parquet_reads_it_in_place(directory: Path) -> None:
 def test_the_lookup_finds_the_newest_row_before_a_time(fitted: Fitted, directory: Path) -> None:
     lookup, table = PriorLookup(directory), PriorTable.load(directory, fitted.log)
     assert len(lookup) == len(table)
-    calendar = fitted.log.calendar
+    calendar, frame = fitted.log.calendar, read_frame(directory)
     for user in np.unique(table.user_R):
         user_id = str(fitted.log.user_ids[user])
         assert lookup.find(user_id, calendar.start(7) - timedelta(seconds=1)) is None
@@ -45,7 +45,8 @@ def test_the_lookup_finds_the_newest_row_before_a_time(fitted: Fitted, directory
             ids = fitted.log.advertiser_ids[table.advertiser_RK[row][table.advertiser_RK[row] >= 0]]
             np.testing.assert_array_equal(found.advertiser_ids, ids)
             np.testing.assert_array_equal(found.log_prob_K, table.log_prob_RK[row, : len(ids)])
-            np.testing.assert_array_equal(found.anchor_log_prob_K, table.anchor_log_prob_RK[row, : len(ids)])
+            stored = frame.row(by_predicate=(pl.col("user_id") == user_id) & (pl.col("period") == expected), named=True)
+            np.testing.assert_array_equal(found.anchor_log_prob_K, stored["anchor_log_prob"])
             assert found.mass == pytest.approx(np.exp(found.log_prob_K).sum())
     assert lookup.find("nobody", calendar.start(9)) is None
     assert lookup.find("", calendar.start(9)) is None

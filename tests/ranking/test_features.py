@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +10,11 @@ import numpy as np
 import pytest
 
 from data.errors import LineageError, UserError
-from data.log import Log
+from data.log import Log, load_log
+from data.split import SplitConfig
 from data.tables import KINDS
+from data.writer import write_tables
+from priors.anchor import Counts
 from ranking.config import FeatureConfig
 from ranking.features import DENSE, SPARSE, FeatureBuilder
 from ranking.prior import GROUPS, columns_of_groups
@@ -18,7 +22,7 @@ from ranking.ranker import ArmRows, build_module, predict
 from ranking.rows import Bags, Features, Rows, prior_columns
 from ranking.spec import FeatureSpec
 from semantic_ids.advertiser_ids import AdvertiserIds
-from tests.logs import tiny_log
+from tests.logs import tiny_config, tiny_log, tiny_tables
 from tests.ranking.common import KnownForecast, tastes, tiny_ids, tiny_ranker
 
 CFG = tiny_ranker().features
@@ -457,3 +461,45 @@ def test_interests_are_of_the_ad_and_unknown_without_them(log: Log, builder: Fea
     assert np.isnan(bare.dense["prior_interests"]).all()
     column = FeatureSpec.fit(bare, CFG, semantic_ids="v")
     assert not column.apply(bare).dense_NF[:, column.dense.index("prior_interests")].any()
+
+
+# Purchases before the calendar's origin
+
+
+def moved_by_four_weeks(directory: Path) -> Log:
+    """The tiny log with period 1 in its fifth week, so that what was before lies in periods below 1."""
+    write_tables(tiny_tables(), directory)
+    split = SplitConfig(
+        prior_fit=(1, 1), prior_select=(2, 2), ranker_fit=(3, 4), ranker_stop=(5, 5), validation=(6, 7), test=(8, 8)
+    )
+    log = load_log(directory, tiny_config(origin="2024-01-29", split=split), evaluate="validation")
+    assert log.events.period.min() == -3
+    return log
+
+
+def test_rankers_and_anchor_know_the_same_purchases_before_the_origin(tmp_path: Path) -> None:
+    log = moved_by_four_weeks(tmp_path)
+    rows, counts = Rows.of_span(log, (1, 7)), Counts.of(log)
+    builder = FeatureBuilder(log, tiny_ids(log), replace(CFG, history_length=99))
+    row_R, index_R, _ = counts.history(rows.user, rows.period)
+    known = np.zeros((len(rows), len(log.advertiser_ids)))
+    np.add.at(known, (row_R, counts.advertiser_R[index_R]), counts.count_R[index_R])
+    own = builder.history("user+advertiser").count(builder.key("user+advertiser", rows), rows.period)
+    np.testing.assert_array_equal(own, known[np.arange(len(rows)), rows.advertiser])
+    assert own[rows.period == 1].any(), "in the first period, of purchases before the calendar alone"
+    np.testing.assert_array_equal(builder.history("user").count(rows.user, rows.period), known.sum(1))
+    bags = bags_of(builder.build(rows).sparse["history"].bags)
+    assert [set(bag) for bag in bags] == [set(np.flatnonzero(row).tolist()) for row in known]
+    new = log.is_new(rows.user, rows.period, rows.advertiser)
+    np.testing.assert_array_equal(new, own == 0)
+
+
+def test_what_was_ever_counted_does_not_depend_on_the_origin(log: Log, builder: FeatureBuilder, tmp_path: Path) -> None:
+    """Prices, counts and visits of all time; those of a window, and ages, are measured from the calendar's start on."""
+    moved = moved_by_four_weeks(tmp_path)
+    features = builder.build(Rows.of_span(log, (7, 11))).dense
+    others = FeatureBuilder(moved, tiny_ids(moved), CFG).build(Rows.of_span(moved, (3, 7))).dense
+    names = [name for name in features if not re.search("recent|fresh|age|plan|running", name)]
+    assert {"price", "discount", "user_purchases", "user_visits_here", "own_ad_conversions", "ad_purchases"} <= {*names}
+    for name in names:
+        np.testing.assert_array_equal(features[name], others[name], err_msg=name)

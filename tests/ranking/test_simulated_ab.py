@@ -145,7 +145,7 @@ def test_the_books_balance(market: Market, rows: dict[tuple[str, str, str], Row]
 
 def test_budgets_are_worth_what_the_log_shows(market: Market) -> None:
     """Conversions to be expected of the logged impressions, which are one draw of that traffic."""
-    logged = market.log.impressions("validation", market.users)
+    logged, _ = market.log.outcomes("validation", market.users)
     chance = market.truth.conversion_probability(logged.user, logged.advertiser, logged.display, logged.period)
     assert market.logged_conversions.sum() == pytest.approx(chance.sum(), rel=0.15)
 

@@ -56,7 +56,7 @@ def test_an_oracle_gains_over_every_blend(log: Log, towers: TrainedTwoTower, kin
     assert recall["lm - none"].value == pytest.approx(recall["lm"].value - recall["none"].value)
     metrics = {row.metric for row in evaluation.rows}
     assert {"coverage", "gini", "hits_found_alone", "ndcg", "mrr", "value_recall"} <= metrics
-    assert {row.segment for row in evaluation.rows} >= {"all", "new", "sparse users", "heavy users"}
+    assert {row.segment for row in evaluation.rows} >= {"all", "new", "sparse users", "middle users", "busy users"}
     assert all(Plan.of(plan.to_plain()) == plan for plan in evaluation.plans.values())
 
 
