@@ -73,6 +73,20 @@ def test_counts_end_before_the_period(log: Log) -> None:
     np.testing.assert_array_equal(Anchor(Counts.of(early), CONSTANTS).probabilities(users, when), whole)
 
 
+def test_the_weight_of_promotion_is_what_was_promoted_over_what_was_bought(log: Log) -> None:
+    anchor, n = Anchor(Counts.of(log), CONSTANTS), len(log.advertiser_ids)
+    for period in (0, 1, 2, 7, 12, 99):
+        before = (log.events.period < period) & (log.events.advertiser >= 0)
+        promoted, bought = (
+            np.bincount(log.events.advertiser[before & mask], minlength=n) for mask in (log.is_label, log.is_purchase)
+        )
+        expected = np.ones(n)
+        for a in np.flatnonzero(bought):
+            ratio = promoted[a] / promoted.sum() / (bought[a] / bought.sum())
+            expected[a] = np.sqrt(max(ratio, 0.5 / promoted.sum()))
+        np.testing.assert_allclose(anchor.promotion(np.array([period]))[0], expected, rtol=1e-12)
+
+
 def test_little_history_is_trusted_little(log: Log) -> None:
     """What a purchase of today says of a user falls with ν, and the more so the fewer there are."""
     counts, period = Counts.of(log), 8
