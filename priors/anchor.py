@@ -59,7 +59,8 @@ class AnchorConstants:
         co_decay: by which a purchase's weight falls a period, for what it says of others.
         co_shrinkage: κ.
         plan_exponent: γ.
-        alone_decay, alone_smoothing: ρ and s of popularity where it stands alone; None: the same.
+        alone_decay, alone_smoothing, alone_plan_exponent: ρ, s and γ of popularity where it stands alone; None: the
+            same.
     """
 
     own_weight: float = 0.5
@@ -73,6 +74,7 @@ class AnchorConstants:
     own_shrinkage: float = 0.0
     alone_decay: float | None = None
     alone_smoothing: float | None = None
+    alone_plan_exponent: float | None = None
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,10 @@ class Anchor:
         c = self.constants
         decay = c.popularity_decay if c.alone_decay is None else c.alone_decay
         smoothing = c.smoothing if c.alone_smoothing is None else c.alone_smoothing
-        alone = replace(c, own_weight=0.0, co_weight=0.0, popularity_decay=decay, smoothing=smoothing)
+        exponent = c.plan_exponent if c.alone_plan_exponent is None else c.alone_plan_exponent
+        alone = replace(
+            c, own_weight=0.0, co_weight=0.0, popularity_decay=decay, smoothing=smoothing, plan_exponent=exponent
+        )
         return Anchor(self.counts, alone)
 
     def plan(self, period_B: NDArray[np.integer]) -> Float:
@@ -346,8 +351,10 @@ class TunedAnchor:
 
     def to_plain(self) -> dict[str, Any]:
         """Plain types for a manifest or JSON file."""
+        # A constant that an older artifact does not know stays out, so that its forecasts keep their version.
+        constants = {name: value for name, value in vars(self.anchor.constants).items() if value is not None}
         return {
-            "constants": vars(self.anchor.constants),
+            "constants": constants,
             "exponent": self.exponent_L.tolist(),
             "bias": [bias.tolist() for bias in self.bias_LV],
         }
