@@ -238,9 +238,9 @@ class Anchor:
         mass_BA = np.bincount(cell_R, weight_R, minlength=len(user_B) * counts.n_advertisers)
         mass_BA = mass_BA.reshape(len(user_B), counts.n_advertisers)
         known_B1 = trust(mass_BA.sum(1, keepdims=True), self.constants.own_shrinkage)
-        mass_BA = mass_BA * self.promotion(period_B)
-        total_B1 = mass_BA.sum(1, keepdims=True)
-        return known_B1 * np.divide(mass_BA, total_B1, out=np.zeros_like(mass_BA), where=total_B1 > 0)
+        promoted_BA = mass_BA * self.promotion(period_B)
+        total_B1 = promoted_BA.sum(1, keepdims=True)
+        return known_B1 * np.divide(promoted_BA, total_B1, out=np.zeros_like(promoted_BA), where=total_B1 > 0)
 
     def co(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> Float:
         """co(a) of each user at the start of each period, ``(B, A)``; rows of sums below 1."""
