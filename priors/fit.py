@@ -166,8 +166,9 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
             "calibration": to_plain(interests.calibration),
         }
     fitted = PriorModel(
-        model.eval(), base, calibration, compiler, scores.constant_LH, cfg, base_model.reference, ids, interests
-    )
+        model.eval(), base, calibration, compiler, scores.constant_LH, cfg, base_model.reference, ids, interests,
+        anchor_calibration=alone_L,
+    )  # fmt: skip
     metrics = {
         **anchor_metrics,
         "prompts": len(train_rows),

@@ -80,17 +80,26 @@ class TableForecast:
         base: the tuned anchor and the trie.
         arm: ``lm`` or ``anchor``.
         interests: the categories and the tuned anchor over them; None: the forecasts have none.
+        keep: hold distributions in memory once they were asked for, to give them again.
 
     Raises:
         LineageError: the forecasts were decoded in another trie.
     """
 
-    def __init__(self, table: PriorTable, base: TunedAnchor, *, arm: str, interests: Interests | None = None) -> None:
+    def __init__(
+        self,
+        table: PriorTable,
+        base: TunedAnchor,
+        *,
+        arm: str,
+        interests: Interests | None = None,
+        keep: bool = True,
+    ) -> None:
         if arm not in ("lm", "anchor"):
             raise ValueError(f"arm={arm!r}; expected 'lm' or 'anchor'")
         table.check_trie(base.trie)
         self.table, self.base, self.arm, self.interests = table, base, arm, interests
-        self._dense: dict[tuple[int, int], NDArray[np.float32]] = {}
+        self._keep, self._dense = keep, dict[tuple[int, int], NDArray[np.float32]]()
 
     @property
     def n_advertisers(self) -> int:
@@ -111,6 +120,8 @@ class TableForecast:
         if not keys:
             return np.zeros((0, self.n_advertisers), np.float32)
         dense_BA = np.stack([self._dense[key] for key in keys])
+        if not self._keep:
+            self._dense.clear()
         return self.base.anchor.replanned(dense_BA, as_of_B, period_B)
 
     def features(
