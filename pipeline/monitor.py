@@ -13,6 +13,7 @@ from rich.text import Text
 from data.errors import UserError
 from pipeline.forecasts import open_prior
 from priors.fit import rows_of, sample_rows
+from priors.forecast import TableForecast
 from priors.metrics import expected_calibration_error
 from priors.monitor import PeriodDrift, calibration_curves, drift
 from priors.table import PriorTable
@@ -49,7 +50,7 @@ def monitor(run: Path, priors: Path, overrides: Sequence[str] = ()) -> Monitored
     config, log, prior = open_prior(run, overrides)
     table = PriorTable.load(priors, log)
     targets = rows_of(log.advertiser_targets(log.evaluate), table.user_R)
-    periods = drift(table, targets, prior.base.trie)
+    periods = drift(TableForecast(table, prior.base, arm="lm", keep=False), targets)
     if not periods:
         raise UserError(
             f"{priors}, without a forecast for anyone who converted in the {log.evaluate} span",

@@ -124,7 +124,7 @@ def stages() -> list[Stage[AdsidConfig]]:
             lambda cfg: {"data": cfg.data, "prior": _fitting(cfg)},
             make_prior,
             ("prompts", "select_nll_by_part"),
-            version=10,
+            version=11,
             outside=lambda cfg: _model_files("prior.base", cfg.prior.base.name),
         ),
         Stage(
@@ -133,7 +133,7 @@ def stages() -> list[Stage[AdsidConfig]]:
             lambda cfg: {"data": cfg.data, "prior": cfg.prior, "evaluate": cfg.evaluate},
             make_forecasts,
             ("users", "forecasts_made", "users_per_hour"),
-            version=4,
+            version=5,
         ),
         Stage(
             "two_tower",

@@ -59,7 +59,8 @@ class AnchorConstants:
         co_decay: by which a purchase's weight falls a period, for what it says of others.
         co_shrinkage: κ.
         plan_exponent: γ.
-        alone_decay, alone_smoothing: ρ and s of popularity where it stands alone; None: the same.
+        alone_decay, alone_smoothing, alone_plan_exponent: ρ, s and γ of popularity where it stands alone; None: the
+            same.
     """
 
     own_weight: float = 0.5
@@ -73,6 +74,7 @@ class AnchorConstants:
     own_shrinkage: float = 0.0
     alone_decay: float | None = None
     alone_smoothing: float | None = None
+    alone_plan_exponent: float | None = None
 
 
 @dataclass(frozen=True)
@@ -175,14 +177,7 @@ class Anchor:
         for period in range(1, n_periods + 1):
             before = self._popularity_PA[period - 1] + counts.promoted_PA[period - 1]
             self._popularity_PA[period] = constants.popularity_decay * before
-        promoted_PA, bought_PA = (np.cumsum(x, axis=0) for x in (counts.promoted_PA, counts.bought_PA))
-        with np.errstate(invalid="ignore", divide="ignore"):
-            share_PA = promoted_PA / promoted_PA.sum(1, keepdims=True)
-            ratio_PA = share_PA / (bought_PA / bought_PA.sum(1, keepdims=True))
-        # Without a promoted conversion so far an advertiser keeps a little of its weight.
-        floor = 0.5 / np.maximum(promoted_PA.sum(1, keepdims=True), 1.0)
-        ratio_PA = np.where(np.isfinite(ratio_PA), np.maximum(ratio_PA, floor), 1.0)
-        self._promotion_PA = np.vstack([np.ones((1, n_advertisers)), np.sqrt(ratio_PA)])
+        self._promotion_PA = np.vstack([np.ones((1, n_advertisers)), _promotion(counts)])
         exponent = constants.plan_exponent
         self._plan_PA = None if counts.plan_PA is None or exponent == 0 else exponent * counts.plan_PA
         self.co_conversions = CoConversions(counts, decay=constants.co_decay)  # counted when first asked for
@@ -192,7 +187,10 @@ class Anchor:
         c = self.constants
         decay = c.popularity_decay if c.alone_decay is None else c.alone_decay
         smoothing = c.smoothing if c.alone_smoothing is None else c.alone_smoothing
-        alone = replace(c, own_weight=0.0, co_weight=0.0, popularity_decay=decay, smoothing=smoothing)
+        exponent = c.plan_exponent if c.alone_plan_exponent is None else c.alone_plan_exponent
+        alone = replace(
+            c, own_weight=0.0, co_weight=0.0, popularity_decay=decay, smoothing=smoothing, plan_exponent=exponent
+        )
         return Anchor(self.counts, alone)
 
     def plan(self, period_B: NDArray[np.integer]) -> Float:
@@ -227,6 +225,10 @@ class Anchor:
         mass_BA = self._popularity_PA[self._clip(period_B)] + self.constants.smoothing
         return mass_BA / mass_BA.sum(1, keepdims=True)
 
+    def promotion(self, period_B: NDArray[np.integer]) -> Float:
+        """g(a) at the start of each period, ``(B, A)``; 1 where nothing of an advertiser was bought yet."""
+        return self._promotion_PA[self._clip(period_B)]
+
     def own(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> Float:
         """own(a) of each user at the start of each period, ``(B, A)``; rows of sums below 1, of 0 without a history."""
         counts, user_B = self.counts, np.asarray(user_B, dtype=np.int64)
@@ -236,9 +238,9 @@ class Anchor:
         mass_BA = np.bincount(cell_R, weight_R, minlength=len(user_B) * counts.n_advertisers)
         mass_BA = mass_BA.reshape(len(user_B), counts.n_advertisers)
         known_B1 = trust(mass_BA.sum(1, keepdims=True), self.constants.own_shrinkage)
-        mass_BA = mass_BA * self._promotion_PA[self._clip(period_B)]
-        total_B1 = mass_BA.sum(1, keepdims=True)
-        return known_B1 * np.divide(mass_BA, total_B1, out=np.zeros_like(mass_BA), where=total_B1 > 0)
+        promoted_BA = mass_BA * self.promotion(period_B)
+        total_B1 = promoted_BA.sum(1, keepdims=True)
+        return known_B1 * np.divide(promoted_BA, total_B1, out=np.zeros_like(promoted_BA), where=total_B1 > 0)
 
     def co(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> Float:
         """co(a) of each user at the start of each period, ``(B, A)``; rows of sums below 1."""
@@ -266,6 +268,17 @@ class Anchor:
 
     def _clip(self, period_B: NDArray[np.integer]) -> NDArray[np.int64]:
         return np.clip(np.asarray(period_B, dtype=np.int64), 0, len(self._popularity_PA) - 1)
+
+
+def _promotion(counts: Counts) -> Float:
+    """g(a) of each advertiser after each period, ``(P, A)``."""
+    promoted_PA, bought_PA = (np.cumsum(x, axis=0) for x in (counts.promoted_PA, counts.bought_PA))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share_PA = promoted_PA / promoted_PA.sum(1, keepdims=True)
+        ratio_PA = share_PA / (bought_PA / bought_PA.sum(1, keepdims=True))
+    # Without a promoted conversion so far an advertiser keeps a little of its weight.
+    floor = 0.5 / np.maximum(promoted_PA.sum(1, keepdims=True), 1.0)
+    return np.sqrt(np.where(np.isfinite(ratio_PA), np.maximum(ratio_PA, floor), 1.0))
 
 
 def trust(purchases: NDArray[Any], shrinkage: float) -> Float:
@@ -338,8 +351,10 @@ class TunedAnchor:
 
     def to_plain(self) -> dict[str, Any]:
         """Plain types for a manifest or JSON file."""
+        # A constant that an older artifact does not know stays out, so that its forecasts keep their version.
+        constants = {name: value for name, value in vars(self.anchor.constants).items() if value is not None}
         return {
-            "constants": vars(self.anchor.constants),
+            "constants": constants,
             "exponent": self.exponent_L.tolist(),
             "bias": [bias.tolist() for bias in self.bias_LV],
         }

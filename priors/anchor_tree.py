@@ -53,7 +53,6 @@ class AnchorTree:
         self.bias_N = torch.from_numpy(np.concatenate([np.zeros(1), *bias])).to(device)
         self._popularity: OrderedDict[int, NDArray[np.float64]] = OrderedDict()
         self._nodes: OrderedDict[int, Tensor] = OrderedDict()
-        self._promotion: OrderedDict[int, NDArray[np.float64]] = OrderedDict()
 
     def open(
         self, user_B: NDArray[np.integer], period_B: NDArray[np.integer], active: ActiveSets
@@ -112,9 +111,8 @@ class AnchorTree:
         row_H, advertiser_H = np.divmod(cell_H, counts.n_advertisers)
         mass_H = np.bincount(inverse.reshape(-1), weight_R, minlength=len(cell_H))
         trust_B = trust(np.bincount(row_H, mass_H, minlength=len(user_B)), anchor.constants.own_shrinkage)
-        for period in np.unique(period_B[row_H]):
-            of_period = period_B[row_H] == period
-            mass_H[of_period] *= self._promotion_of(int(period))[advertiser_H[of_period]]
+        kinds, kind_B = np.unique(period_B, return_inverse=True)
+        mass_H = mass_H * anchor.promotion(kinds)[kind_B[row_H], advertiser_H]
         total_B = np.bincount(row_H, mass_H, minlength=len(user_B))
         return row_H, advertiser_H, mass_H / total_B[row_H], trust_B
 
@@ -125,22 +123,6 @@ class AnchorTree:
         kinds, kind_B = np.unique(period_B, return_inverse=True)
         plan_KA = np.broadcast_to(self.base.anchor.plan(kinds), (len(kinds), self.flat.trie.n_advertisers))
         return np.exp(plan_KA[kind_B[row_H], advertiser_H])
-
-    def _promotion_of(self, period: int) -> NDArray[np.float64]:
-        """g(a) at the start of a period: what :class:`~priors.anchor.Anchor` weighs own purchases by."""
-        if period not in self._promotion:
-            counts = self.base.anchor.counts
-            rows = slice(0, min(max(period, 0), len(counts.promoted_PA)))
-            promoted_A, bought_A = counts.promoted_PA[rows].sum(0), counts.bought_PA[rows].sum(0)
-            if period <= 0:
-                ratio_A = np.ones(counts.n_advertisers)
-            else:
-                with np.errstate(invalid="ignore", divide="ignore"):
-                    ratio_A = (promoted_A / promoted_A.sum()) / (bought_A / bought_A.sum())
-                floor = 0.5 / max(promoted_A.sum(), 1.0)
-                ratio_A = np.where(np.isfinite(ratio_A), np.maximum(ratio_A, floor), 1.0)
-            _remember(self._promotion, period, np.sqrt(ratio_A))
-        return self._promotion[period]
 
     def _popularity_nodes(self, period: int, group: int, active: ActiveSets) -> Tensor:
         """pop below every node at the start of a period, weighed by its plan, ``(N,)``; of active advertisers alone."""

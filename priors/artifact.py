@@ -68,6 +68,8 @@ class PriorModel:
         interests: the second thing it forecasts; None: nothing.
         reward: what the result of the reward stage is taken for (`priors.reward`); None where there was none.
         list_model: the LM whose lists serve retrieval, to be saved beside; None where it is the same one.
+        anchor_calibration: exponents, a level, that ``base`` was raised to by its last calibration; None where an older
+            artifact does not tell them.
     """
 
     model: PriorLM
@@ -81,6 +83,13 @@ class PriorModel:
     interests: Interests | None = None
     reward: str | None = None
     list_model: PriorLM | None = None
+    anchor_calibration: tuple[float, ...] | None = None
+
+    @property
+    def uncalibrated(self) -> Calibration:
+        """Weights that give what was said before the last calibration; they take back the exponents of the base."""
+        n_levels = self.base.trie.n_levels
+        return Calibration.identity(n_levels).over(self.anchor_calibration or (1.0,) * n_levels)
 
     @property
     def constant_hidden(self) -> Tensor:
@@ -105,6 +114,7 @@ class PriorModel:
             "history_browsed": list(told.browsed),
             "anchor": self.base.to_plain(),
             "calibration": to_plain(self.calibration),
+            "anchor_calibration": to_plain(self.anchor_calibration),
             "ids_version": self.fitted_ids.version,
             "first_id_token": self.compiler.first_id_token,
             "interests": None if self.interests is None else self.interests.to_plain(),
@@ -191,6 +201,7 @@ class PriorModel:
             fitted_ids=fitted_ids,
             interests=_interests_of(plain, log),
             reward=plain.get("reward", {}).get("accepted_for"),
+            anchor_calibration=tuple(raised_L) if (raised_L := plain.get("anchor_calibration")) else None,
         )
 
 

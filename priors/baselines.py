@@ -121,7 +121,7 @@ def fit_baselines(
 
     Args:
         log: they learn from its fit span and are tuned on its selection span.
-        popularity: an anchor of popularity alone, with the counts of the log.
+        popularity: an anchor of popularity alone, with the counts of the log; they are told the plan by its exponent.
         cfg: which, and what they choose from.
         seed: of SASRec.
         work_dir: SASRec's checkpoints.

@@ -2,9 +2,9 @@
 
     log P(child | prefix) = log_softmax over siblings of ( τ_l · LM logit + α_l · base + b_l[code] )
 
-The tuned anchor (no LM) fits b on the LM's own training prompts and α on the selection span. The trained
-LM is calibrated on prompts of the same selection span, and so is, once more, the anchor alone: else an LM that learned
-nothing would differ from it by that last fit.
+The tuned anchor (no LM) fits b on the user-periods of the LM's own training prompts and α on the selection span. The
+trained LM is calibrated on prompts of the same selection span, and so is, once more, the anchor alone: else an LM that
+learned nothing would differ from it by that last fit.
 
 Shapes: N decisions of one level, V codes of that level, Y targets.
 """

@@ -65,7 +65,12 @@ def choose_constants(
             of_tried = [(nll(one), one) for one in tried if one.own_weight + one.co_weight < 1]
             lowest, best = min(of_tried, key=itemgetter(0))
             if best.alone_decay is None:  # popularity's, before there is anything else
-                best = replace(best, alone_decay=best.popularity_decay, alone_smoothing=best.smoothing)
+                best = replace(
+                    best,
+                    alone_decay=best.popularity_decay,
+                    alone_smoothing=best.smoothing,
+                    alone_plan_exponent=best.plan_exponent,
+                )
         if len(terms) == 1 or not lowest < before:
             break
     return best, trials

@@ -199,16 +199,18 @@ class TreeDecoder:
         *,
         active_GA: NDArray[np.bool_] | None = None,
         group_B: NDArray[np.integer] | None = None,
+        floor: float = 0.0,
     ) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
         """Exact log-probabilities of given advertisers; nothing else is decoded.
 
         Args:
             prompts, user_B, period_B, active_GA, group_B: as of :meth:`decode`.
             advertisers: indexes asked for, for each prompt.
+            floor: probability below which nothing is asked for: a prefix with less is not read.
 
         Returns:
             For each prompt the log-probability of each advertiser, and what the tuned anchor alone gives it;
-            ``-inf`` for one that is not active.
+            ``-inf`` for one that is not active, and for one below a prefix that was not read.
 
         Raises:
             UserError: as of :meth:`decode`; or an advertiser that is not there.
@@ -231,6 +233,7 @@ class TreeDecoder:
         pair_T = torch.from_numpy(row_T * n_advertisers + advertiser_T).to(self.device)
         log_prob_T = torch.full((2, len(pair_T)), -torch.inf, dtype=torch.float64, device=self.device)
         entries, hidden_EH = search.root(), search.reading.end_BH
+        least = np.log(floor) if floor > 0 else -np.inf
         for depth in range(n_levels):
             on_the_way = wanted_TL[:, depth].unique()
             deeper = _Prefixes.none(self.device, n_levels)
@@ -241,7 +244,7 @@ class TreeDecoder:
                     hidden_EH = self._read(search, part, keep=depth + 1 < n_levels)
                 children, alone = self._expand(search, part, hidden_EH, range(depth, depth + 1))
                 wanted = torch.isin(children.row_E * n_nodes + children.node_E, on_the_way)
-                deeper = deeper.joined(children.select(wanted & ~alone))
+                deeper = deeper.joined(children.select(wanted & ~alone & (children.log_prob_E >= least)))
                 ends = children.select(wanted & alone)
                 end_E = ends.row_E * n_advertisers + search.active.only_advertiser(ends.row_E, ends.node_E)
                 end_E, order = end_E.sort()

@@ -385,8 +385,7 @@ class _Schedule:
 
     def __init__(self, forecasts: Mapping[str, TableForecast], targets: Targets) -> None:
         table = next(iter(forecasts.values())).table
-        row = table.find(targets.user, targets.period)
-        as_of = np.where(row >= 0, table.period_R[np.maximum(row, 0)], targets.period) if len(table) else targets.period
+        _, as_of = table.newest(targets.user, targets.period)
         self._made = dict(
             zip(zip(targets.user.tolist(), targets.period.tolist(), strict=True), as_of.tolist(), strict=True)
         )

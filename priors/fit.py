@@ -1,10 +1,12 @@
 """Fits the forecaster: anchor, then the LM's residual over it, then the calibration of the two.
 
-    prior_select targets ─► constants of the anchor ─┐
-    prior_fit prompts ─────► exponents and biases ───┴─► base scores ─┐
-    prior_fit user-periods ► what all a user bought says of it ◄──────┤
-    prior_fit prompts ─────► LM learns what is left ◄─────────────────┘
-    prior_select prompts ──► stop at the best part, fit temperatures, of the LM over the anchor and of the anchor alone
+    prior_select user-periods ► constants of the anchor, penalty of its biases, exponents ─┐
+    prior_fit user-periods ───► its biases ────────────────────────────────────────────────┴─► base scores ─┐
+    prior_fit user-periods ───► what all a user bought says of it ◄─────────────────────────────────────────┤
+    prior_fit prompts ────────► LM learns what is left ◄────────────────────────────────────────────────────┘
+    prior_select prompts ─────► stop at the best part; temperatures of the LM over the anchor, exponents of the anchor
+
+The biases are of the user-periods of the LM's training prompts, and of the same targets of each.
 
 What is fitted is a `priors.artifact.PriorModel`.
 """
@@ -54,7 +56,7 @@ from priors.history import Categories, fit_history, freeze_history, history_stat
 from priors.interests import Interests, InterestSpace, fit_interest_anchor, interest_column
 from priors.judge import Measure, RequestValues, save_requests
 from priors.probe import LevelStates, fit_probe, levels_by_head, nll_by_level, read_states
-from priors.prompt import PromptCompiler
+from priors.prompt import PromptCompiler, Wordless
 from priors.tree_reader import takes_tree_mask
 from priors.warm_up import warm_up
 from semantic_ids.advertiser_ids import AdvertiserIds
@@ -121,7 +123,8 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
     compiler = PromptCompiler(log, ids, base_model.tokenizer, cfg.prompt, window=base_model.window, history=history)
     train_set = PromptDataset(train_rows, compiler, max_targets=cfg.max_targets, seed=cfg.seed)
     select_set = PromptDataset(select_rows, compiler)
-    base, anchor_metrics = fit_anchor(counts, trie, train_set, PromptDataset(anchor_rows, compiler), cfg.anchor)
+    asked = PromptDataset(train_rows, Wordless(), max_targets=cfg.max_targets, seed=cfg.seed)  # what train_set asks for
+    base, anchor_metrics = fit_anchor(counts, trie, asked, PromptDataset(anchor_rows, Wordless()), cfg.anchor)
     interests: Interests | None = None
     interest_metrics: dict[str, Any] = {}
     if (column := interest_column(log, cfg.interests)) is not None:
@@ -163,8 +166,9 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
             "calibration": to_plain(interests.calibration),
         }
     fitted = PriorModel(
-        model.eval(), base, calibration, compiler, scores.constant_LH, cfg, base_model.reference, ids, interests
-    )
+        model.eval(), base, calibration, compiler, scores.constant_LH, cfg, base_model.reference, ids, interests,
+        anchor_calibration=alone_L,
+    )  # fmt: skip
     metrics = {
         **anchor_metrics,
         "prompts": len(train_rows),
@@ -191,13 +195,16 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
 def fit_anchor(
     counts: Counts, trie: Trie, train: PromptDataset, select: PromptDataset, cfg: AnchorConfig
 ) -> tuple[TunedAnchor, dict[str, Any]]:
-    """The tuned anchor: constants chosen on the selection rows, exponents and biases fitted on the training rows.
+    """The tuned anchor: biases fitted on the training rows; constants, penalty and exponents on the selection rows.
+
+    No prompt is read: data sets of `priors.prompt.Wordless` prompts will do.
 
     Args:
         counts: of the log.
         trie: of the advertisers' IDs.
-        train, select: whose targets are fitted and chosen by; their prompts are not read.
-        cfg: the constants to choose from.
+        train: whose targets the biases are fitted on.
+        select: whose targets the constants and the penalty of the biases are chosen by, and the exponents fitted on.
+        cfg: the constants and penalties to choose from.
 
     Returns:
         The anchor and its metrics: constants, their trials, and those of the biases' penalty.

@@ -80,17 +80,26 @@ class TableForecast:
         base: the tuned anchor and the trie.
         arm: ``lm`` or ``anchor``.
         interests: the categories and the tuned anchor over them; None: the forecasts have none.
+        keep: hold distributions in memory once they were asked for, to give them again.
 
     Raises:
         LineageError: the forecasts were decoded in another trie.
     """
 
-    def __init__(self, table: PriorTable, base: TunedAnchor, *, arm: str, interests: Interests | None = None) -> None:
+    def __init__(
+        self,
+        table: PriorTable,
+        base: TunedAnchor,
+        *,
+        arm: str,
+        interests: Interests | None = None,
+        keep: bool = True,
+    ) -> None:
         if arm not in ("lm", "anchor"):
             raise ValueError(f"arm={arm!r}; expected 'lm' or 'anchor'")
         table.check_trie(base.trie)
         self.table, self.base, self.arm, self.interests = table, base, arm, interests
-        self._dense: dict[tuple[int, int], NDArray[np.float32]] = {}
+        self._keep, self._dense = keep, dict[tuple[int, int], NDArray[np.float32]]()
 
     @property
     def n_advertisers(self) -> int:
@@ -98,7 +107,7 @@ class TableForecast:
 
     def log_probs(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> NDArray[np.float32]:
         user_B, period_B = np.asarray(user_B, dtype=np.int64), np.asarray(period_B, dtype=np.int64)
-        row_B, as_of_B = self._newest(user_B, period_B)
+        row_B, as_of_B = self.table.newest(user_B, period_B)
         keys = list(zip(user_B.tolist(), as_of_B.tolist(), strict=True))
         missing = sorted(
             {key: row for key, row in zip(keys, row_B.tolist(), strict=True) if key not in self._dense}.items()
@@ -111,6 +120,8 @@ class TableForecast:
         if not keys:
             return np.zeros((0, self.n_advertisers), np.float32)
         dense_BA = np.stack([self._dense[key] for key in keys])
+        if not self._keep:
+            self._dense.clear()
         return self.base.anchor.replanned(dense_BA, as_of_B, period_B)
 
     def features(
@@ -120,7 +131,7 @@ class TableForecast:
         advertiser_N = np.asarray(advertiser_N, dtype=np.int64)
         pairs, inverse = np.unique(np.stack([user_N, period_N]), axis=1, return_inverse=True)
         inverse = inverse.reshape(-1)
-        row_P, as_of_P = self._newest(*pairs)
+        row_P, as_of_P = self.table.newest(*pairs)
         names = (*PRIOR_FEATURES, *(prefix_feature(depth) for depth in range(2, self.base.trie.n_levels)))
         values = {name: np.zeros(len(user_N), dtype=np.float32) for name in names}
         has = advertiser_N >= 0
@@ -181,7 +192,7 @@ class TableForecast:
         """
         if self.interests is None:
             raise ValueError("a forecaster without interests")
-        row_B, as_of_B = self._newest(user_B, period_B)
+        row_B, as_of_B = self.table.newest(user_B, period_B)
         anchor_BC = self.interests.base.log_probs(user_B, as_of_B)
         if self.arm == "anchor" or not self.table.interests:
             return anchor_BC
@@ -197,15 +208,6 @@ class TableForecast:
         others_B = np.where(listed, 0.0, prob_BC).sum(1)
         rest_BC = anchor_BC + np.log(rest_B / np.where(others_B > 0, others_B, 1.0))[:, None]
         return np.where(listed.any(1, keepdims=True), np.where(listed, listed_BC, rest_BC), anchor_BC)
-
-    def _newest(
-        self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]
-    ) -> tuple[NDArray[np.int64], NDArray[np.integer]]:
-        """Row of the newest forecast at or before each period, -1 for none, and when what answers was made."""
-        row_B = self.table.find(user_B, period_B)
-        if not len(self.table):
-            return row_B, period_B
-        return row_B, np.where(row_B >= 0, self.table.decoded_R[np.maximum(row_B, 0)], period_B)
 
     def _anchor(self, user: NDArray, as_of: NDArray, period: NDArray) -> NDArray[np.float64]:
         return self.base.anchor.replanned(self.base.log_probs(user, as_of), as_of, period)

@@ -4,9 +4,10 @@
                                 └──── nothing new since the last as-of: the row of then is carried over
 
 A shard is written whole or not at all and names in its metadata what it was made of: forecaster, trie, decoding,
-users and the events before its as-of time. So a job that was killed goes on with the shards that are missing, cut
-short, or of something else, and ends with the same bytes. As-of periods come one after the other, since a later one
-may carry rows over from an earlier one; the shards of one are independent, wherever they are made.
+users, the events before its as-of time and the plan of campaigns up to it. So a job that was killed goes on with the
+shards that are missing, cut short, or of something else, and ends with the same bytes. As-of periods come one after the
+other, since a later one may carry rows over from an earlier one; the shards of one are independent, wherever they are
+made.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from models.prior_lm import PriorLM
 from priors.artifact import PriorModel
 from priors.config import PriorConfig
 from priors.decode import Decoded, TreeDecoder
+from priors.sources import Sources
 from priors.table import frame_of, is_shard, read_frame, shard_files, trie_version, write_shard
 
 
@@ -106,10 +108,12 @@ class ShardMaker:
     cfg: PriorConfig
     incremental: bool = False
     _versions: tuple[str, str] = field(init=False)
+    _sources: Sources = field(init=False)
     _decoder: TreeDecoder | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._versions = trie_version(self.prior.base.trie), model_version(self.prior)
+        self._sources = Sources(self.log, self.prior.base.anchor)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -119,12 +123,10 @@ class ShardMaker:
 
     def key(self, shard: Shard, directory: Path) -> str:
         """Fingerprint of what a shard is made of."""
-        events = self.log.events
-        before = events.period < shard.period
-        seen = [int(before.sum()), int(events.timestamp[before].sum() % (1 << 62))]
         previous = self._previous(shard.period, directory) if self.incremental else None
         users = self.log.user_ids[shard.user_R].tolist()  # their numbers in the log change when users come in
-        return fingerprint([self.settings, shard.period, users, seen, previous])
+        read = self._sources.before(shard.period)
+        return fingerprint([self.settings, shard.period, users, read, previous])
 
     def make(self, shard: Shard, directory: Path, key: str) -> Cost:
         """Decode a shard and write it.

@@ -110,8 +110,8 @@ def refit(prior: PriorModel, log: Log, *, before: int) -> PriorModel:
     fit_history(model, history, chosen_by, collator, cfg.history, cfg.head, seed=cfg.seed)
     fitted = replace(prior, base=base, model=model.eval())
     tree_batches = _tree_batches(fitted, selection_rows(choosing, cfg))
-    base, calibration, _ = calibrate(base, tree_batches, _logits(fitted, tree_batches))
-    return replace(fitted, base=base, calibration=calibration)
+    base, calibration, alone_L = calibrate(base, tree_batches, _logits(fitted, tree_batches))
+    return replace(fitted, base=base, calibration=calibration, anchor_calibration=alone_L)
 
 
 def spans_before(log: Log, cfg: PriorConfig, before: int) -> tuple[Span, Span]:

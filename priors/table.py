@@ -108,6 +108,20 @@ class PriorTable:
         )
         return np.where(same_user, row_B, -1)
 
+    def newest(
+        self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]
+    ) -> tuple[NDArray[np.int64], NDArray[np.integer]]:
+        """What answers each user and period, and when it was made.
+
+        Returns:
+            Row of the newest forecast as of :meth:`find`, and the period it was decoded in; where there is no row, the
+            period itself.
+        """
+        row_B = self.find(user_B, period_B)
+        if not len(self):
+            return row_B, period_B
+        return row_B, np.where(row_B >= 0, self.decoded_R[np.maximum(row_B, 0)], period_B)
+
     def check_trie(self, trie: Trie) -> None:
         """Refuse another trie than the one the forecasts were decoded in: growing IDs numbers its nodes anew.
 

@@ -73,6 +73,20 @@ def test_counts_end_before_the_period(log: Log) -> None:
     np.testing.assert_array_equal(Anchor(Counts.of(early), CONSTANTS).probabilities(users, when), whole)
 
 
+def test_the_weight_of_promotion_is_what_was_promoted_over_what_was_bought(log: Log) -> None:
+    anchor, n = Anchor(Counts.of(log), CONSTANTS), len(log.advertiser_ids)
+    for period in (0, 1, 2, 7, 12, 99):
+        before = (log.events.period < period) & (log.events.advertiser >= 0)
+        promoted, bought = (
+            np.bincount(log.events.advertiser[before & mask], minlength=n) for mask in (log.is_label, log.is_purchase)
+        )
+        expected = np.ones(n)
+        for a in np.flatnonzero(bought):
+            ratio = promoted[a] / promoted.sum() / (bought[a] / bought.sum())
+            expected[a] = np.sqrt(max(ratio, 0.5 / promoted.sum()))
+        np.testing.assert_allclose(anchor.promotion(np.array([period]))[0], expected, rtol=1e-12)
+
+
 def test_little_history_is_trusted_little(log: Log) -> None:
     """What a purchase of today says of a user falls with ν, and the more so the fewer there are."""
     counts, period = Counts.of(log), 8
@@ -121,13 +135,32 @@ def test_no_term_has_better_constants_beside_the_others(log: Log, kind: str) -> 
 
     popularity = choose_constants(counts, targets, AnchorConfig(kind="popularity", **grid))[0]
     alone = Anchor(counts, chosen).popularity_alone().constants
-    assert (alone.popularity_decay, alone.smoothing) == (popularity.popularity_decay, popularity.smoothing)
+    for name in ("popularity_decay", "smoothing", "plan_exponent"):
+        assert getattr(alone, name) == getattr(popularity, name)
+    assert chosen.alone_plan_exponent == popularity.plan_exponent
     assert alone.own_weight == alone.co_weight == 0
     lowest = nll(chosen)
     assert lowest == pytest.approx(min(trial["nll"] for trial in trials))
     for values in terms.values():
         for other in product(*values.values()):
             assert nll(replace(chosen, **dict(zip(values, other, strict=True)))) >= lowest - 1e-9
+
+
+@pytest.mark.parametrize(("told", "expected"), [(None, 0.7), (0.0, 0.0), (1.5, 1.5)])
+def test_popularity_alone_has_a_plan_exponent_of_its_own(log: Log, told: float | None, expected: float) -> None:
+    """An artifact from before it was kept has the anchor's, as it had then, and the same plain form."""
+    ids = random_ids(log)
+    trie, counts = Trie.from_codes(ids.codes_AL, ids.level_sizes), Counts.of(log)
+    constants = replace(CONSTANTS, plan_exponent=0.7, alone_plan_exponent=told)
+    plain = TunedAnchor.untuned(Anchor(counts, constants), trie).to_plain()
+    assert ("alone_plan_exponent" in plain["constants"]) == (told is not None)
+    again = TunedAnchor.from_plain(plain, counts, trie).anchor
+    assert again.constants == constants
+    alone, users, when = again.popularity_alone(), np.arange(5), np.full(5, 8)
+    assert alone.constants.plan_exponent == expected
+    assert counts.plan_PA is not None
+    weighed = again.popularity(when) * np.exp(expected * counts.plan_PA[8])
+    np.testing.assert_allclose(alone.probabilities(users, when), weighed / weighed.sum(1, keepdims=True), rtol=1e-9)
 
 
 def test_plain_form_gives_the_same_anchor_back(log: Log, tmp_path: Path) -> None:

@@ -43,9 +43,16 @@ def evaluation(fitted: Fitted, forecasts: dict[str, TableForecast]) -> ForecastE
     return evaluate_forecast(fitted.prior, forecasts, fitted.log, fitted.cfg, baselines)
 
 
+@pytest.mark.parametrize("carried", [False, True])
 def test_baselines_are_no_fresher_than_the_forecast_and_know_the_same_plan(
-    fitted: Fitted, forecasts: dict[str, TableForecast]
+    fitted: Fitted, forecasts: dict[str, TableForecast], carried: bool
 ) -> None:
+    """A row that an incremental job carried over is as old as its decoding."""
+    table = forecasts["lm"].table
+    if carried:
+        table = replace(table, decoded_R=table.period_R - table.user_R % 2)
+        base = fitted.prior.base
+        forecasts = {arm: TableForecast(table, base, arm=arm) for arm in ("anchor", "lm")}
     asked: list[np.ndarray] = []
 
     def watched(user_B: np.ndarray, as_of_B: np.ndarray, period_B: np.ndarray) -> np.ndarray:
@@ -56,8 +63,7 @@ def test_baselines_are_no_fresher_than_the_forecast_and_know_the_same_plan(
     user_B, as_of_B, period_B = np.concatenate(asked, axis=1)
     targets = evaluated_rows(fitted.log, fitted.cfg)
     np.testing.assert_array_equal(np.stack([user_B, period_B]), np.stack([targets.user, targets.period]))
-    table = forecasts["lm"].table
-    np.testing.assert_array_equal(as_of_B, table.period_R[table.find(user_B, period_B)])
+    np.testing.assert_array_equal(as_of_B, table.decoded_R[table.find(user_B, period_B)])
     assert (as_of_B < period_B).any()
 
 

@@ -21,12 +21,15 @@ from data.statistics import paired_bootstrap
 from models.block import last_layer
 from models.prior_lm import PriorLMModule, TreeBatch, row_nll, target_log_prob
 from models.training import TrainerConfig
+from priors.anchor import Counts
 from priors.artifact import PriorModel
 from priors.base_model import load_base_model
-from priors.config import BaseModelConfig, PriorConfig, PromptConfig
+from priors.config import AnchorConfig, BaseModelConfig, PriorConfig, PromptConfig
 from priors.dataset import Example, PromptDataset
-from priors.fit import batches, build_model, fit_prior
+from priors.fit import batches, build_model, fit_anchor, fit_prior
 from priors.judge import Measure, load_requests
+from priors.prompt import Prompt, PromptCompiler
+from semantic_ids.trie import Trie
 from tests.priors.conftest import Fitted, random_ids, tiny_prior_config
 
 BRIEF = TrainerConfig(max_epochs=2, patience=None, progress_bar=False, checkpoint_every=2)
@@ -57,6 +60,38 @@ fit_prior(log, random_ids(log), resumed_config(), work_dir=folder / "work")
 
 def resumed_config() -> PriorConfig:
     return tiny_prior_config(trainer=BRIEF, batch_size=6)
+
+
+class _EnoughError(Exception):
+    """The anchor is fitted, and the rest of the fit is not asked for."""
+
+
+def test_the_anchor_is_fitted_without_a_word(fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the user-periods and the drawn targets of the training prompts, of which none is compiled for it."""
+    cfg = tiny_prior_config(max_targets=2, seed=3)
+    compiled, written = PromptCompiler.compile, []
+
+    def compile_(self: PromptCompiler, user: int, period: int) -> Prompt:
+        written.append((user, period))
+        return compiled(self, user, period)
+
+    def watched(counts: Counts, trie: Trie, train: PromptDataset, select: PromptDataset, anchor: AnchorConfig) -> None:
+        base, metrics = fit_anchor(counts, trie, train, select, anchor)
+        assert not written
+        in_words = (
+            PromptDataset(train.targets, fitted.prior.compiler, max_targets=2, seed=3),
+            PromptDataset(select.targets, fitted.prior.compiler),
+        )
+        expected, figures = fit_anchor(counts, trie, *in_words, anchor)
+        assert len(written) == len(train) + len(select)
+        assert base.to_plain() == expected.to_plain()
+        assert metrics == figures
+        raise _EnoughError
+
+    monkeypatch.setattr(PromptCompiler, "compile", compile_)
+    monkeypatch.setattr("priors.fit.fit_anchor", watched)
+    with pytest.raises(_EnoughError):
+        fit_prior(fitted.log, fitted.ids, cfg, work_dir=tmp_path)
 
 
 def curve(work_dir: Path) -> list[float]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from data.errors import LineageError, UserError
 from models.prior_lm import TreeBatch, base_log_prob, target_log_prob
-from priors.anchor import Anchor
+from priors.anchor import Anchor, mean_target_nll
 from priors.artifact import PriorModel
 from priors.base_model import load_base_model
 from priors.calibration import Calibration, calibrated_nll, fit_calibration
@@ -21,7 +22,7 @@ from priors.config import BaseModelConfig, DecodeConfig, PriorConfig
 from priors.dataset import Example, PromptDataset, TreeCollator
 from priors.decode import TreeDecoder
 from priors.evaluate import anchor_log_prob, exact_log_prob
-from priors.fit import batches, build_model, fit_prior
+from priors.fit import batches, build_model, fit_prior, selection_rows
 from priors.forecast import PRIOR_FEATURES, TableForecast, prefix_feature
 from priors.generate import as_of_periods, generate_priors
 from priors.prompt import Prompt
@@ -244,6 +245,25 @@ def test_saved_and_loaded_it_forecasts_the_same(fitted: Fitted, tmp_path: Path) 
     named = {token["content"]: token["id"] for token in tokens}
     offset = loaded.compiler.first_id_token
     assert [named["<adv_1_0>"], named["<adv_2_0>"], named["<adv_3_3>"]] == [offset, offset + 4, offset + 11]
+
+
+def test_what_was_said_before_the_last_calibration_is_kept(fitted: Fitted, tmp_path: Path) -> None:
+    """Its NLL on the selection prompts is the one that the fit ended with, before their calibration."""
+    fitted.prior.save(tmp_path)
+    loaded = PriorModel.load(tmp_path, fitted.log, fitted.ids, fitted.cfg)
+    assert loaded.anchor_calibration == tuple(fitted.metrics["anchor_calibration"])  # type: ignore[arg-type]
+    select = selection_rows(fitted.log.advertiser_targets("prior_select"), fitted.cfg)
+    tree = list(batches(PromptDataset(select, loaded.compiler), loaded.collator, 16))
+    log_prob_T = exact_log_prob(loaded.model, tree, loaded.uncalibrated)
+    metrics: Any = fitted.metrics
+    best = metrics["best_part"]
+    expected = metrics["start"]["select_nll"] if best < 0 else metrics["select_nll_by_part"][best]
+    assert mean_target_nll(log_prob_T, select).mean() == pytest.approx(expected, abs=1e-4)
+    plain = json.loads((tmp_path / "prior.json").read_text())
+    del plain["anchor_calibration"]
+    (tmp_path / "prior.json").write_text(json.dumps(plain))
+    older = PriorModel.load(tmp_path, fitted.log, fitted.ids, fitted.cfg)
+    assert older.uncalibrated == Calibration.identity(3)
 
 
 def test_other_advertiser_ids_are_refused(fitted: Fitted, tmp_path: Path) -> None:

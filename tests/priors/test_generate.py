@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from data.errors import UserError
+from priors.anchor import Anchor
+from priors.artifact import PriorModel
 from priors.config import DecodeConfig
 from priors.decode import TreeDecoder
-from priors.generate import ShardMaker, common_beginning, merged, model_version, run_job
+from priors.generate import Shard, ShardMaker, common_beginning, merged, model_version, run_job
 from priors.prompt import Prompt
 from priors.table import PriorTable, shard_files
 from tests.priors.conftest import Fitted
@@ -72,6 +74,101 @@ def test_shards_of_another_decoding_or_of_other_events_are_made_anew(fitted: Fit
     assert run_job(maker_of(fitted, beam=4), USERS[:5], [7], tmp_path).damaged == 1
     late = replace(fitted.log, events=fitted.log.events.select(np.arange(3, len(fitted.log.events))))
     assert run_job(replace(maker_of(fitted, beam=4), log=late), USERS[:5], [7], tmp_path).damaged == 1
+
+
+def told(fitted: Fitted, plan_PA: np.ndarray | None, *, exponent: float = 0.5) -> PriorModel:
+    """The forecaster with another plan of campaigns."""
+    base = fitted.prior.base
+    constants = replace(base.anchor.constants, plan_exponent=exponent)
+    anchor = Anchor(replace(base.anchor.counts, plan_PA=plan_PA), constants)
+    return replace(fitted.prior, base=replace(base, anchor=anchor))
+
+
+PLANS = [
+    (7, 0.5, True),  # a leaflet that was booked late
+    (3, 0.5, True),  # what a row carried over may be of
+    (8, 0.5, False),
+    (7, 0.0, False),  # the forecaster does not read the plan
+]
+
+
+@pytest.mark.parametrize(("period", "exponent", "stale"), PLANS)
+def test_a_shard_is_of_the_plan_up_to_its_period(fitted: Fitted, period: int, exponent: float, stale: bool) -> None:
+    counts, shard = fitted.prior.base.anchor.counts, Shard(7, 0, USERS)
+    assert counts.plan_PA is not None
+    later_PA = counts.plan_PA.copy()
+    later_PA[period, 3] += 0.1
+
+    def key(plan_PA: np.ndarray | None) -> str:
+        prior = told(fitted, plan_PA, exponent=exponent)
+        return replace(maker_of(fitted), prior=prior).key(shard, Path("nowhere"))
+
+    assert (key(later_PA) != key(counts.plan_PA)) == stale
+    assert (key(None) != key(counts.plan_PA)) == (exponent > 0)
+    assert key(None) == key(np.zeros_like(counts.plan_PA)), "a plan of nothing is none"
+
+
+def test_a_plan_that_came_late_makes_shards_anew(fitted: Fitted, tmp_path: Path) -> None:
+    counts = fitted.prior.base.anchor.counts
+    assert counts.plan_PA is not None
+    makers = [
+        replace(maker_of(fitted), prior=told(fitted, plan_PA)) for plan_PA in (counts.plan_PA, counts.plan_PA[::-1])
+    ]
+    run_job(makers[0], USERS[:5], [7], tmp_path)
+    before = bytes_of(tmp_path)
+    assert run_job(makers[0], USERS[:5], [7], tmp_path).kept == 1
+    assert run_job(makers[1], USERS[:5], [7], tmp_path).damaged == 1
+    assert bytes_of(tmp_path) != before
+
+
+EVENTS = [
+    ("user", 5, True),
+    ("kind", 5, True),
+    ("ad", 5, True),
+    ("advertiser", 5, True),
+    ("market", 5, True),
+    ("category", 5, True),
+    ("timestamp", 5, True),
+    ("advertiser", 7, False),
+    ("timestamp", 8, False),
+]
+
+
+@pytest.mark.parametrize(("column", "period", "stale"), EVENTS)
+def test_a_shard_is_of_what_happened_before(fitted: Fitted, column: str, period: int, stale: bool) -> None:
+    """Two events change places in one column, so that their number and the sum of their times stay."""
+    log, shard = fitted.log, Shard(7, 0, USERS)
+    values = getattr(log.events, column).copy()
+    one = np.flatnonzero(log.events.period == period)[0]
+    other = np.flatnonzero((log.events.period == period) & (values != values[one]))[0]
+    values[[one, other]] = values[[other, one]]
+    changed = replace(log, events=replace(log.events, **{column: values}))
+    maker = maker_of(fitted)
+    assert (replace(maker, log=changed).key(shard, Path("nowhere")) != maker.key(shard, Path("nowhere"))) == stale
+
+
+def test_who_comes_in_later_leaves_shards_as_they_are(fitted: Fitted) -> None:
+    """The numbers of users in the log change, and the events of the past do not."""
+    log, events = fitted.log, fitted.log.events
+    gone = int(events.user[events.period >= 9][0])
+    without = events.select((events.user != gone) | (events.period >= 9))
+    new = replace(log, events=without)
+    before = replace(
+        log,
+        events=replace(without.select(without.user != gone), user=_without(without.user[without.user != gone], gone)),
+        user_ids=np.delete(log.user_ids, gone),
+    )
+    others = np.array([user for user in USERS if user != gone])
+    keys = [
+        replace(maker_of(fitted), log=one).key(Shard(7, 0, users), Path("nowhere"))
+        for one, users in ((new, others), (before, _without(others, gone)))
+    ]
+    assert keys[0] == keys[1]
+
+
+def _without(user_N: np.ndarray, gone: int) -> np.ndarray:
+    """Numbers of users where one is not there."""
+    return user_N - (user_N > gone)
 
 
 def test_an_incremental_job_decodes_those_with_new_events_and_carries_over_the_others(
