@@ -123,7 +123,7 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
     compiler = PromptCompiler(log, ids, base_model.tokenizer, cfg.prompt, window=base_model.window, history=history)
     train_set = PromptDataset(train_rows, compiler, max_targets=cfg.max_targets, seed=cfg.seed)
     select_set = PromptDataset(select_rows, compiler)
-    wordless = PromptDataset(train_rows, Wordless(), max_targets=cfg.max_targets, seed=cfg.seed)  # asks as train_set does
+    wordless = PromptDataset(train_rows, Wordless(), max_targets=cfg.max_targets, seed=cfg.seed)
     base, anchor_metrics = fit_anchor(counts, trie, wordless, PromptDataset(anchor_rows, Wordless()), cfg.anchor)
     interests: Interests | None = None
     interest_metrics: dict[str, Any] = {}
