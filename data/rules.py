@@ -9,8 +9,8 @@ from typing import Any
 
 from data.errors import UserError
 
-MAX_SEED = 2_000_000_000
-"""What every library that is seeded takes, some of them with a level or a seed of their own added."""
+MAX_SEED = 1 << 62
+"""What hashes and generators of 64 bits take, also with a level or a lap added."""
 
 
 @dataclass(frozen=True)

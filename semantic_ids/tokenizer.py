@@ -238,6 +238,10 @@ def _fit_rqvae(
     return RQVAETokenizer(model)
 
 
+_FAISS_SEEDS = 1 << 31
+"""So many seeds faiss takes."""
+
+
 def _fit_rqkmeans(x_AD: Floats, cfg: RQKMeansConfig, seed: int, start: RQKMeansTokenizer | None) -> RQKMeansTokenizer:
     import faiss
 
@@ -247,7 +251,8 @@ def _fit_rqkmeans(x_AD: Floats, cfg: RQKMeansConfig, seed: int, start: RQKMeansT
     for level, size in enumerate(cfg.level_sizes):
         kmeans = faiss.Kmeans(
             residual_AD.shape[1], min(size, len(residual_AD)), niter=cfg.iterations, nredo=cfg.restarts,
-            seed=seed + 1 + level, max_points_per_centroid=cfg.samples_per_code, min_points_per_centroid=1,
+            seed=(seed + 1 + level) % _FAISS_SEEDS, max_points_per_centroid=cfg.samples_per_code,
+            min_points_per_centroid=1,
         )  # fmt: skip
         kmeans.train(residual_AD, init_centroids=None if start is None else start.books[level])
         book = np.zeros((size, residual_AD.shape[1]), dtype=np.float32)

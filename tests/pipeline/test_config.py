@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from data.errors import UserError
+from data.rules import MAX_SEED
 from pipeline import config as configuration
 from pipeline.config import AdsidConfig, compose, groups
 
@@ -87,7 +88,7 @@ def test_a_mistake_names_what_is_valid(override: str, parts: list[str]) -> None:
 
 
 IMPOSSIBLE = {
-    "data.seed": ["-1", "2000000001"],
+    "data.seed": ["-1", str(MAX_SEED + 1)],
     "data.impressions_per_visit": ["0"],
     "data.max_users": ["0"],
     "data.simulator.users": ["0"],

@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from data.errors import UserError
+from data.rules import MAX_SEED
 from models.rqvae import CODEBOOKS, DISTANCES, RQVAEConfig
 from models.training import TrainerConfig
 from semantic_ids.config import RQKMeansConfig, SemanticIdsConfig
@@ -55,6 +56,11 @@ def config(tokenizer: str, **rqvae: Any) -> SemanticIdsConfig:
 @pytest.fixture(scope="module", params=FITTED)
 def fitted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return fit_tokenizer(embeddings(), config(request.param), work_dir=tmp_path_factory.mktemp("work"))
+
+
+def test_a_seed_of_any_size_fits(tmp_path: Path) -> None:
+    tokenizer = fit_tokenizer(embeddings(60), replace(config("rqkmeans"), seed=MAX_SEED), work_dir=tmp_path)
+    assert [len(book) for book in tokenizer.codebooks] == SIZES
 
 
 def encoded(tokenizer: Tokenizer, x_AD: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
