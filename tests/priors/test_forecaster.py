@@ -400,7 +400,6 @@ BAD_CONFIGS = [
     ({"base": BaseModelConfig("packaged:gpt9")}, "packaged:gpt9"),
     ({"base": BaseModelConfig(dtype="int4")}, "prior.base.dtype=int4"),
     ({"base": BaseModelConfig("/nowhere/at/all")}, "/nowhere/at/all"),
-    ({"decode": DecodeConfig(beam=0)}, "prior.decode.beam=0"),
 ]
 
 
@@ -411,5 +410,7 @@ def test_bad_configuration_is_told(changes: dict[str, object], message: str) -> 
 
 
 def test_several_problems_are_told_together() -> None:
-    with pytest.raises(UserError, match=r"(?s)prior\.panel=0.*prior\.decode\.top_k=0"):
-        PriorConfig(panel=0, decode=DecodeConfig(top_k=0))
+    with pytest.raises(UserError, match=r"(?s)prior\.panel=0.*prior\.prompts=-1"):
+        PriorConfig(panel=0, prompts=-1)
+    with pytest.raises(UserError, match=r"(?s)prior\.decode\.beam=0.*prior\.decode\.top_k=0"):
+        DecodeConfig(beam=0, top_k=0)
