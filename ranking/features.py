@@ -131,10 +131,11 @@ class FeatureBuilder:
         """Visits (user, market, period) by user and by user and market."""
         events = self.log.events
         seen = np.flatnonzero(events.market >= 0)
-        n_markets, n_periods = len(self.log.market_ids), int(self._period.max(initial=0)) + 1
-        at_market = pair(events.user[seen], events.market[seen], n_markets)
-        visit_at_market, period = np.divmod(np.unique(at_market * n_periods + self._period[seen]), n_periods)
-        return History(visit_at_market // n_markets, period), History(visit_at_market, period)
+        at_market = pair(events.user[seen], events.market[seen], len(self.log.market_ids))
+        since_first = events.period[seen] - int(events.period.min(initial=0))  # told apart before the calendar too
+        _, visit = np.unique(at_market * (int(since_first.max(initial=0)) + 1) + since_first, return_index=True)
+        user, period = events.user[seen[visit]], self._period[seen[visit]]
+        return History(user, period), History(at_market[visit], period)
 
     @cached_property
     def browsing(self) -> dict[str, tuple[History, History]]:

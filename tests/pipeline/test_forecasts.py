@@ -278,7 +278,7 @@ def test_drift_shows_writes_and_draws_how_the_forecaster_ages(run: Path, tmp_pat
     assert "forecast, refit − forecast" in page
     bad = adsid("drift", "--run", run, "--every", 0, "--out", tmp_path)
     assert bad.exit_code == 2
-    assert "--every 0" in bad.stderr
+    assert "--every" in bad.stderr
 
 
 @pytest.mark.slow
