@@ -26,10 +26,6 @@ app.add_typer(ids.app)
 app.add_typer(priors.app)
 app.add_typer(ablate.app)
 app.add_typer(bench.app)
-app.command(epilog=tune.EPILOG)(tune.tune)
-app.command(epilog=results.EPILOG)(results.results)
-app.command(epilog="Example:\n\n  adsid rank --user 1")(rank.rank)
-app.command(epilog="Example:\n\n  adsid export runs/quickstart --out serving")(rank.export)
 
 
 def _version(wanted: bool) -> None:
@@ -119,6 +115,12 @@ def doctor(
         typer.echo(to_json(findings) if json else to_text(findings))
 
     guarded(work, debug=debug or bool(context.obj))
+
+
+app.command(epilog=tune.EPILOG)(tune.tune)
+app.command(epilog=results.EPILOG)(results.results)
+app.command(epilog="Example:\n\n  adsid rank --user 1")(rank.rank)
+app.command(epilog="Example:\n\n  adsid export runs/quickstart --out serving")(rank.export)
 
 
 def main() -> None:

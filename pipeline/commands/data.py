@@ -94,7 +94,7 @@ def data_validate(
     epilog="Examples:\n\n"
     "  adsid data describe runs/data/complete_journey\n\n"
     "  adsid data describe runs/quickstart/data --page log.html\n\n"
-    "  adsid data describe runs/data/complete_journey evaluate=test    the test span too, which is closed else\n\n"
+    "  adsid data describe runs/data/complete_journey evaluate=test    the test span too, otherwise closed\n\n"
     "  adsid data describe /data/my_tables --json",
 )
 def data_describe(

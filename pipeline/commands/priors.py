@@ -138,7 +138,7 @@ def priors_generate(
     ] = False,
     engine: Annotated[str, typer.Option(help="local, or ray (pip install 'adsid\\[ray]').")] = "local",
     workers: Annotated[int, typer.Option(help="Workers of Ray.")] = 2,
-    price: Annotated[float, typer.Option(help="Of an hour of the machine, for the cost sheet.")] = 1.0,
+    price: Annotated[float, typer.Option(help="Price of one machine hour, for the cost sheet.")] = 1.0,
     json: Annotated[bool, typer.Option("--json", help="Print the cost sheet as JSON.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -251,7 +251,7 @@ def priors_drift(
     json: FiguresJson = False,
     debug: Debug = False,
 ) -> None:
-    """Follow the frozen forecaster through the periods after its fit, and what recalibration and refit recover."""
+    """Track how a frozen forecaster ages, and what recalibrating or refitting it recovers."""
 
     def work() -> None:
         from pipeline.drift import FOLDER, follow_run, to_console, write_drift

@@ -20,7 +20,7 @@ def rank(
     context: typer.Context,
     user: Annotated[str, typer.Option(metavar="U", help="Id of the user in the tables.")],
     directory: RunDirectory = DEFAULT_RUN,
-    period: Annotated[int | None, typer.Option(help="Period of the visit; the last known one else.")] = None,
+    period: Annotated[int | None, typer.Option(help="Period of the visit; by default the last known one.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Ads to show.")] = 10,
     features: Annotated[int, typer.Option(min=0, help="Features to show of each ad.")] = 4,
     arm: Arm = "lm",

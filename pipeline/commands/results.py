@@ -22,7 +22,7 @@ def results(
     out: Annotated[Path, path_option("DIR", "Folder to write headline.md and headline.svg in.")],
     debug: Debug = False,
 ) -> None:
-    """Put the headline figures of several runs on one page: a table a run, and a picture of the differences."""
+    """Put the headline figures of several runs on one page: one table per run, and a picture of the differences."""
 
     def work() -> None:
         from rich.console import Console

@@ -28,7 +28,7 @@ def tune(
         list[str] | None, typer.Argument(help="group=choice or key=value; at least one with several values.")
     ] = None,
     trials: Annotated[
-        int | None, typer.Option(min=1, help="Draw so many points of the grid; else all.", metavar="N")
+        int | None, typer.Option(min=1, help="Number of grid points to sample; by default all.", metavar="N")
     ] = None,
     seeds: Annotated[
         int | None, typer.Option(min=1, help="Train each point with seeds 0 .. N-1; else with 0.", metavar="N")
