@@ -21,7 +21,9 @@ prompt says is learned first.
 
 A prompt tells a few of the advertisers a user bought; the *history vector* beside it tells all of them, as a mean of
 their code vectors (`priors.history`). Where a forecaster has one, the head reads it beside the hidden state, through
-weights of its own: ``logit_c = (P_l · ĥ + Q_l · û) · z_c``.
+weights of its own: ``logit_c = (P_l · ĥ + Q_l · û) · z_c``. To buy again and to try something new are two things
+(RepeatNet, Ren et al. 2019, arXiv 1812.02646), so a forecaster may have two such weights: with ``r_c`` the part of a
+code's base mass that is the user's own purchases, ``Q_l`` weighs ``1 - r_c`` and the weights of repeats ``r_c``.
 
 A prompt may be asked a second thing at the same token: the user's *interests*, the categories of the conversions to
 come (the paper's second output). They are a tree of one level with base scores and a head of their own.
@@ -58,6 +60,7 @@ class Decisions:
         base_NV: base score of each code, ``-inf`` where illegal.
         target_node_Y: decision each target takes at this level; -1 where its prefix leaves one code only.
         target_code_Y: the code it takes there.
+        repeat_NV: part of each code's base mass that is the user's own purchases, 0 to 1; None: no head asks for it.
     """
 
     row_N: Tensor
@@ -65,10 +68,11 @@ class Decisions:
     base_NV: Tensor
     target_node_Y: Tensor
     target_code_Y: Tensor
+    repeat_NV: Tensor | None = None
 
     def to(self, device: torch.device) -> Decisions:
         """The same on another device."""
-        return Decisions(*(value.to(device) for value in vars(self).values()))
+        return Decisions(**{name: value.to(device) for name, value in vars(self).items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -235,6 +239,7 @@ class IdHead(nn.Module):
         kind: see :class:`HeadConfig`.
         dropout: likewise.
         history_size: F; 0: it reads hidden states alone.
+        repeats: read history vectors apart for what the user bought before; see :class:`HistoryHead`.
 
     Example:
         >>> head = IdHead([torch.randn(4, 8), torch.randn(6, 8)], hidden_size=16)
@@ -250,10 +255,13 @@ class IdHead(nn.Module):
         *,
         dropout: float = 0.0,
         history_size: int = 0,
+        repeats: bool = False,
     ) -> None:
         super().__init__()
         self.hidden_size, self.dropout = hidden_size, nn.Dropout(dropout)
-        self.history = HistoryHead(codebooks, history_size, kind, dropout=dropout) if history_size else None
+        self.history: HistoryHead | None = None
+        if history_size:
+            self.history = HistoryHead(codebooks, history_size, kind, dropout=dropout, repeats=repeats)
         self.tied, self.free = "tied" in kind, "free" in kind
         self.n_levels, self.level_sizes = len(codebooks), [len(codes_VD) for codes_VD in codebooks]
         for level, codes_VD in enumerate(codebooks):
@@ -308,13 +316,31 @@ class IdHead(nn.Module):
         rows_VH = rows_VH / self.scale_L[level]
         return rows_VH, -rows_VH @ self.mean_LH[level]
 
-    def forward(self, state_NS: Tensor, level: int) -> Tensor:
+    @property
+    def repeats(self) -> bool:
+        """Whether it asks what of a code is the user's own purchases."""
+        return self.history is not None and self.history.repeat is not None
+
+    def repeat_change(self, state_NS: Tensor, level: int) -> Tensor:
+        """What scores change by where all of a code is the user's own purchases, ``(N, V_level)``.
+
+        Args:
+            state_NS, level: as of :meth:`forward`.
+        """
+        history_NF = state_NS[:, self.hidden_size :]
+        if self.history is None or not history_NF.shape[1]:
+            return torch.zeros(len(state_NS), self.level_sizes[level], device=state_NS.device)
+        return self.history.repeat_change(history_NF, level)
+
+    def forward(self, state_NS: Tensor, level: int, repeat_NV: Tensor | None = None) -> Tensor:
         """Scores ``(N, V_level)`` in float32.
 
         Args:
             state_NS: hidden states, and history vectors after them; without those, or where a user bought nothing yet,
                 the history says nothing.
             level: from 0.
+            repeat_NV: part of each code that is the user's own purchases; None: nothing is. Read where
+                :attr:`repeats`.
         """
         hidden_NH, history_NF = state_NS[:, : self.hidden_size], state_NS[:, self.hidden_size :]
         unit_NH = self.dropout((hidden_NH.float() - self.mean_LH[level]) / self.scale_L[level])
@@ -325,15 +351,57 @@ class IdHead(nn.Module):
         if str(level) in self.rows:
             scores_NV = scores_NV + unit_NH @ self.rows[str(level)].T
         if self.history is not None and history_NF.shape[1]:
-            scores_NV = scores_NV + self.history(history_NF, level)
+            scores_NV = scores_NV + self.history(history_NF, level, repeat_NV)
         return scores_NV
 
 
 class HistoryHead(IdHead):
-    """The part of an :class:`IdHead` that reads history vectors; it says nothing of who bought nothing yet."""
+    """The part of an :class:`IdHead` that reads history vectors; it says nothing of who bought nothing yet.
 
-    def forward(self, state_NS: Tensor, level: int) -> Tensor:
+    With ``repeats`` it has two sets of weights. A taste lifts everybody who sells to it, but of whom a user buys from
+    every week the counts know more: the weights of repeats learn how little it says of them.
+
+    Args:
+        codebooks, kind, dropout: as of :class:`IdHead`.
+        history_size: F.
+        repeats: have weights of their own for what the user bought before.
+    """
+
+    def __init__(
+        self, codebooks: list[Tensor], history_size: int, kind: str, *, dropout: float, repeats: bool = False
+    ) -> None:
+        super().__init__(codebooks, history_size, kind, dropout=dropout)
+        self.repeat = HistoryHead(codebooks, history_size, kind, dropout=dropout) if repeats else None
+
+    def standardise_by(self, hidden_by_level: list[Tensor]) -> None:
+        super().standardise_by(hidden_by_level)
+        if self.repeat is not None:
+            self.repeat.standardise_by(hidden_by_level)
+
+    def freeze(self) -> None:
+        """Leave its weights as they are, in training too."""
+        self.requires_grad_(False)
+        self.drop(0.0)
+
+    def drop(self, share: float) -> None:
+        """Hide so much of the vectors' features from it in training."""
+        self.dropout.p = share
+        if self.repeat is not None:
+            self.repeat.drop(share)
+
+    def repeat_change(self, state_NS: Tensor, level: int) -> Tensor:
+        new_NV = self._new(state_NS, level)
+        return torch.zeros_like(new_NV) if self.repeat is None else self.repeat(state_NS, level) - new_NV
+
+    def forward(self, state_NS: Tensor, level: int, repeat_NV: Tensor | None = None) -> Tensor:
         """Scores ``(N, V_level)`` in float32; zeros where a history vector is."""
+        scores_NV = self._new(state_NS, level)
+        if self.repeat is None or repeat_NV is None:
+            return scores_NV
+        return (1 - repeat_NV) * scores_NV + repeat_NV * self.repeat(state_NS, level)
+
+    def _new(self, state_NS: Tensor, level: int) -> Tensor:
+        """Scores of what the user never bought."""
         return super().forward(state_NS, level) * state_NS.any(-1, keepdim=True)
 
 
@@ -350,6 +418,7 @@ class PriorLM(nn.Module):
         train_input_rows: let the ID tokens' input rows learn. The gradient then goes through all layers.
         n_interests: categories that the second head scores; None: there is no second head.
         history_size: F, features of the history vectors that the heads read beside; 0: they read none.
+        repeats: the head of advertisers reads them apart for what the user bought before.
 
     Raises:
         ValueError: input rows and codebooks disagree in number, or input rows and decoder in width.
@@ -367,6 +436,7 @@ class PriorLM(nn.Module):
         train_input_rows: bool = False,
         n_interests: int | None = None,
         history_size: int = 0,
+        repeats: bool = False,
     ) -> None:
         super().__init__()
         self.decoder = decoder
@@ -381,7 +451,7 @@ class PriorLM(nn.Module):
             raise ValueError(f"{tuple(id_rows.shape)} input rows of ID tokens; codes and decoder ask {expected}")
         self.id_rows = nn.Embedding.from_pretrained(id_rows.float(), freeze=not train_input_rows)
         sizes: dict[str, Any] = {"hidden_size": id_rows.shape[1], "history_size": history_size, "dropout": dropout}
-        self.head = IdHead(codebooks, kind=head, **sizes)
+        self.head = IdHead(codebooks, kind=head, repeats=repeats, **sizes)
         self.interest_head: IdHead | None = None
         if n_interests is not None:  # categories have no codebook: a row each
             self.interest_head = IdHead([torch.zeros(n_interests, 1)], kind="free", **sizes)
@@ -461,9 +531,19 @@ class PriorLM(nn.Module):
         """
         hidden = self.hidden(batch) if hidden_BTH is None else hidden_BTH
         return [
-            (self.head(batch.states(hidden, decisions), level) + decisions.base_NV).log_softmax(-1)
+            (self.scores(batch.states(hidden, decisions), level, decisions) + decisions.base_NV).log_softmax(-1)
             for level, decisions in enumerate(batch.levels)
         ]
+
+    def scores(self, state_NS: Tensor, level: int, decisions: Decisions) -> Tensor:
+        """The head's scores at the decisions of a level, ``(N, V)``.
+
+        Args:
+            state_NS: what the head reads there, :meth:`TreeBatch.states`.
+            level: from 0.
+            decisions: of that level.
+        """
+        return self.head(state_NS, level, decisions.repeat_NV)
 
     def interest_log_probs(self, batch: TreeBatch, hidden_BTH: Tensor) -> list[Tensor]:
         """Log-probabilities of all interests of each prompt, as of :meth:`log_probs`.

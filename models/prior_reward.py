@@ -163,7 +163,7 @@ class RewardModule(PriorLMModule):
         """Log-probabilities of the codes at every decision as they are served, ``(N, V)`` a level."""
         hidden_BTH, found = model.hidden(tree), []
         for level, decisions in enumerate(tree.levels):
-            logit_NV = model.head(tree.states(hidden_BTH, decisions), level)
+            logit_NV = model.scores(tree.states(hidden_BTH, decisions), level, decisions)
             exponent, weight = self.base_exponents[level], self.lm_weights[level]
             found.append(weighted_log_softmax(decisions.base_NV, exponent, logit_NV=logit_NV, lm_weight=weight))
         return found

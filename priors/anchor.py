@@ -256,15 +256,24 @@ class Anchor:
         Returns:
             ``(B, A)``; each row sums to 1.
         """
+        return self._parts(user_B, period_B)[0]
+
+    def repeats(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> Float:
+        """The part of :meth:`probabilities` that is λ · own(a), ``(B, A)``; never more than the whole."""
+        return self._parts(user_B, period_B)[1]
+
+    def _parts(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> tuple[Float, Float]:
         constants = self.constants
         popularity_BA = self.popularity(period_B)
         own_BA = self.own(user_B, period_B) if constants.own_weight > 0 else np.zeros((1, 1))
         co_BA = self.co(user_B, period_B) if constants.co_weight > 0 else np.zeros((1, 1))
         q_BA = mixture(own_BA, co_BA, popularity_BA, constants.own_weight, constants.co_weight)
+        own_BA = np.broadcast_to(constants.own_weight * own_BA, q_BA.shape)
         if self._plan_PA is None:
-            return q_BA
-        q_BA = q_BA * np.exp(self.plan(period_B))
-        return q_BA / q_BA.sum(1, keepdims=True)
+            return q_BA, own_BA
+        plan_BA = np.exp(self.plan(period_B))
+        total_B1 = (q_BA * plan_BA).sum(1, keepdims=True)
+        return q_BA * plan_BA / total_B1, own_BA * plan_BA / total_B1
 
     def _clip(self, period_B: NDArray[np.integer]) -> NDArray[np.int64]:
         return np.clip(np.asarray(period_B, dtype=np.int64), 0, len(self._popularity_PA) - 1)
@@ -343,6 +352,16 @@ class TunedAnchor:
             scores.append(self.exponent_L[depth] * conditional_BN + bias_N)
             parent_BN = mass_BN
         return scores
+
+    def repeat_shares(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> list[Float]:
+        """Part of the mass below every node that is the user's own purchases, λ · own.
+
+        Returns:
+            One ``(B, N_{d+1})`` for each depth d < L, of 0 to 1; exponents and biases have no part in it.
+        """
+        whole_BA, own_BA = self.anchor.probabilities(user_B, period_B), self.anchor.repeats(user_B, period_B)
+        depths = range(1, self.trie.n_levels + 1)
+        return [self.trie.node_mass(own_BA, depth) / self.trie.node_mass(whole_BA, depth) for depth in depths]
 
     def log_probs(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> Float:
         """Log-probability of every advertiser, ``(B, A)``; the exponentials of a row sum to 1."""

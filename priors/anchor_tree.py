@@ -41,10 +41,11 @@ class AnchorTree:
     Args:
         base: the tuned anchor.
         flat: its trie.
+        repeats: what of a node is the user's own purchases will be asked for.
     """
 
-    def __init__(self, base: TunedAnchor, flat: FlatTrie) -> None:
-        self.base, self.flat = base, flat
+    def __init__(self, base: TunedAnchor, flat: FlatTrie, *, repeats: bool = False) -> None:
+        self.base, self.flat, self.repeats = base, flat, repeats
         # Co-conversions alone ask for the whole distribution.
         self.sparse = type(base.anchor) is Anchor and not base.anchor.constants.co_weight
         device = flat.leaf_N.device
@@ -66,10 +67,16 @@ class AnchorTree:
         """
         device = self.flat.leaf_N.device
         if not self.sparse:
-            q_BA = self.base.anchor.probabilities(user_B, period_B)[:, self.flat.trie.leaf_advertiser]
-            if active.leaf_mask_GA is not None:
-                q_BA = q_BA * active.leaf_mask_GA[active.group_B.cpu().numpy()]
-            return DenseAnchor(self, torch.stack([self._add_up(q_A) for q_A in q_BA]))
+
+            def nodes(mass_BA: NDArray[np.float64]) -> Tensor:
+                mass_BA = mass_BA[:, self.flat.trie.leaf_advertiser]
+                if active.leaf_mask_GA is not None:
+                    mass_BA = mass_BA * active.leaf_mask_GA[active.group_B.cpu().numpy()]
+                return torch.stack([self._add_up(mass_A) for mass_A in mass_BA])
+
+            anchor = self.base.anchor
+            own_BN = nodes(anchor.repeats(user_B, period_B)) if self.repeats else None
+            return DenseAnchor(self, nodes(anchor.probabilities(user_B, period_B)), own_BN)
         row_H, advertiser_H, mass_H, trust_B = self._own(user_B, period_B)
         weight_B = self.base.anchor.constants.own_weight * trust_B
         mass_H = weight_B[row_H] * mass_H * self._plan_of(period_B, row_H, advertiser_H)
@@ -180,12 +187,20 @@ class OpenAnchor:
             for kind, popularity_N in enumerate(self.popularity):
                 here = kind_M == kind
                 popularity_M[here] = popularity_N[node_M[here]]
-        mass_M = (1 - self.weight_B[row_M]) * popularity_M
-        if len(self.key_U):
-            key_M = row_M * self.tree.flat.n_nodes + node_M
-            place_M = torch.searchsorted(self.key_U, key_M).clamp_max(len(self.key_U) - 1)
-            mass_M += torch.where(self.key_U[place_M] == key_M, self.own_U[place_M], 0.0)
-        return mass_M
+        return (1 - self.weight_B[row_M]) * popularity_M + self.own(row_M, node_M)
+
+    def own(self, row_M: Tensor, node_M: Tensor) -> Tensor:
+        """λ_u · own below nodes, ``(M,)``."""
+        if not len(self.key_U):
+            return torch.zeros(len(node_M), dtype=torch.float64, device=node_M.device)
+        key_M = row_M * self.tree.flat.n_nodes + node_M
+        place_M = torch.searchsorted(self.key_U, key_M).clamp_max(len(self.key_U) - 1)
+        return torch.where(self.key_U[place_M] == key_M, self.own_U[place_M], 0.0)
+
+    def repeats(self, row_M: Tensor, node_M: Tensor) -> Tensor:
+        """Part of the mass below nodes that is the user's own purchases, ``(M,)``; as of
+        :meth:`TunedAnchor.repeat_shares`."""
+        return self.own(row_M, node_M) / self.mass(row_M, node_M)
 
     def scores(self, row_E: Tensor, node_E: Tensor, entry_M: Tensor, child_M: Tensor) -> Tensor:
         """Base score of children given their parents, as :meth:`TunedAnchor.child_scores` has them.
@@ -205,10 +220,22 @@ class DenseAnchor:
     Attributes:
         tree: constants of the scores.
         mass_BN: q_u below every node.
+        own_BN: λ · own below every node; None: it will not be asked for.
     """
 
     tree: AnchorTree
     mass_BN: Tensor
+    own_BN: Tensor | None = None
+
+    def repeats(self, row_M: Tensor, node_M: Tensor) -> Tensor:
+        """As of :meth:`OpenAnchor.repeats`.
+
+        Raises:
+            ValueError: the tree was made without ``repeats``.
+        """
+        if self.own_BN is None:
+            raise ValueError("an AnchorTree made with repeats=False is asked for repeats")
+        return self.own_BN[row_M, node_M] / self.mass_BN[row_M, node_M]
 
     def scores(self, row_E: Tensor, node_E: Tensor, entry_M: Tensor, child_M: Tensor) -> Tensor:
         """As of :meth:`OpenAnchor.scores`."""

@@ -98,7 +98,13 @@ class PriorModel:
 
     @property
     def collator(self) -> TreeCollator:
-        return TreeCollator(self.base, first_id_token=self.compiler.first_id_token, interests=self.interests)
+        return self.collator_of(self.base, interests=self.interests)
+
+    def collator_of(self, base: TunedAnchor, *, interests: Interests | None = None) -> TreeCollator:
+        """The same over other base scores."""
+        return TreeCollator(
+            base, first_id_token=self.compiler.first_id_token, interests=interests, repeats=self.model.head.repeats
+        )
 
     def save(self, directory: Path) -> None:
         """Write the artifact into an existing directory."""
@@ -324,6 +330,7 @@ def load_model(directory: Path, plain: dict[str, Any], ids: AdvertiserIds) -> tu
             head=plain["head"]["kind"],
             n_interests=len(plain["interests"]["names"]) if plain.get("interests") else None,
             history_size=_history_size(plain, ids),
+            repeats=_history_config(plain).repeats,
         )
         given = model.load_state_dict(state, strict=False)
         lacking = sorted(set(heads_of(model)) & set(given.missing_keys)) + given.unexpected_keys

@@ -104,6 +104,7 @@ class HistoryConfig:
             its own, so that what was bought last and what was ever bought are told apart.
         categories: tell the categories of purchases too, where the log has any, beside each mean.
         browsing: tell the categories of visits, searches, clicks and coupons too, where the log has any.
+        repeats: learn apart what the vector says of advertisers that the user bought from before, and of new ones.
         epochs: passes over them, at the most; each level keeps its best one, and stops where three brought no gain.
         learning_rate, weight_decay: AdamW's.
         dropout: share of the vector's features that are hidden from the head while they are fitted.
@@ -114,6 +115,7 @@ class HistoryConfig:
     decays: list[float] = field(default_factory=lambda: [0.97])
     categories: bool = False
     browsing: bool = False
+    repeats: bool = False
     epochs: int = 40
     learning_rate: float = 1e-3
     weight_decay: float = 0.01

@@ -121,10 +121,18 @@ class TreeCollator:
         base: scores that the LM's logits are added to, and the trie.
         first_id_token: number of the first ID token.
         interests: what else the prompts are asked for; None: nothing.
+        repeats: tell of each code what part of it is the user's own purchases.
     """
 
-    def __init__(self, base: TunedAnchor, *, first_id_token: int, interests: Interests | None = None) -> None:
-        self.base, self.trie, self.interests = base, base.trie, interests
+    def __init__(
+        self,
+        base: TunedAnchor,
+        *,
+        first_id_token: int,
+        interests: Interests | None = None,
+        repeats: bool = False,
+    ) -> None:
+        self.base, self.trie, self.interests, self.repeats = base, base.trie, interests, repeats
         self.id_offset = first_id_token + np.concatenate([[0], np.cumsum(self.trie.level_sizes[:-1])])
         # A prefix decides something if more than one advertiser lies below it.
         self._decides = [np.diff(self.trie.child_ptr[depth]) > 1 for depth in range(self.trie.n_levels)]
@@ -151,6 +159,7 @@ class TreeCollator:
                     action="leave out user-periods without a conversion",
                 )
         scores = self.base.child_scores(user, period)
+        repeats = self.base.repeat_shares(user, period) if self.repeats else [None] * n_levels
         trees = [self._tree(example.targets) for example in examples]
         length = max(len(example.token_ids) + len(tree) for example, tree in zip(examples, trees, strict=True))
 
@@ -187,21 +196,24 @@ class TreeCollator:
             input_ids_BT=torch.from_numpy(input_ids),
             position_ids_BT=torch.from_numpy(positions),
             visible_BTT=torch.from_numpy(visible),
-            levels=[self._decisions(depth, scores[depth], decisions[depth]) for depth in range(n_levels)],
+            levels=[
+                self._decisions(depth, scores[depth], repeats[depth], decisions[depth]) for depth in range(n_levels)
+            ],
             target_row_Y=torch.from_numpy(np.repeat(np.arange(len(examples)), n_targets)),
             target_weight_Y=torch.from_numpy(np.repeat(1.0 / n_targets, n_targets).astype(np.float32)),
             interests=None if self.interests is None else self.interests.asked(user, period, ends),
             history_BF=history_of(examples),
         )
 
-    def _decisions(self, depth: int, scores_BN: NDArray, choices: _Choices) -> Decisions:
+    def _decisions(self, depth: int, scores_BN: NDArray, repeat_BN: NDArray | None, choices: _Choices) -> Decisions:
         row_N, node_N = np.array(choices.row, dtype=np.int64), np.array(choices.node, dtype=np.int64)
         return Decisions(
             row_N=torch.from_numpy(row_N),
             position_N=torch.tensor(choices.position, dtype=torch.long),
-            base_NV=self._base(depth, scores_BN, row_N, node_N),
+            base_NV=self._of_codes(depth, scores_BN, row_N, node_N, illegal=-np.inf),
             target_node_Y=torch.tensor(choices.target_node, dtype=torch.long),
             target_code_Y=torch.tensor(choices.target_code, dtype=torch.long),
+            repeat_NV=None if repeat_BN is None else self._of_codes(depth, repeat_BN, row_N, node_N, illegal=0.0),
         )
 
     def _tree(self, targets: NDArray[np.int64]) -> list[tuple[int, int]]:
@@ -214,13 +226,15 @@ class TreeCollator:
             if self._has_decision[depth][node]
         ]
 
-    def _base(self, depth: int, scores_BN: NDArray, row_N: NDArray, node_N: NDArray) -> torch.Tensor:
-        """Base score of each code at some prefixes of one depth, ``-inf`` where it leads nowhere."""
+    def _of_codes(
+        self, depth: int, value_BN: NDArray, row_N: NDArray, node_N: NDArray, *, illegal: float
+    ) -> torch.Tensor:
+        """What nodes have, for each code at prefixes of one depth, ``(N, V)``; ``illegal`` where it leads nowhere."""
         trie = self.trie
-        base_NV = np.full((len(node_N), trie.level_sizes[depth]), -np.inf, dtype=np.float32)
+        value_NV = np.full((len(node_N), trie.level_sizes[depth]), illegal, dtype=np.float32)
         start_N, stop_N = trie.child_ptr[depth][node_N], trie.child_ptr[depth][node_N + 1]
         count_N = stop_N - start_N
         decision_C = np.repeat(np.arange(len(node_N)), count_N)
         child_C = np.arange(count_N.sum()) - np.repeat(np.cumsum(count_N) - count_N, count_N) + start_N[decision_C]
-        base_NV[decision_C, trie.child_code[depth][child_C]] = scores_BN[row_N[decision_C], child_C]
-        return torch.from_numpy(base_NV)
+        value_NV[decision_C, trie.child_code[depth][child_C]] = value_BN[row_N[decision_C], child_C]
+        return torch.from_numpy(value_NV)

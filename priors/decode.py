@@ -113,7 +113,7 @@ class TreeDecoder:
         self.model, self.cfg, self.interests = model.eval(), cfg, interests
         self.device = next(model.parameters()).device
         self.flat = FlatTrie.of(base.trie, self.device)
-        self.anchor = AnchorTree(base, self.flat)
+        self.anchor = AnchorTree(base, self.flat, repeats=model.head.repeats)
         self.reader = reader_of(model)
         self.lm_weight_L = torch.tensor(calibration.lm_weight, dtype=torch.float64, device=self.device)
         self.base_exponent_L = torch.tensor(calibration.base_exponent, dtype=torch.float64, device=self.device)
@@ -291,7 +291,8 @@ class TreeDecoder:
             entry_M, child_M, leaves_M = entry_M[legal], child_M[legal], leaves_M[legal]
         depth_E = self.flat.depth_N[entries.node_E].long()
         base_M = search.anchor.scores(entries.row_E, entries.node_E, entry_M, child_M)
-        lm_M = self._logits(entries, hidden_EH, depth_E, entry_M, child_M, depths)
+        repeat_M = search.anchor.repeats(entries.row_E[entry_M], child_M) if self.model.head.repeats else None
+        lm_M = self._logits(entries, hidden_EH, depth_E, entry_M, child_M, repeat_M, depths)
         score_M = self.lm_weight_L[depth_E][entry_M] * lm_M + self.base_exponent_L[depth_E][entry_M] * base_M
         children = _Prefixes(
             row_E=entries.row_E[entry_M],
@@ -309,9 +310,10 @@ class TreeDecoder:
         depth_E: Tensor,
         entry_M: Tensor,
         child_M: Tensor,
+        repeat_M: Tensor | None,
         depths: range,
     ) -> Tensor:
-        """The head's score of each child."""
+        """The head's score of each child, of which so much is the user's own purchases."""
         code_M = self.flat.code_N[child_M].long()
         lm_M = torch.empty(len(child_M), dtype=torch.float64, device=self.device)
         for depth in depths:
@@ -322,9 +324,15 @@ class TreeDecoder:
                 row = int(entries.row_E[bad])
                 raise FloatingPointError(f"the LM gives no number for prompt {row} of the batch at level {depth + 1}")
             if len(depths) == 1:
-                return logits_EV[entry_M, code_M].double()
-            here = (depth_E[entry_M] == depth).nonzero()[:, 0]
-            lm_M[here] = logits_EV[torch.searchsorted(at_E, entry_M[here]), code_M[here]].double()
+                here: Tensor | slice = slice(None)
+                place_M = entry_M
+            else:
+                here = (depth_E[entry_M] == depth).nonzero()[:, 0]
+                place_M = torch.searchsorted(at_E, entry_M[here])
+            lm_M[here] = logits_EV[place_M, code_M[here]].double()
+            if repeat_M is not None:
+                change_EV = self.model.head.repeat_change(hidden_EH[at_E], depth)
+                lm_M[here] += repeat_M[here] * change_EV[place_M, code_M[here]].double()
         return lm_M
 
     def _read(self, search: _Search, entries: _Prefixes, *, keep: bool) -> Tensor:

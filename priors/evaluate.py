@@ -241,7 +241,8 @@ def head_logits(
                 _same_for_all(constant_LH[level], len(d.row_N), None if history_BF is None else history_BF[d.row_N])
                 for level, d in enumerate(batch.levels)
             ]
-        logits.append([model.head(state_NS, level) for level, state_NS in enumerate(at)])
+        read = enumerate(zip(at, batch.levels, strict=True))
+        logits.append([model.scores(state_NS, level, decisions) for level, (state_NS, decisions) in read])
     return logits
 
 
@@ -372,11 +373,14 @@ def constant_scores(
         if prior.compiler.history is None:
             raise ValueError("own_history=True of a forecaster without history vectors")
         history_BF, constant_LH = torch.from_numpy(prior.compiler.history(user_B, period_B)), prior.constant_hidden
+    repeats = prior.base.repeat_shares(user_B, period_B) if prior.model.head.repeats else None
     for level, base_BN in enumerate(prior.base.child_scores(user_B, period_B)):
         state_BS = _same_for_all(constant_LH[level], 1 if history_BF is None else len(history_BF), history_BF)
-        logit_BV = prior.model.head(state_BS, level).double().numpy()
-        bias_BN = calibration.lm_weight[level] * logit_BV[:, trie.child_code[level]]
-        scores.append(calibration.base_exponent[level] * base_BN + bias_BN)
+        logit_BN = prior.model.head(state_BS, level).double().numpy()[:, trie.child_code[level]]
+        if repeats is not None:
+            change_BV = prior.model.head.repeat_change(state_BS, level).double().numpy()
+            logit_BN = logit_BN + repeats[level] * change_BV[:, trie.child_code[level]]
+        scores.append(calibration.base_exponent[level] * base_BN + calibration.lm_weight[level] * logit_BN)
     return scores
 
 

@@ -130,9 +130,11 @@ def fit_prior(log: Log, ids: AdvertiserIds, cfg: PriorConfig, *, work_dir: Path)
     if (column := interest_column(log, cfg.interests)) is not None:
         space = InterestSpace.of(log, column)
         interests, interest_metrics = fit_interest_anchor(space, train_rows, anchor_rows, cfg.anchor)
-    collator = TreeCollator(base, first_id_token=compiler.first_id_token, interests=interests)
 
     model = build_model(base_model, ids, log, compiler, cfg, interests=interests)
+    collator = TreeCollator(
+        base, first_id_token=compiler.first_id_token, interests=interests, repeats=model.head.repeats
+    )
     if not takes_tree_mask(model):
         raise UserError(
             f"prior.base.name={cfg.base.name}, which takes no 4-D attention mask or is no causal LM",
@@ -254,6 +256,7 @@ def build_model(
         train_input_rows=cfg.base.train_input_rows,
         n_interests=None if interests is None else len(interests.space),
         history_size=0 if compiler.history is None else compiler.history.size,
+        repeats=cfg.history.repeats,
     )
     if model.interest_head is not None:
         model.interest_head.requires_grad_(cfg.interests.weight > 0)
@@ -549,7 +552,7 @@ def logits_at_decisions(model: PriorLM, select: list[TreeBatch]) -> Scores:
         hidden, levels = model.hidden(batch), []
         for level, decisions in enumerate(batch.levels):
             state_NS = batch.states(hidden, decisions)
-            levels.append(model.head(state_NS, level))
+            levels.append(model.scores(state_NS, level, decisions))
             sums[level] = sums[level] + state_NS.float().sum(0).cpu()
             counts[level] += len(state_NS)
         logits.append(levels)

@@ -16,6 +16,9 @@ With ``categories`` the weights of the categories bought, from an advertiser or 
 length one too. With ``browsing`` so do those of the categories that the user visited, searched for, clicked or redeemed
 a coupon for, and a user who browsed but never bought has a vector too.
 
+With ``repeats`` the head reads the vector apart for what the user bought before: of each code it is given the part of
+the anchor's mass that is the user's own purchases (`models.prior_lm.HistoryHead`).
+
 The weights that read the vector are fitted first, on all user-periods of the fit span, which needs no LM and takes
 about a minute; then they stay as they are, and the LM learns what is left. So its own share is told apart: forecasts
 by anchor and history alone are a control of their own.
@@ -36,7 +39,7 @@ from torch import Tensor
 
 from data.log import Log
 from data.tables import KINDS
-from models.prior_lm import Decisions, HeadConfig, IdHead, PriorLM, TreeBatch
+from models.prior_lm import Decisions, HeadConfig, HistoryHead, PriorLM, TreeBatch
 from priors.anchor import Counts
 from priors.config import HistoryConfig, ProbeConfig
 from priors.dataset import PromptDataset, TreeCollator
@@ -214,7 +217,7 @@ def fit_history(
     """
     of_train, of_select = (_readers(model, history_states(dataset, collator)) for dataset in (train, select))
     for reader, levels in of_train:
-        reader.dropout.p = cfg.dropout
+        reader.drop(cfg.dropout)
         reader.standardise_by([level.state_RS[level.state_RS.any(-1)] for level in levels])
     probe = ProbeConfig(epochs=cfg.epochs, weight_decay=cfg.weight_decay, batch_size=cfg.batch_size)
     rates = HeadConfig(learning_rate=cfg.learning_rate, period_learning_rate=head.period_learning_rate)
@@ -228,8 +231,7 @@ def freeze_history(model: PriorLM) -> None:
     """Leave what the heads read in the history vectors as it is, in training too."""
     for head in (model.head, model.interest_head):
         if head is not None and head.history is not None:
-            head.history.requires_grad_(False)
-            head.history.dropout.p = 0.0
+            head.history.freeze()
 
 
 def forget_history(model: PriorLM) -> None:
@@ -252,6 +254,6 @@ def history_states(dataset: PromptDataset, collator: TreeCollator) -> list[Level
     return joined_states(in_batches(dataset, collator, rows=rows, batch_size=_AT_ONCE), read)
 
 
-def _readers(model: PriorLM, states: list[LevelStates]) -> list[tuple[IdHead, list[LevelStates]]]:
+def _readers(model: PriorLM, states: list[LevelStates]) -> list[tuple[HistoryHead, list[LevelStates]]]:
     """What reads the history in each head of a model, with its part of the decisions."""
     return [(head.history, part) for head, part in levels_by_head(model, states) if head.history is not None]

@@ -49,6 +49,7 @@ class LevelStates:
         decision_Y, code_Y, weight_Y: decision, code and weight of each target.
         n_prompts: prompts that they are of.
         row_N: row of ``state_RS`` of each decision, where several share one; None: each has its own.
+        repeat_NV: part of each code that is the user's own purchases; None: no head asks for it.
     """
 
     state_RS: Tensor
@@ -59,6 +60,7 @@ class LevelStates:
     weight_Y: Tensor
     n_prompts: int
     row_N: Tensor | None = None
+    repeat_NV: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.base_NV)
@@ -66,6 +68,19 @@ class LevelStates:
     def states(self, decisions: Tensor) -> Tensor:
         """What the head reads at some of the decisions."""
         return self.state_RS[decisions if self.row_N is None else self.row_N[decisions]]
+
+    def scores(self, head: IdHead, level: int, decisions: Tensor, device: torch.device) -> Tensor:
+        """What a head and the base say at some of the decisions, ``(n, V)``.
+
+        Args:
+            head: reads the states.
+            level: theirs.
+            decisions: which of them.
+            device: the head's.
+        """
+        repeat_NV = None if self.repeat_NV is None else self.repeat_NV[decisions].to(device)
+        said_NV = head(self.states(decisions).to(device), level, repeat_NV)
+        return said_NV + self.base_NV[decisions].to(device)
 
     def target_weights(self) -> Tensor:
         """Weight of each code among the targets of each decision."""
@@ -147,6 +162,7 @@ def joined_states(
                         weight_Y=asked.target_weight_Y[decided],
                         n_prompts=round(float(asked.target_weight_Y.sum())),
                         row_N=row_N,
+                        repeat_NV=decisions.repeat_NV,
                     )
                 )
         parts.append(levels)
@@ -260,8 +276,7 @@ def _fit_level(
     for epoch in range(1, cfg.epochs + 1):
         head.train()
         for rows_B in torch.randperm(len(train)).split(cfg.batch_size):
-            scores_BV = head(train.states(rows_B).to(device), level) + train.base_NV[rows_B].to(device)
-            scores_BV = scores_BV + period_PV[train.period_N[rows_B].to(device)]
+            scores_BV = train.scores(head, level, rows_B, device) + period_PV[train.period_N[rows_B].to(device)]
             loss = _cross_entropy(scores_BV, weight_NV[rows_B].to(device)) / len(rows_B)
             optimizer.zero_grad()
             loss.backward()
@@ -282,8 +297,7 @@ def _fit_level(
 def _nll(head: IdHead, level: int, states: LevelStates, device: torch.device) -> float:
     total, target_NV = 0.0, states.target_weights()
     for rows in torch.arange(len(states)).split(4096):
-        scores_BV = head(states.states(rows).to(device), level) + states.base_NV[rows].to(device)
-        total += float(_cross_entropy(scores_BV, target_NV[rows].to(device)))
+        total += float(_cross_entropy(states.scores(head, level, rows, device), target_NV[rows].to(device)))
     return total / max(states.n_prompts, 1)
 
 
@@ -297,7 +311,8 @@ def _joined(parts: list[LevelStates]) -> LevelStates:
     decision = [part.decision_Y + offset for part, offset in zip(parts, _starts(map(len, parts)), strict=True)]
     starts = _starts(len(part.state_RS) for part in parts)
     rows = [part.row_N + start for part, start in zip(parts, starts, strict=True) if part.row_N is not None]
-    names = ("state_RS", "base_NV", "period_N", "code_Y", "weight_Y")
+    names = ["state_RS", "base_NV", "period_N", "code_Y", "weight_Y"]
+    names += ["repeat_NV"] if parts[0].repeat_NV is not None else []
     joined: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
     n_prompts = sum(part.n_prompts for part in parts)
     return LevelStates(

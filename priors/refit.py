@@ -29,7 +29,7 @@ from priors.anchor import path_log_probs
 from priors.artifact import PriorModel
 from priors.calibration import Calibration, calibrate, fit_anchor_levels, fit_calibration
 from priors.config import PriorConfig
-from priors.dataset import PromptDataset, TreeCollator
+from priors.dataset import PromptDataset
 from priors.evaluate import constant_scores, head_logits
 from priors.fit import batches, fit_anchor, sample_rows, selection_rows
 from priors.history import fit_history, forget_history
@@ -106,7 +106,7 @@ def refit(prior: PriorModel, log: Log, *, before: int) -> PriorModel:
     decoder = prior.model.decoder
     model = copy.deepcopy(prior.model, {id(decoder): decoder})  # its weights are not touched
     forget_history(model)
-    collator = TreeCollator(base, first_id_token=prior.compiler.first_id_token)
+    collator = prior.collator_of(base)
     fit_history(model, history, chosen_by, collator, cfg.history, cfg.head, seed=cfg.seed)
     fitted = replace(prior, base=base, model=model.eval())
     tree_batches = _tree_batches(fitted, selection_rows(choosing, cfg))
@@ -122,7 +122,7 @@ def spans_before(log: Log, cfg: PriorConfig, before: int) -> tuple[Span, Span]:
 
 
 def _tree_batches(prior: PriorModel, targets: Targets) -> list[TreeBatch]:
-    collator = TreeCollator(prior.base, first_id_token=prior.compiler.first_id_token)
+    collator = prior.collator_of(prior.base)
     return list(batches(PromptDataset(targets, Wordless(prior.compiler.history)), collator, _AT_ONCE))
 
 

@@ -119,16 +119,19 @@ def test_the_sparse_anchor_is_the_dense_one(w: World, dense: bool) -> None:
     """At every node of every user, with and without a history, before and after all counts."""
     user_B, period_B = (x.reshape(-1) for x in np.meshgrid(np.arange(N_USERS), np.arange(N_PERIODS + 3)))
     flat = FlatTrie.of(w.base.trie, torch.device("cpu"))
-    tree = AnchorTree(w.base, flat)
+    tree = AnchorTree(w.base, flat, repeats=True)
     assert tree.sparse
     tree.sparse = not dense
     opened = tree.open(user_B, period_B, ActiveSets(flat, None, None, len(user_B)))
-    for depth, scores_BN in enumerate(w.base.child_scores(user_B, period_B)):
+    expected = zip(w.base.child_scores(user_B, period_B), w.base.repeat_shares(user_B, period_B), strict=True)
+    for depth, (scores_BN, repeat_BN) in enumerate(expected):
         row_E = torch.arange(len(user_B)).repeat_interleave(w.base.trie.n_nodes(depth))
         node_E = torch.arange(flat.offset[depth], flat.offset[depth + 1]).repeat(len(user_B))
         entry_M, child_M = flat.children(node_E)
         ours = opened.scores(row_E, node_E, entry_M, child_M).numpy()
         np.testing.assert_allclose(ours.reshape(len(user_B), -1), scores_BN, rtol=1e-9, atol=1e-12)
+        repeats = opened.repeats(row_E[entry_M], child_M).numpy()
+        np.testing.assert_allclose(repeats.reshape(len(user_B), -1), repeat_BN, rtol=1e-9, atol=1e-12)
 
 
 EDGES = {

@@ -85,6 +85,7 @@ def world(
         first_id_token=vocabulary,
         head="tied+free",
         history_size=HISTORY,
+        repeats=True,
     ).eval()
     for parameter in model.head.parameters():
         torch.nn.init.normal_(parameter, std=0.3, generator=generator)
@@ -138,7 +139,10 @@ def brute_force(w: World, active_BA: NDArray[np.bool_] | None = None) -> NDArray
     trie, n_rows = w.base.trie, len(w.prompts)
     active_BA = np.ones((n_rows, trie.n_advertisers), bool) if active_BA is None else active_BA
     with np.errstate(divide="ignore", invalid="ignore"):
-        scores = w.base.scores_of(w.base.anchor.probabilities(w.user_B, w.period_B) * active_BA)
+        q_BA, own_BA = (
+            of(w.user_B, w.period_B) * active_BA for of in (w.base.anchor.probabilities, w.base.anchor.repeats)
+        )
+        scores = w.base.scores_of(q_BA)
     log_prob_BN = np.zeros((n_rows, 1))
     paths = np.zeros((1, 0), np.int64)
     for depth in range(trie.n_levels):
@@ -150,13 +154,16 @@ def brute_force(w: World, active_BA: NDArray[np.bool_] | None = None) -> NDArray
             if prompt.history_F is not None:
                 history_NF = torch.from_numpy(np.tile(prompt.history_F, (len(paths), 1)))
                 hidden = torch.cat([hidden, history_NF], 1)
-            logits_NV = w.model.head(hidden, depth).double().numpy()
+            ends = [w.model.head(hidden, depth, torch.full((1, 1), share)).double().numpy() for share in (0.0, 1.0)]
             for node in range(trie.n_nodes(depth)):
                 children = np.arange(trie.child_ptr[depth][node], trie.child_ptr[depth][node + 1])
                 children = children[legal_BN[row, children]]
                 if not len(children):
                     continue
-                score = w.calibration.lm_weight[depth] * logits_NV[node, trie.child_code[depth][children]]
+                below = [np.flatnonzero(trie.path_AL[:, depth] == child) for child in children]
+                repeat = np.array([own_BA[row, part].sum() / q_BA[row, part].sum() for part in below])
+                new, bought = (end_NV[node, trie.child_code[depth][children]] for end_NV in ends)
+                score = w.calibration.lm_weight[depth] * ((1 - repeat) * new + repeat * bought)
                 score = score + w.calibration.base_exponent[depth] * scores[depth][row, children]
                 total = np.log(np.exp(score - score.max()).sum()) + score.max()
                 below_BN[row, children] = log_prob_BN[row, node] + score - total
