@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from data.errors import UserError
 from data.log import Log
 from data.tables import KINDS
-from models.prior_lm import HeadConfig, IdHead, row_nll, target_log_prob, with_history
+from models.prior_lm import HeadConfig, HistoryHead, IdHead, row_nll, target_log_prob, with_history
 from priors.anchor import Counts
 from priors.artifact import PriorModel
 from priors.config import HistoryConfig, ProbeConfig
 from priors.dataset import PromptDataset, TreeCollator, history_of
+from priors.decode import TreeDecoder
 from priors.evaluate import another_user, constant_log_probs, exact_log_prob
 from priors.fit import _load_start, batches, fit_prior, sample_rows
 from priors.history import Categories, HistoryVectors, fit_history, history_size
@@ -262,12 +263,12 @@ def test_decisions_that_share_a_row_learn_as_those_with_a_row_each() -> None:
 def collator_of_the_fit(prior: PriorModel, metrics: dict[str, Any]) -> TreeCollator:
     """Over the anchor as it was before its own calibration, which comes last."""
     base = prior.base.raised([1 / exponent for exponent in metrics["anchor_calibration"]])
-    return TreeCollator(base, first_id_token=prior.compiler.first_id_token)
+    return prior.collator_of(base)
 
 
-@pytest.mark.parametrize("probe", [0, 16])
+@pytest.mark.parametrize(("probe", "repeats"), [(0, False), (16, False), (0, True)])
 def test_a_fit_starts_from_what_it_says_with_users_who_bought_nothing_yet(
-    fitted: Fitted, tmp_path: Path, probe: int
+    fitted: Fitted, tmp_path: Path, probe: int, repeats: bool
 ) -> None:
     """What is told of the start is the NLL of the forecaster as it is served."""
     log = fitted.log
@@ -276,7 +277,7 @@ def test_a_fit_starts_from_what_it_says_with_users_who_bought_nothing_yet(
     early = log.events.period < comes_U[log.events.user]
     events = replace(log.events, advertiser=np.where(early, -1, log.events.advertiser).astype(np.int32))
     thin = replace(log, events=events)
-    history = HistoryConfig(epochs=20, learning_rate=0.05, dropout=0.0, batch_size=32)
+    history = HistoryConfig(epochs=20, learning_rate=0.05, dropout=0.0, batch_size=32, repeats=repeats)
     cfg = tiny_prior_config(history=history, probe=ProbeConfig(prompts=probe, epochs=2))
     prior, metrics = fit_prior(thin, fitted.ids, cfg, work_dir=tmp_path)
     vectors = prior.compiler.history
@@ -298,8 +299,10 @@ def test_a_fit_starts_from_what_it_says_with_users_who_bought_nothing_yet(
     assert start["select_nll"] == pytest.approx(float(torch.cat(nll).mean()), abs=1e-4)
 
 
-def test_it_is_fitted_first_and_then_left_as_it_is(fitted: Fitted, tmp_path: Path) -> None:
-    cfg = tiny_prior_config(history=HistoryConfig(epochs=20, learning_rate=0.01, dropout=0.0, batch_size=32))
+@pytest.mark.parametrize("repeats", [False, True])
+def test_it_is_fitted_first_and_then_left_as_it_is(fitted: Fitted, tmp_path: Path, repeats: bool) -> None:
+    history = HistoryConfig(epochs=20, learning_rate=0.01, dropout=0.0, batch_size=32, repeats=repeats)
+    cfg = tiny_prior_config(history=history)
     prior, metrics = fit_prior(fitted.log, fitted.ids, cfg, work_dir=tmp_path)
     start: Any = metrics["start"]
     assert sum(start["history"]["nll_after"]) < sum(start["history"]["nll_before"])
@@ -320,6 +323,84 @@ def test_it_is_fitted_first_and_then_left_as_it_is(fitted: Fitted, tmp_path: Pat
     fit_history(model, train, select, collator_of_the_fit(prior, metrics), cfg.history, cfg.head, seed=cfg.seed)
     for name, value in head.state_dict().items():
         torch.testing.assert_close(model.head.history.state_dict()[name], value)
+
+
+# --- repeats -----------------------------------------------------------------------------------------------
+
+
+def test_what_is_bought_again_is_learned_apart_from_what_is_new() -> None:
+    """A taste that draws users to new things, and says nothing of those they know: two sets of weights tell it."""
+    n, size, taste = 600, 6, 2 * torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+
+    def made(seed: int) -> LevelStates:
+        drawn = torch.Generator().manual_seed(seed)
+        history_NF = torch.randn(n, 8, generator=drawn)
+        repeat_NV = (torch.rand(n, size, generator=drawn) < 0.5).float()
+        code_N = torch.multinomial(((1 - repeat_NV) * (history_NF @ taste)).softmax(-1), 1, generator=drawn)[:, 0]
+        return LevelStates(
+            history_NF, torch.zeros(n, size), torch.zeros(n, dtype=torch.long), torch.arange(n), code_N, torch.ones(n),
+            n, repeat_NV=repeat_NV,
+        )  # fmt: skip
+
+    train, select, nll = made(2), made(3), {}
+    for repeats in (False, True):
+        head = HistoryHead([torch.randn(size, 6, generator=torch.Generator().manual_seed(4))], 8, "free", dropout=0.0,
+                           repeats=repeats)  # fmt: skip
+        rates = HeadConfig(learning_rate=3e-2, period_learning_rate=0.0)
+        report = fit_levels([(head, [train])], [[select]], ProbeConfig(epochs=30), rates, seed=0)
+        nll[repeats] = report["nll_after"][0]
+    true_NV = ((1 - select.repeat_NV) * (select.state_RS @ taste)).log_softmax(-1)  # type: ignore[operator]
+    least = -float(true_NV[torch.arange(n), select.code_Y].mean())
+    assert least < nll[True] < least + 0.3 * (nll[False] - least)
+
+
+def test_the_share_of_repeats_is_that_of_own_purchases_below_a_node(fitted: Fitted) -> None:
+    base, log = fitted.prior.base, fitted.log
+    targets = log.advertiser_targets("prior_select").select(np.arange(20))
+    anchor, users, periods = base.anchor, targets.user, targets.period
+    constants = anchor.constants
+    own_BA = constants.own_weight * anchor.own(users, periods) * np.exp(anchor.plan(periods))
+    whole_BA = anchor.probabilities(users, periods)
+    bought_BA = own_BA > 0
+    assert 0 < bought_BA.mean() < 1
+    for depth, share_BN in enumerate(base.repeat_shares(users, periods), 1):
+        assert ((share_BN >= 0) & (share_BN < 1)).all()
+        np.testing.assert_array_equal(share_BN > 0, base.trie.node_mass(bought_BA.astype(float), depth) > 0)
+    leaf_BA = share_BN[:, base.trie.advertiser_leaf]
+    factor_P = own_BA[bought_BA] / (leaf_BA * whole_BA)[bought_BA]
+    row = np.nonzero(bought_BA)[0]
+    first = np.searchsorted(row, row)
+    np.testing.assert_allclose(factor_P, factor_P[first], rtol=1e-9)  # what probabilities were divided by
+    for share_BN in base.repeat_shares(users, np.zeros_like(periods)):  # before anything was bought
+        assert not share_BN.any()
+
+
+def test_a_forecaster_that_reads_repeats_apart_says_the_same_however_it_is_asked(
+    fitted: Fitted, tmp_path: Path
+) -> None:
+    history = HistoryConfig(epochs=20, learning_rate=0.05, dropout=0.0, batch_size=32, repeats=True)
+    cfg = tiny_prior_config(prompts=16, history=history)
+    prior, _ = fit_prior(fitted.log, fitted.ids, cfg, work_dir=tmp_path / "work")
+    head = prior.model.head.history
+    assert head is not None
+    assert head.repeat is not None
+    assert not torch.equal(head.projections[0], head.repeat.projections[0])
+    targets = fitted.log.advertiser_targets("prior_select").select(np.arange(9))
+    asked = targets.user, targets.period
+    tree = list(batches(PromptDataset(targets, prior.compiler), prior.collator, 4))
+    forced_T = exact_log_prob(prior.model, tree, prior.calibration)
+    prompts = [prior.compiler.compile(int(user), int(period)) for user, period in zip(*asked, strict=True)]
+    decoder = TreeDecoder(prior.model, prior.base, prior.calibration, cfg.decode)
+    wanted = np.split(targets.item, targets.ptr[1:-1])
+    scored_T = np.concatenate([ours for ours, _ in decoder.score(prompts, *asked, wanted)])
+    np.testing.assert_allclose(scored_T, forced_T, atol=1e-4)
+    alone_BA = constant_log_probs(prior, *asked, own_history=True)
+    forced_T = exact_log_prob(prior.model, tree, prior.calibration, constant_LH=prior.constant_hidden, own_history=True)
+    np.testing.assert_allclose(alone_BA[targets.row, targets.item], forced_T, atol=1e-4)
+    (tmp_path / "out").mkdir()
+    prior.save(tmp_path / "out")
+    loaded = PriorModel.load(tmp_path / "out", fitted.log, fitted.ids, cfg)
+    np.testing.assert_allclose(constant_log_probs(loaded, *asked, own_history=True), alone_BA, atol=1e-5)
 
 
 # --- controls ----------------------------------------------------------------------------------------------
