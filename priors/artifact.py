@@ -242,8 +242,8 @@ def _interests_of(plain: dict[str, Any], log: Log) -> Interests | None:
 
 
 def _history_config(plain: dict[str, Any]) -> HistoryConfig:
-    """The artifact's own; one from before there were history vectors has none."""
-    return HistoryConfig(**plain["history"]) if "history" in plain else HistoryConfig(prompts=0)
+    """The artifact's own; one from before there were history vectors has none, or reads them in one way only."""
+    return HistoryConfig(**{"repeats": False} | plain["history"]) if "history" in plain else HistoryConfig(prompts=0)
 
 
 def _history_size(plain: dict[str, Any], ids: AdvertiserIds) -> int:

@@ -115,7 +115,7 @@ class HistoryConfig:
     decays: list[float] = field(default_factory=lambda: [0.97])
     categories: bool = False
     browsing: bool = False
-    repeats: bool = False
+    repeats: bool = True
     epochs: int = 40
     learning_rate: float = 1e-3
     weight_decay: float = 0.01

@@ -56,7 +56,7 @@ def teacher_forced(fitted: Fitted, users: np.ndarray, period: int) -> np.ndarray
     log_probs = []
     for level, d in enumerate(batch.levels):
         legal = d.base_NV.isfinite()
-        score = cal.lm_weight[level] * model.head(batch.states(hidden, d), level)
+        score = cal.lm_weight[level] * model.scores(batch.states(hidden, d), level, d)
         score = score + cal.base_exponent[level] * d.base_NV.masked_fill(~legal, 0.0)
         log_probs.append(score.masked_fill(~legal, -torch.inf).log_softmax(-1))
     return target_log_prob(batch, log_probs).view(len(users), -1).numpy()

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from data.errors import LineageError
 from data.log import Log, load_log
 from data.writer import write_tables
-from priors.anchor import TunedAnchor
+from priors.anchor import Anchor, TunedAnchor
 from priors.artifact import PriorModel
 from priors.calibration import Calibration
 from priors.config import DecodeConfig
@@ -108,6 +108,9 @@ class RestOf:
     def probabilities(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> NDArray[np.float64]:
         return self.grown.prior.base.anchor.probabilities(user_B, period_B)[:, self.grown.old]
 
+    def repeats(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> NDArray[np.float64]:
+        return self.grown.prior.base.anchor.repeats(user_B, period_B)[:, self.grown.old]
+
 
 def test_siblings_among_old_ones_have_the_ratio_of_the_smaller_table(fitted: Fitted, grown: Grown) -> None:
     """Below a prefix that no new one has, LM, biases and exponents say what they said, of the counts of today."""
@@ -168,7 +171,8 @@ def test_the_lm_scores_a_prefix_as_it_did(fitted: Fitted, grown: Grown) -> None:
     """Without counts, level 1 is the LM's alone: a new advertiser takes of its prefix's mass, and none of another's."""
     level1: list[NDArray[np.float64]] = []
     for prior, ids in ((fitted.prior, fitted.ids), (grown.prior, grown.ids)):
-        flat = replace(prior.base, exponent_L=np.zeros(3), bias_LV=[np.zeros(4)] * 3)
+        anchor = Anchor(prior.base.anchor.counts, replace(prior.base.anchor.constants, own_weight=0.0))
+        flat = TunedAnchor(anchor, prior.base.trie, np.zeros(3), [np.zeros(4)] * 3)
         prob_BA = decoded(replace(prior, base=flat, calibration=Calibration.identity(3)), np.arange(6))
         level1.append(np.stack([prob_BA[:, ids.codes_AL[:, 0] == code].sum(1) for code in range(4)]))
     np.testing.assert_allclose(level1[0], level1[1], atol=1e-5)

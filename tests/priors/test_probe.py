@@ -53,7 +53,8 @@ def test_what_is_read_gives_the_same_likelihood_as_the_model(fitted: Fitted, mod
     levels = read_states(model, dataset, fitted.prior.collator, rows=rows.tolist(), batch_size=5, adapted=True)
     summed = 0.0
     for level, states in enumerate(levels[:-1]):  # the last is of the interests
-        log_probs_NV = (model.head(states.state_RS, level) + states.base_NV).log_softmax(-1)
+        every = torch.arange(len(states))
+        log_probs_NV = states.scores(model.head, level, every, torch.device("cpu")).log_softmax(-1)
         summed -= float(log_probs_NV[states.decision_Y, states.code_Y] @ states.weight_Y) / states.n_prompts
     subset = PromptDataset(dataset.targets.select(rows), fitted.prior.compiler)
     with torch.inference_mode():
