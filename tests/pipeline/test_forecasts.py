@@ -153,6 +153,8 @@ def teacher_forced(run: Path, user: str, period: int, token_ids: list[int]) -> n
     codes_AL, sizes = prior.compiler.ids.codes_AL, prior.compiler.ids.level_sizes
     index = np.flatnonzero(log.user_ids == user)
     base = prior.base.child_scores(index, np.array([period]))
+    anchor = prior.base.anchor
+    q_A, own_A = (of(index, np.array([period]))[0] for of in (anchor.probabilities, anchor.repeats))
     history_F = torch.from_numpy(prior.compiler.compile(int(index[0]), period).history_F)
     words = base_decoder.get_input_embeddings()(torch.tensor(token_ids))
     log_prob_A = np.zeros(len(codes_AL))
@@ -164,13 +166,18 @@ def teacher_forced(run: Path, user: str, period: int, token_ids: list[int]) -> n
             hidden_H = decoder(inputs_embeds=sequence).last_hidden_state[0, -1]
             unit_H = (hidden_H - state["head.mean_LH"][level]) / state["head.scale_L"][level]
             taste_D = state[f"head.projections.{level}"] @ unit_H
-            unit_F = (history_F - state["head.history.mean_LH"][level]) / state["head.history.scale_L"][level]
-            taste_D = taste_D + state[f"head.history.projections.{level}"] @ unit_F
             logit_V = (state[f"head.codes_{level}"] @ taste_D).numpy()
+            new_V, again_V = (
+                (state[f"{head}.codes_{level}"] @ state[f"{head}.projections.{level}"]).numpy()
+                @ ((history_F - state[f"{head}.mean_LH"][level]) / state[f"{head}.scale_L"][level]).numpy()
+                for head in ("head.history", "head.history.repeat")
+            )
             legal, score = np.unique(codes_AL[below, level]), np.full(size, -np.inf)
             for code in legal:
-                node = prior.base.trie.path_AL[below[codes_AL[below, level] == code][0], level]
-                score[code] = plain["calibration"]["lm_weight"][level] * logit_V[code]
+                under = below[codes_AL[below, level] == code]
+                node, repeat = prior.base.trie.path_AL[under[0], level], own_A[under].sum() / q_A[under].sum()
+                said = logit_V[code] + (1 - repeat) * new_V[code] + repeat * again_V[code]
+                score[code] = plain["calibration"]["lm_weight"][level] * said
                 score[code] += plain["calibration"]["base_exponent"][level] * base[level][0, node]
             log_prob_A[below] += (score - np.logaddexp.reduce(score))[codes_AL[below, level]]
     return log_prob_A
