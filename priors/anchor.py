@@ -256,13 +256,14 @@ class Anchor:
         Returns:
             ``(B, A)``; each row sums to 1.
         """
-        return self._parts(user_B, period_B)[0]
+        return self.parts(user_B, period_B)[0]
 
-    def repeats(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> Float:
-        """The part of :meth:`probabilities` that is λ · own(a), ``(B, A)``; never more than the whole."""
-        return self._parts(user_B, period_B)[1]
+    def parts(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> tuple[Float, Float]:
+        """:meth:`probabilities`, and what of them is the user's own purchases, λ · own(a).
 
-    def _parts(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> tuple[Float, Float]:
+        Returns:
+            ``(B, A)`` each; the second is nowhere more than the first.
+        """
         constants = self.constants
         popularity_BA = self.popularity(period_B)
         own_BA = self.own(user_B, period_B) if constants.own_weight > 0 else np.zeros((1, 1))
@@ -359,7 +360,7 @@ class TunedAnchor:
         Returns:
             One ``(B, N_{d+1})`` for each depth d < L, of 0 to 1; exponents and biases have no part in it.
         """
-        whole_BA, own_BA = self.anchor.probabilities(user_B, period_B), self.anchor.repeats(user_B, period_B)
+        whole_BA, own_BA = self.anchor.parts(user_B, period_B)
         depths = range(1, self.trie.n_levels + 1)
         return [self.trie.node_mass(own_BA, depth) / self.trie.node_mass(whole_BA, depth) for depth in depths]
 

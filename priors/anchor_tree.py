@@ -74,9 +74,8 @@ class AnchorTree:
                     mass_BA = mass_BA * active.leaf_mask_GA[active.group_B.cpu().numpy()]
                 return torch.stack([self._add_up(mass_A) for mass_A in mass_BA])
 
-            anchor = self.base.anchor
-            own_BN = nodes(anchor.repeats(user_B, period_B)) if self.repeats else None
-            return DenseAnchor(self, nodes(anchor.probabilities(user_B, period_B)), own_BN)
+            whole_BA, own_BA = self.base.anchor.parts(user_B, period_B)
+            return DenseAnchor(self, nodes(whole_BA), nodes(own_BA) if self.repeats else None)
         row_H, advertiser_H, mass_H, trust_B = self._own(user_B, period_B)
         weight_B = self.base.anchor.constants.own_weight * trust_B
         mass_H = weight_B[row_H] * mass_H * self._plan_of(period_B, row_H, advertiser_H)

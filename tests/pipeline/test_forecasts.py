@@ -153,8 +153,7 @@ def teacher_forced(run: Path, user: str, period: int, token_ids: list[int]) -> n
     codes_AL, sizes = prior.compiler.ids.codes_AL, prior.compiler.ids.level_sizes
     index = np.flatnonzero(log.user_ids == user)
     base = prior.base.child_scores(index, np.array([period]))
-    anchor = prior.base.anchor
-    q_A, own_A = (of(index, np.array([period]))[0] for of in (anchor.probabilities, anchor.repeats))
+    q_A, own_A = (part_BA[0] for part_BA in prior.base.anchor.parts(index, np.array([period])))
     history_F = torch.from_numpy(prior.compiler.compile(int(index[0]), period).history_F)
     words = base_decoder.get_input_embeddings()(torch.tensor(token_ids))
     log_prob_A = np.zeros(len(codes_AL))

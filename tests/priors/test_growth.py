@@ -105,11 +105,11 @@ class RestOf:
     def __init__(self, grown: Grown) -> None:
         self.grown = grown
 
-    def probabilities(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> NDArray[np.float64]:
-        return self.grown.prior.base.anchor.probabilities(user_B, period_B)[:, self.grown.old]
-
-    def repeats(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> NDArray[np.float64]:
-        return self.grown.prior.base.anchor.repeats(user_B, period_B)[:, self.grown.old]
+    def parts(
+        self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        whole_BA, own_BA = self.grown.prior.base.anchor.parts(user_B, period_B)
+        return whole_BA[:, self.grown.old], own_BA[:, self.grown.old]
 
 
 def test_siblings_among_old_ones_have_the_ratio_of_the_smaller_table(fitted: Fitted, grown: Grown) -> None:

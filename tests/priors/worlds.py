@@ -139,9 +139,7 @@ def brute_force(w: World, active_BA: NDArray[np.bool_] | None = None) -> NDArray
     trie, n_rows = w.base.trie, len(w.prompts)
     active_BA = np.ones((n_rows, trie.n_advertisers), bool) if active_BA is None else active_BA
     with np.errstate(divide="ignore", invalid="ignore"):
-        q_BA, own_BA = (
-            of(w.user_B, w.period_B) * active_BA for of in (w.base.anchor.probabilities, w.base.anchor.repeats)
-        )
+        q_BA, own_BA = (part_BA * active_BA for part_BA in w.base.anchor.parts(w.user_B, w.period_B))
         scores = w.base.scores_of(q_BA)
     log_prob_BN = np.zeros((n_rows, 1))
     paths = np.zeros((1, 0), np.int64)
