@@ -403,6 +403,23 @@ def test_a_forecaster_that_reads_repeats_apart_says_the_same_however_it_is_asked
     np.testing.assert_allclose(constant_log_probs(loaded, *asked, own_history=True), alone_BA, atol=1e-5)
 
 
+def test_an_artifact_from_before_repeats_were_told_apart_says_what_it_said(fitted: Fitted, tmp_path: Path) -> None:
+    history = HistoryConfig(epochs=5, learning_rate=0.05, dropout=0.0, batch_size=32, repeats=False)
+    cfg = tiny_prior_config(prompts=16, history=history)
+    prior, _ = fit_prior(fitted.log, fitted.ids, cfg, work_dir=tmp_path / "work")
+    (tmp_path / "out").mkdir()
+    prior.save(tmp_path / "out")
+    plain = json.loads((tmp_path / "out" / "prior.json").read_text())
+    del plain["history"]["repeats"]
+    (tmp_path / "out" / "prior.json").write_text(json.dumps(plain))
+    loaded = PriorModel.load(tmp_path / "out", fitted.log, fitted.ids, cfg)
+    assert loaded.model.head.history is not None
+    assert not loaded.model.head.repeats
+    asked = np.arange(9), np.full(9, 8)
+    ours, theirs = (constant_log_probs(one, *asked, own_history=True) for one in (prior, loaded))
+    np.testing.assert_allclose(theirs, ours, atol=1e-5)
+
+
 # --- controls ----------------------------------------------------------------------------------------------
 
 
