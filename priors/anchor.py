@@ -360,7 +360,10 @@ class TunedAnchor:
         Returns:
             One ``(B, N_{d+1})`` for each depth d < L, of 0 to 1; exponents and biases have no part in it.
         """
-        whole_BA, own_BA = self.anchor.parts(user_B, period_B)
+        return self.shares_of(*self.anchor.parts(user_B, period_B))
+
+    def shares_of(self, whole_BA: Float, own_BA: Float) -> list[Float]:
+        """:meth:`repeat_shares` of :meth:`Anchor.parts`."""
         depths = range(1, self.trie.n_levels + 1)
         return [self.trie.node_mass(own_BA, depth) / self.trie.node_mass(whole_BA, depth) for depth in depths]
 

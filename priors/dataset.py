@@ -158,8 +158,9 @@ class TreeCollator:
                     expected="at least one advertiser converted with",
                     action="leave out user-periods without a conversion",
                 )
-        scores = self.base.child_scores(user, period)
-        repeats = self.base.repeat_shares(user, period) if self.repeats else [None] * n_levels
+        whole_BA, own_BA = self.base.anchor.parts(user, period)
+        scores = self.base.scores_of(whole_BA)
+        repeats = self.base.shares_of(whole_BA, own_BA) if self.repeats else [None] * n_levels
         trees = [self._tree(example.targets) for example in examples]
         length = max(len(example.token_ids) + len(tree) for example, tree in zip(examples, trees, strict=True))
 
