@@ -407,7 +407,7 @@ class Truth:
         """P(a | u, t): the advertiser of a label conversion of the user in the period.
 
         It is also the share of the user's expected label conversions that are with the advertiser. Of a period with
-        several, DESIGN's prior is about one drawn from the *distinct* advertisers: as good as the same while
+        several, a forecaster's prior is about one drawn from the *distinct* advertisers: as good as the same while
         conversions are few (on the default log .0002 nat better).
 
         Args:

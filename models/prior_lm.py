@@ -321,17 +321,6 @@ class IdHead(nn.Module):
         """Whether it asks what of a code is the user's own purchases."""
         return self.history is not None and self.history.repeat is not None
 
-    def repeat_change(self, state_NS: Tensor, level: int) -> Tensor:
-        """What scores change by where all of a code is the user's own purchases, ``(N, V_level)``.
-
-        Args:
-            state_NS, level: as of :meth:`forward`.
-        """
-        history_NF = state_NS[:, self.hidden_size :]
-        if self.history is None or not history_NF.shape[1]:
-            return torch.zeros(len(state_NS), self.level_sizes[level], device=state_NS.device)
-        return self.history.repeat_change(history_NF, level)
-
     def forward(self, state_NS: Tensor, level: int, repeat_NV: Tensor | None = None) -> Tensor:
         """Scores ``(N, V_level)`` in float32.
 
@@ -342,6 +331,18 @@ class IdHead(nn.Module):
             repeat_NV: part of each code that is the user's own purchases; None: nothing is. Read where
                 :attr:`repeats`.
         """
+        scores_NV, change_NV = self.apart(state_NS, level)
+        return scores_NV if change_NV is None or repeat_NV is None else scores_NV + repeat_NV * change_NV
+
+    def apart(self, state_NS: Tensor, level: int) -> tuple[Tensor, Tensor | None]:
+        """Scores where nothing of a code is the user's own purchases, and what they change by where all of it is.
+
+        Args:
+            state_NS, level: as of :meth:`forward`.
+
+        Returns:
+            ``(N, V_level)`` each, in float32; the second is None where nothing is read apart.
+        """
         hidden_NH, history_NF = state_NS[:, : self.hidden_size], state_NS[:, self.hidden_size :]
         unit_NH = self.dropout((hidden_NH.float() - self.mean_LH[level]) / self.scale_L[level])
         codes_VD = getattr(self, f"codes_{level}")
@@ -350,9 +351,10 @@ class IdHead(nn.Module):
             scores_NV = scores_NV + unit_NH @ self.projections[level].T @ codes_VD.T
         if str(level) in self.rows:
             scores_NV = scores_NV + unit_NH @ self.rows[str(level)].T
-        if self.history is not None and history_NF.shape[1]:
-            scores_NV = scores_NV + self.history(history_NF, level, repeat_NV)
-        return scores_NV
+        if self.history is None or not history_NF.shape[1]:
+            return scores_NV, None
+        new_NV, change_NV = self.history.apart(history_NF, level)
+        return scores_NV + new_NV, change_NV
 
 
 class HistoryHead(IdHead):
@@ -389,20 +391,10 @@ class HistoryHead(IdHead):
         if self.repeat is not None:
             self.repeat.drop(share)
 
-    def repeat_change(self, state_NS: Tensor, level: int) -> Tensor:
-        new_NV = self._new(state_NS, level)
-        return torch.zeros_like(new_NV) if self.repeat is None else self.repeat(state_NS, level) - new_NV
-
-    def forward(self, state_NS: Tensor, level: int, repeat_NV: Tensor | None = None) -> Tensor:
-        """Scores ``(N, V_level)`` in float32; zeros where a history vector is."""
-        scores_NV = self._new(state_NS, level)
-        if self.repeat is None or repeat_NV is None:
-            return scores_NV
-        return (1 - repeat_NV) * scores_NV + repeat_NV * self.repeat(state_NS, level)
-
-    def _new(self, state_NS: Tensor, level: int) -> Tensor:
-        """Scores of what the user never bought."""
-        return super().forward(state_NS, level) * state_NS.any(-1, keepdim=True)
+    def apart(self, state_NS: Tensor, level: int) -> tuple[Tensor, Tensor | None]:
+        """As of :meth:`IdHead.apart`; zeros where a history vector is."""
+        new_NV = super().apart(state_NS, level)[0] * state_NS.any(-1, keepdim=True)
+        return new_NV, None if self.repeat is None else self.repeat(state_NS, level) - new_NV
 
 
 class PriorLM(nn.Module):
@@ -596,7 +588,7 @@ class PriorLMModule(L.LightningModule):
     """Fits a :class:`PriorLM` to the targets of its prompts.
 
     The loss of a prompt is the mean over its target advertisers of the exact negative log-likelihood
-    over legal children (DESIGN §4), so a user with many conversions weighs as much as one with few.
+    over legal children, so a user with many conversions weighs as much as one with few.
 
     Args:
         model: the forecaster.

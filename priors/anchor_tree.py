@@ -41,7 +41,7 @@ class AnchorTree:
     Args:
         base: the tuned anchor.
         flat: its trie.
-        repeats: what of a node is the user's own purchases will be asked for.
+        repeats: tell with each score what of the node is the user's own purchases.
     """
 
     def __init__(self, base: TunedAnchor, flat: FlatTrie, *, repeats: bool = False) -> None:
@@ -101,7 +101,7 @@ class AnchorTree:
         )
 
     def scores(self, mass_M: Tensor, mass_E: Tensor, node_E: Tensor, entry_M: Tensor, child_M: Tensor) -> Tensor:
-        """Scores of children from the mass below them and below their parents."""
+        """Scores of children from the mass below them and below their parents, ``(M,)``."""
         exponent_E = self.exponent_L[self.flat.depth_N[node_E].long()]
         return exponent_E[entry_M] * (mass_M.log() - mass_E.log()[entry_M]) + self.bias_N[child_M]
 
@@ -176,8 +176,25 @@ class OpenAnchor:
     popularity: list[Tensor]
     kind_B: Tensor
 
-    def mass(self, row_M: Tensor, node_M: Tensor) -> Tensor:
-        """q_u below nodes, ``(M,)``."""
+    def scores(self, row_E: Tensor, node_E: Tensor, entry_M: Tensor, child_M: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Base score of children given their parents, as :meth:`TunedAnchor.child_scores` has them.
+
+        Args:
+            row_E, node_E: the parents.
+            entry_M: parent of each child.
+            child_M: the children.
+
+        Returns:
+            ``(M,)``, and the part of the mass below each child that is the user's own purchases, as of
+            :meth:`TunedAnchor.repeat_shares`; None where the tree was made without ``repeats``.
+        """
+        mass_M, own_M = self._mass(row_E[entry_M], child_M)
+        mass_E, _ = self._mass(row_E, node_E)
+        repeat_M = own_M / mass_M if self.tree.repeats else None
+        return self.tree.scores(mass_M, mass_E, node_E, entry_M, child_M), repeat_M
+
+    def _mass(self, row_M: Tensor, node_M: Tensor) -> tuple[Tensor, Tensor]:
+        """q_u below nodes, and λ_u · own of it, ``(M,)`` each."""
         if len(self.popularity) == 1:
             popularity_M = self.popularity[0][node_M]
         else:
@@ -186,30 +203,15 @@ class OpenAnchor:
             for kind, popularity_N in enumerate(self.popularity):
                 here = kind_M == kind
                 popularity_M[here] = popularity_N[node_M[here]]
-        return (1 - self.weight_B[row_M]) * popularity_M + self.own(row_M, node_M)
+        own_M = self._own(row_M, node_M)
+        return (1 - self.weight_B[row_M]) * popularity_M + own_M, own_M
 
-    def own(self, row_M: Tensor, node_M: Tensor) -> Tensor:
-        """λ_u · own below nodes, ``(M,)``."""
+    def _own(self, row_M: Tensor, node_M: Tensor) -> Tensor:
         if not len(self.key_U):
             return torch.zeros(len(node_M), dtype=torch.float64, device=node_M.device)
         key_M = row_M * self.tree.flat.n_nodes + node_M
         place_M = torch.searchsorted(self.key_U, key_M).clamp_max(len(self.key_U) - 1)
         return torch.where(self.key_U[place_M] == key_M, self.own_U[place_M], 0.0)
-
-    def repeats(self, row_M: Tensor, node_M: Tensor) -> Tensor:
-        """Part of the mass below nodes that is the user's own purchases, ``(M,)``; as of
-        :meth:`TunedAnchor.repeat_shares`."""
-        return self.own(row_M, node_M) / self.mass(row_M, node_M)
-
-    def scores(self, row_E: Tensor, node_E: Tensor, entry_M: Tensor, child_M: Tensor) -> Tensor:
-        """Base score of children given their parents, as :meth:`TunedAnchor.child_scores` has them.
-
-        Args:
-            row_E, node_E: the parents.
-            entry_M: parent of each child.
-            child_M: the children.
-        """
-        return self.tree.scores(self.mass(row_E[entry_M], child_M), self.mass(row_E, node_E), node_E, entry_M, child_M)
 
 
 @dataclass(frozen=True)
@@ -219,24 +221,15 @@ class DenseAnchor:
     Attributes:
         tree: constants of the scores.
         mass_BN: q_u below every node.
-        own_BN: λ · own below every node; None: it will not be asked for.
+        own_BN: λ · own below every node; None: the tree was made without ``repeats``.
     """
 
     tree: AnchorTree
     mass_BN: Tensor
     own_BN: Tensor | None = None
 
-    def repeats(self, row_M: Tensor, node_M: Tensor) -> Tensor:
-        """As of :meth:`OpenAnchor.repeats`.
-
-        Raises:
-            ValueError: the tree was made without ``repeats``.
-        """
-        if self.own_BN is None:
-            raise ValueError("an AnchorTree made with repeats=False is asked for repeats")
-        return self.own_BN[row_M, node_M] / self.mass_BN[row_M, node_M]
-
-    def scores(self, row_E: Tensor, node_E: Tensor, entry_M: Tensor, child_M: Tensor) -> Tensor:
+    def scores(self, row_E: Tensor, node_E: Tensor, entry_M: Tensor, child_M: Tensor) -> tuple[Tensor, Tensor | None]:
         """As of :meth:`OpenAnchor.scores`."""
-        child_mass_M, mass_E = self.mass_BN[row_E[entry_M], child_M], self.mass_BN[row_E, node_E]
-        return self.tree.scores(child_mass_M, mass_E, node_E, entry_M, child_M)
+        mass_M, mass_E = self.mass_BN[row_E[entry_M], child_M], self.mass_BN[row_E, node_E]
+        repeat_M = None if self.own_BN is None else self.own_BN[row_E[entry_M], child_M] / mass_M
+        return self.tree.scores(mass_M, mass_E, node_E, entry_M, child_M), repeat_M

@@ -290,8 +290,7 @@ class TreeDecoder:
             legal = (leaves_M > 0).nonzero()[:, 0]
             entry_M, child_M, leaves_M = entry_M[legal], child_M[legal], leaves_M[legal]
         depth_E = self.flat.depth_N[entries.node_E].long()
-        base_M = search.anchor.scores(entries.row_E, entries.node_E, entry_M, child_M)
-        repeat_M = search.anchor.repeats(entries.row_E[entry_M], child_M) if self.model.head.repeats else None
+        base_M, repeat_M = search.anchor.scores(entries.row_E, entries.node_E, entry_M, child_M)
         lm_M = self._logits(entries, hidden_EH, depth_E, entry_M, child_M, repeat_M, depths)
         score_M = self.lm_weight_L[depth_E][entry_M] * lm_M + self.base_exponent_L[depth_E][entry_M] * base_M
         children = _Prefixes(
@@ -318,7 +317,7 @@ class TreeDecoder:
         lm_M = torch.empty(len(child_M), dtype=torch.float64, device=self.device)
         for depth in depths:
             at_E = (depth_E == depth).nonzero()[:, 0]
-            logits_EV = self.model.head(hidden_EH[at_E], depth)
+            logits_EV, change_EV = self.model.head.apart(hidden_EH[at_E], depth)
             if not logits_EV.isfinite().all():
                 bad = int(at_E[(~logits_EV.isfinite()).any(1).nonzero()[0, 0]])
                 row = int(entries.row_E[bad])
@@ -330,8 +329,7 @@ class TreeDecoder:
                 here = (depth_E[entry_M] == depth).nonzero()[:, 0]
                 place_M = torch.searchsorted(at_E, entry_M[here])
             lm_M[here] = logits_EV[place_M, code_M[here]].double()
-            if repeat_M is not None:
-                change_EV = self.model.head.repeat_change(hidden_EH[at_E], depth)
+            if repeat_M is not None and change_EV is not None:
                 lm_M[here] += repeat_M[here] * change_EV[place_M, code_M[here]].double()
         return lm_M
 

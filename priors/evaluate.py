@@ -1,7 +1,7 @@
 """How good the forecast is, on the evaluated span: LM, tuned anchor, controls and baselines.
 
 *Likelihood* is exact: the targets are forced through the tree of their own prompt, as of the start of
-their own period. The controls (DESIGN §5), those named in ``prior.controls``, answer whether the LM has read anything:
+their own period. The controls, those named in ``prior.controls``, answer whether the LM has read anything:
 ``other prompt`` shows another user's prompt, and history, with one's own anchor, ``constant hidden`` gives the head the
 mean of what it reads. Where there are history vectors (`priors.history`), ``history alone`` gives it the user's own
 beside the mean hidden state: what the forecaster says without the LM. *Lists* are those that retrieval and ranking get:
@@ -376,10 +376,11 @@ def constant_scores(
     repeats = prior.base.repeat_shares(user_B, period_B) if prior.model.head.repeats else None
     for level, base_BN in enumerate(prior.base.child_scores(user_B, period_B)):
         state_BS = _same_for_all(constant_LH[level], 1 if history_BF is None else len(history_BF), history_BF)
-        logit_BN = prior.model.head(state_BS, level).double().numpy()[:, trie.child_code[level]]
-        if repeats is not None:
-            change_BV = prior.model.head.repeat_change(state_BS, level).double().numpy()
-            logit_BN = logit_BN + repeats[level] * change_BV[:, trie.child_code[level]]
+        logit_BV, change_BV = prior.model.head.apart(state_BS, level)
+        code_N = trie.child_code[level]
+        logit_BN = logit_BV.double().numpy()[:, code_N]
+        if repeats is not None and change_BV is not None:
+            logit_BN = logit_BN + repeats[level] * change_BV.double().numpy()[:, code_N]
         scores.append(calibration.base_exponent[level] * base_BN + calibration.lm_weight[level] * logit_BN)
     return scores
 

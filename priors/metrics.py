@@ -1,4 +1,4 @@
-"""Measures of a forecast: recall, NDCG and calibration over advertisers (DESIGN §4).
+"""Measures of a forecast: recall, NDCG and calibration over advertisers.
 
 Shapes: R user-periods, A advertisers, T targets.
 """
@@ -15,7 +15,7 @@ from data.log import Targets
 Float = NDArray[np.float64]
 
 FLOOR, BINS = 1e-4, 15
-"""DESIGN §4: pairs of a user-period and an advertiser below this probability are left out of calibration's bins."""
+"""Pairs of a user-period and an advertiser below this probability are left out of calibration's bins."""
 _TARGETS, _CHUNK = 4096, 512
 
 

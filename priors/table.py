@@ -1,4 +1,4 @@
-"""The PriorTable: what was forecast, for whom and when (DESIGN §4).
+"""The PriorTable: what was forecast, for whom and when.
 
 One row a user and as-of time; Parquet, ``period=<period>/<shard>.parquet``, rows of a shard in order of users:
 

@@ -179,8 +179,8 @@ def test_bad_input_is_told_and_leaves_nothing(config: object, message: str, sour
 
 
 @pytest.mark.slow
-def test_the_real_source_has_the_counts_of_the_design(tmp_path: Path) -> None:
-    """DESIGN §6: 2,469 households, about 3,400 advertisers, 88k visits, 166k household-week-advertiser positives."""
+def test_the_real_source_has_its_counts(tmp_path: Path) -> None:
+    """2,469 households, about 3,400 advertisers, 88k visits, 166k household-week-advertiser positives."""
     cfg = DataConfig()
     prepare(cfg, tmp_path)
     log = load_log(tmp_path, cfg, evaluate="test")

@@ -342,15 +342,15 @@ def test_mistakes_are_told() -> None:
 
 HOUSEHOLDS, TRANSACTIONS, BASKETS, WITH_PROFILE = 2469, 1_469_307, 155_764, 801
 ADVERTISERS, ADS, VISITS, ELIGIBLE, TARGETS, PLACEMENTS = 3385, 48_500, 88_000, 2679, 166_000, 15_394_519
-"""Counts of shared/DESIGN.md §6; the second row is "about" there, but for the placements (of the first prepared data).
-Transactions are "1.47M" there; this is the number of rows of the package's transactions.parquet."""
+"""Counts of another preparation, which shares no code with this one; rounded there in the second row, but for the
+placements. Transactions are the rows of the package's transactions.parquet."""
 NEW_SHARE = 0.25
-"""§6: "a quarter of them are new to the household". So it is once half a year has gone by; of the whole year it is .35,
+"""A quarter of them are new to the household. So it is once half a year has gone by; of the whole year it is .35,
 since at first every advertiser is new."""
 
 
 @pytest.mark.slow
-def test_the_complete_journey_has_the_counts_of_the_design(tmp_path: Path) -> None:
+def test_the_complete_journey_has_these_counts(tmp_path: Path) -> None:
     cfg = DataConfig(profile_columns=["age", "income"], origin="2016-12-26")
     prepare(cfg, tmp_path)
     found = describe(Tables.open(tmp_path), cfg, evaluate="test")

@@ -27,7 +27,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Log:
 
 
 def by_hand(log: Log, user: int, period: int, c: AnchorConstants) -> np.ndarray:
-    """The formula of DESIGN §4, event by event."""
+    """The formula of the module, event by event."""
     n, events = len(log.advertiser_ids), log.events
     popularity, own = np.full(n, c.smoothing), np.zeros(n)
     promoted, bought = np.zeros(n), np.zeros(n)

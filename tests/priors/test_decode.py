@@ -128,10 +128,10 @@ def test_the_sparse_anchor_is_the_dense_one(w: World, dense: bool) -> None:
         row_E = torch.arange(len(user_B)).repeat_interleave(w.base.trie.n_nodes(depth))
         node_E = torch.arange(flat.offset[depth], flat.offset[depth + 1]).repeat(len(user_B))
         entry_M, child_M = flat.children(node_E)
-        ours = opened.scores(row_E, node_E, entry_M, child_M).numpy()
-        np.testing.assert_allclose(ours.reshape(len(user_B), -1), scores_BN, rtol=1e-9, atol=1e-12)
-        repeats = opened.repeats(row_E[entry_M], child_M).numpy()
-        np.testing.assert_allclose(repeats.reshape(len(user_B), -1), repeat_BN, rtol=1e-9, atol=1e-12)
+        ours, repeats = opened.scores(row_E, node_E, entry_M, child_M)
+        np.testing.assert_allclose(ours.numpy().reshape(len(user_B), -1), scores_BN, rtol=1e-9, atol=1e-12)
+        assert repeats is not None
+        np.testing.assert_allclose(repeats.numpy().reshape(len(user_B), -1), repeat_BN, rtol=1e-9, atol=1e-12)
 
 
 EDGES = {

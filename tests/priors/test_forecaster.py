@@ -63,7 +63,7 @@ def teacher_forced(fitted: Fitted, users: np.ndarray, period: int) -> np.ndarray
 
 
 def test_before_training_the_forecast_is_the_empirical_prior(fitted: Fitted) -> None:
-    """DESIGN §4: the head starts at zero, so that the untrained LM adds nothing to q_u."""
+    """The head starts at zero, so that the untrained LM adds nothing to q_u."""
     untrained = build_model(load_base_model(fitted.cfg.base), fitted.ids, fitted.log, fitted.prior.compiler, fitted.cfg)
     untuned = replace(fitted.prior.base, exponent_L=np.ones(3), bias_LV=[np.zeros(4)] * 3)
     decoder = TreeDecoder(untrained, untuned, Calibration.identity(3), DecodeConfig(beam=64, top_k=100))
