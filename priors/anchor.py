@@ -1,6 +1,7 @@
 """The anchor: how often, and how lately, users have converted with advertisers.
 
-    q_u(a) ∝ (λ · own(a) + μ · co(a) + the rest · pop(a)) · r(a)^γ       pop alone where the user has no history
+    q_u(a) ∝ (λ · own(a) + μ · co(a) + the rest · pop(a)) · r(a)^γ · ω where the user bought a before t
+             pop alone where the user has no history
     pop(a) ∝ s + Σ over promoted conversions with a before t of  ρ^(periods ago)
     own(a) ∝ g(a) · Σ over the user's purchases of a before t of  δ^(periods ago);   adds up to n / (n + ν)
     n      = Σ over the user's purchases before t of  δ^(periods ago)
@@ -11,7 +12,8 @@
 ``prior.anchor.kind`` says which terms there are: λ and μ are 0 for ``popularity``, μ is 0 for
 ``popularity+history``, and ``none`` is uniform over the legal children of every prefix.
 Of a user who bought little, little is known: the share of own purchases grows with their number, as the mean of a
-Dirichlet prior around popularity would have it, but no further than λ.
+Dirichlet prior around popularity would have it, but no further than λ. Where hardly anybody buys a thing twice, ω is
+near 0 (``prior=items``); else it is 1.
 Everything is counted up to the as-of time, the start of the period asked for: never the period itself, of which only
 the plan is known.
 
@@ -59,6 +61,7 @@ class AnchorConstants:
         co_decay: by which a purchase's weight falls a period, for what it says of others.
         co_shrinkage: κ.
         plan_exponent: γ.
+        repeat_factor: ω, what the mass of all that a user bought before is multiplied by.
         alone_decay, alone_smoothing, alone_plan_exponent: ρ, s and γ of popularity where it stands alone; None: the
             same.
     """
@@ -72,9 +75,15 @@ class AnchorConstants:
     co_shrinkage: float = 1.0
     plan_exponent: float = 0.0
     own_shrinkage: float = 0.0
+    repeat_factor: float = 1.0
     alone_decay: float | None = None
     alone_smoothing: float | None = None
     alone_plan_exponent: float | None = None
+
+    @property
+    def of_few(self) -> bool:
+        """Whether all that it knows of a user is a weighted sum over the few advertisers that the user bought from."""
+        return not self.co_weight and self.repeat_factor == 1
 
 
 @dataclass(frozen=True)
@@ -105,10 +114,10 @@ class Counts:
     def of(cls, log: Log) -> Counts:
         """Count the events of a log, and compare the ads that run."""
         events, n_advertisers = log.events, len(log.advertiser_ids)
-        n_periods = int(events.period.max(initial=0)) + 1
+        n_periods = int(events.counted_period.max(initial=0)) + 1
         known = events.advertiser >= 0
         bought, promoted = known & log.is_purchase, known & log.is_label
-        period = np.maximum(events.period, 0)  # what lies before the calendar counts as just before it
+        period = events.counted_period
 
         def by_period(mask: NDArray[np.bool_]) -> Float:
             cell = period[mask].astype(np.int64) * n_advertisers + events.advertiser[mask]
@@ -189,7 +198,13 @@ class Anchor:
         smoothing = c.smoothing if c.alone_smoothing is None else c.alone_smoothing
         exponent = c.plan_exponent if c.alone_plan_exponent is None else c.alone_plan_exponent
         alone = replace(
-            c, own_weight=0.0, co_weight=0.0, popularity_decay=decay, smoothing=smoothing, plan_exponent=exponent
+            c,
+            own_weight=0.0,
+            co_weight=0.0,
+            repeat_factor=1.0,
+            popularity_decay=decay,
+            smoothing=smoothing,
+            plan_exponent=exponent,
         )
         return Anchor(self.counts, alone)
 
@@ -242,6 +257,14 @@ class Anchor:
         total_B1 = promoted_BA.sum(1, keepdims=True)
         return known_B1 * np.divide(promoted_BA, total_B1, out=np.zeros_like(promoted_BA), where=total_B1 > 0)
 
+    def bought(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> NDArray[np.bool_]:
+        """Whether each user bought a before the start of each period, ``(B, A)``."""
+        counts, user_B = self.counts, np.asarray(user_B, dtype=np.int64)
+        row_R, index_R, _ = counts.history(user_B, np.asarray(period_B, dtype=np.int64))
+        bought_BA = np.zeros((len(user_B), counts.n_advertisers), dtype=bool)
+        bought_BA[row_R, counts.advertiser_R[index_R]] = True
+        return bought_BA
+
     def co(self, user_B: NDArray[np.integer], period_B: NDArray[np.integer]) -> Float:
         """co(a) of each user at the start of each period, ``(B, A)``; rows of sums below 1."""
         return self.co_conversions.mass(user_B, period_B, shrinkage=self.constants.co_shrinkage)
@@ -270,11 +293,13 @@ class Anchor:
         co_BA = self.co(user_B, period_B) if constants.co_weight > 0 else np.zeros((1, 1))
         q_BA = mixture(own_BA, co_BA, popularity_BA, constants.own_weight, constants.co_weight)
         own_BA = np.broadcast_to(constants.own_weight * own_BA, q_BA.shape)
-        if self._plan_PA is None:
+        if self._plan_PA is None and constants.repeat_factor == 1:
             return q_BA, own_BA
-        plan_BA = np.exp(self.plan(period_B))
-        total_B1 = (q_BA * plan_BA).sum(1, keepdims=True)
-        return q_BA * plan_BA / total_B1, own_BA * plan_BA / total_B1
+        factor_BA = np.exp(self.plan(period_B))
+        if constants.repeat_factor != 1:
+            factor_BA = np.where(self.bought(user_B, period_B), constants.repeat_factor, 1.0) * factor_BA
+        total_B1 = (q_BA * factor_BA).sum(1, keepdims=True)
+        return q_BA * factor_BA / total_B1, own_BA * factor_BA / total_B1
 
     def _clip(self, period_B: NDArray[np.integer]) -> NDArray[np.int64]:
         return np.clip(np.asarray(period_B, dtype=np.int64), 0, len(self._popularity_PA) - 1)
@@ -375,7 +400,10 @@ class TunedAnchor:
     def to_plain(self) -> dict[str, Any]:
         """Plain types for a manifest or JSON file."""
         # A constant that an older artifact does not know stays out, so that its forecasts keep their version.
-        constants = {name: value for name, value in vars(self.anchor.constants).items() if value is not None}
+        given = self.anchor.constants
+        constants = {name: value for name, value in vars(given).items() if value is not None}
+        if given.repeat_factor == 1:
+            del constants["repeat_factor"]
         return {
             "constants": constants,
             "exponent": self.exponent_L.tolist(),

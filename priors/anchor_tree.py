@@ -46,8 +46,7 @@ class AnchorTree:
 
     def __init__(self, base: TunedAnchor, flat: FlatTrie, *, repeats: bool = False) -> None:
         self.base, self.flat, self.repeats = base, flat, repeats
-        # Co-conversions alone ask for the whole distribution.
-        self.sparse = type(base.anchor) is Anchor and not base.anchor.constants.co_weight
+        self.sparse = type(base.anchor) is Anchor and base.anchor.constants.of_few
         device = flat.leaf_N.device
         self.exponent_L = torch.from_numpy(np.asarray(base.exponent_L, dtype=np.float64)).to(device)
         bias = [bias_V[code_N] for bias_V, code_N in zip(base.bias_LV, flat.trie.child_code, strict=True)]

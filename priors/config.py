@@ -17,7 +17,7 @@ from priors.prompt_config import PromptConfig
 
 ANCHOR_GRID = (
     "own_weight", "co_weight", "own_decay", "own_shrinkage", "co_decay", "co_shrinkage", "popularity_decay",
-    "smoothing", "plan_exponent", "bias_penalty",
+    "smoothing", "plan_exponent", "repeat_factor", "bias_penalty",
 )  # fmt: skip
 """Keys of ``prior.anchor`` that hold values to choose from."""
 ANCHORS = ("none", "popularity", "popularity+history", "popularity+history+cooccurrence")
@@ -183,6 +183,8 @@ class AnchorConfig:
         smoothing: values of s, added to every advertiser's count.
         plan_exponent: values of γ: how much the ads that run in a period, against those that used to run, raise an
             advertiser's share; 0 leaves the plan of campaigns out.
+        repeat_factor: values of ω, what the mass of all that a user bought before is multiplied by; below 1 where
+            hardly anybody buys a thing twice. ``popularity`` knows nothing of the user and leaves it out.
         bias_penalty: values of the L2 penalty on the bias a code; the bias is fitted on the LM's own prompts.
         select_rows: user-periods of the selection span that the constants are chosen on, at the most.
     """
@@ -197,6 +199,7 @@ class AnchorConfig:
     popularity_decay: list[float] = field(default_factory=lambda: [0.65, 0.8, 0.9, 0.97, 1.0])
     smoothing: list[float] = field(default_factory=lambda: [0.03, 0.1, 0.3, 1.0, 3.0])
     plan_exponent: list[float] = field(default_factory=lambda: [0.0, 0.5, 0.75, 1.0])
+    repeat_factor: list[float] = field(default_factory=lambda: [1.0])
     bias_penalty: list[float] = field(default_factory=lambda: [0.003, 0.03, 0.3])
     select_rows: int = 2000
 
@@ -218,6 +221,8 @@ class AnchorConfig:
                 expected = "values above 0, at most 1: the part of a weight that a period leaves"
             elif name == "smoothing" and min(values) <= 0:
                 expected = "values above 0: what keeps an advertiser that nobody bought from possible"
+            elif name == "repeat_factor" and min(values) <= 0:
+                expected = "values above 0: what keeps buying again possible"
             elif min(values) < 0:
                 expected = "values of at least 0"
             else:

@@ -1,7 +1,7 @@
 """Chooses the anchor's constants on the selection span: the best of a grid, term by term, again until nothing changes.
 
     ρ, s, γ of popularity alone ─► λ, δ, ν of own purchases ─► λ, μ, κ and the decay of co-conversions ─┐
-         ▲                                                                                             │
+         ▲                                                                                 └─► ω ──────┤
          └──────────────────── the same with the other terms as they are ◄─────────────────────────────┘
 
 What is best for popularity alone need not be beside own purchases, and the first round does not know what comes next:
@@ -86,7 +86,9 @@ def _terms(cfg: AnchorConfig, *, planned: bool) -> list[list[dict[str, float]]]:
     popularity = grid(popularity_decay=cfg.popularity_decay, smoothing=cfg.smoothing, plan_exponent=exponents)
     own = grid(own_decay=cfg.own_decay, own_shrinkage=cfg.own_shrinkage, own_weight=cfg.own_weight)
     co = grid(co_decay=cfg.co_decay, co_shrinkage=cfg.co_shrinkage, own_weight=cfg.own_weight, co_weight=cfg.co_weight)
-    return [popularity, *([own] if "history" in cfg.kind else []), *([co] if "cooccurrence" in cfg.kind else [])]
+    terms = [popularity, *([own] if "history" in cfg.kind else []), *([co] if "cooccurrence" in cfg.kind else [])]
+    again = grid(repeat_factor=cfg.repeat_factor)
+    return [*terms, again] if len(terms) > 1 and again != [{"repeat_factor": 1.0}] else terms
 
 
 @dataclass
@@ -101,23 +103,28 @@ class _Parts:
 
     counts: Counts
     targets: Targets
-    known: dict[tuple[Any, ...], Float] = field(default_factory=dict)
+    known: dict[tuple[Any, ...], NDArray[Any]] = field(default_factory=dict)
     pairs: CoConversions | None = None
 
     def probability(self, constants: AnchorConstants) -> Float:
         """q_u of every target, ``(T,)``."""
-        c, zero, gamma = constants, np.zeros((1, 3)), constants.plan_exponent
-        popularity_T3 = self._once(("popularity", c.popularity_decay, c.smoothing, gamma), self._popularity, c)
-        own_T3 = co_T3 = zero
+        c, zero, gamma = constants, np.zeros((1, 4)), constants.plan_exponent
+        popularity_T4 = self._once(("popularity", c.popularity_decay, c.smoothing, gamma), self._popularity, c)
+        own_T4 = co_T4 = zero
         if c.own_weight > 0:
             trust_T = trust(self._once(("purchases", c.own_decay), self._purchases, c), c.own_shrinkage)
-            own_T3 = trust_T[:, None] * self._once(("own", c.own_decay, gamma), self._own, c)
+            own_T4 = trust_T[:, None] * self._once(("own", c.own_decay, gamma), self._own, c)
         if c.co_weight > 0:
-            co_T3 = self._once(("co", c.co_decay, c.co_shrinkage, gamma), self._co, c)
-        known_T3 = c.own_weight * own_T3 + c.co_weight * co_T3
-        mixed_T3 = known_T3 + (1 - known_T3[:, 1:2]) * popularity_T3
-        mixed_T: Float = mixed_T3[:, 0] / mixed_T3[:, 2]
-        return mixed_T
+            co_T4 = self._once(("co", c.co_decay, c.co_shrinkage, gamma), self._co, c)
+        known_T4 = c.own_weight * own_T4 + c.co_weight * co_T4
+        mixed_T4 = known_T4 + (1 - known_T4[:, 1:2]) * popularity_T4
+        mixed_T, total_T = mixed_T4[:, 0], mixed_T4[:, 2]
+        if c.repeat_factor != 1:
+            bought_T = self._once(("bought",), self._bought, c)
+            mixed_T = np.where(bought_T, c.repeat_factor, 1.0) * mixed_T
+            total_T = total_T - (1 - c.repeat_factor) * mixed_T4[:, 3]
+        probability_T: Float = mixed_T / total_T
+        return probability_T
 
     def _popularity(self, constants: AnchorConstants) -> Float:
         anchor = Anchor(self.counts, constants)
@@ -133,6 +140,12 @@ class _Parts:
         n_R: Float = np.bincount(row_N, weight_N, minlength=len(self.targets)).astype(np.float64)
         return n_R[self.targets.row]
 
+    def _bought(self, constants: AnchorConstants) -> NDArray[np.bool_]:
+        row_N, index_N, _ = self.counts.history(self.targets.user, self.targets.period)
+        n = self.counts.n_advertisers
+        bought_N = row_N * n + self.counts.advertiser_R[index_N]
+        return np.isin(self.targets.row * n + self.targets.item, bought_N)
+
     def _co(self, constants: AnchorConstants) -> Float:
         if self.pairs is None or self.pairs.decay != constants.co_decay:
             self.pairs = CoConversions(self.counts, decay=constants.co_decay)
@@ -140,23 +153,25 @@ class _Parts:
         return self._at_targets(mass, Anchor(self.counts, constants))
 
     def _once(
-        self, key: tuple[Any, ...], count: Callable[[AnchorConstants], Float], constants: AnchorConstants
-    ) -> Float:
+        self, key: tuple[Any, ...], count: Callable[[AnchorConstants], NDArray[Any]], constants: AnchorConstants
+    ) -> NDArray[Any]:
         if key not in self.known:
             self.known[key] = count(constants)
         return self.known[key]
 
     def _at_targets(self, values: Callable[[NDArray[Any], NDArray[Any]], Float], anchor: Anchor) -> Float:
-        """Values of a ``(B, A)`` function at every target, weighted by the plan, and the sums of its row: ``(T, 3)``.
+        """Values of a ``(B, A)`` function at every target, weighted by the plan, and the sums of its row: ``(T, 4)``.
 
-        The first sum is of the values, the second of the weighted ones.
+        The first sum is of the values, the second of the weighted ones, the third of those of what was bought before.
         """
         targets, row_T, picked = self.targets, self.targets.row, []
         for rows in np.array_split(np.arange(len(targets)), max(1, len(targets) // 256)):
             inside = (row_T >= rows[0]) & (row_T <= rows[-1])
             dense_BA = values(targets.user[rows], targets.period[rows])
             weighted_BA = dense_BA * np.exp(anchor.plan(targets.period[rows]))
+            bought_BA = np.where(anchor.bought(targets.user[rows], targets.period[rows]), weighted_BA, 0.0)
             row_B = row_T[inside] - rows[0]
             at_target = weighted_BA[row_B, targets.item[inside]]
-            picked.append(np.stack([at_target, dense_BA.sum(1)[row_B], weighted_BA.sum(1)[row_B]], axis=1))
+            sums = [values_BA.sum(1)[row_B] for values_BA in (dense_BA, weighted_BA, bought_BA)]
+            picked.append(np.stack([at_target, *sums], axis=1))
         return np.concatenate(picked)

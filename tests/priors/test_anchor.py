@@ -19,6 +19,7 @@ from tests.priors.conftest import random_ids
 
 CONSTANTS = AnchorConstants(own_weight=0.6, own_decay=0.9, popularity_decay=0.8, smoothing=0.5)
 SHRUNK = replace(CONSTANTS, own_shrinkage=3.0)
+ONCE = replace(CONSTANTS, repeat_factor=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +45,14 @@ def by_hand(log: Log, user: int, period: int, c: AnchorConstants) -> np.ndarray:
     floor = 0.5 / promoted.sum()
     g = np.sqrt(np.maximum((promoted / promoted.sum()) / (bought / bought.sum()), floor))
     weight = c.own_weight * own.sum() / max(own.sum() + c.own_shrinkage, 1e-9)
+    again = np.where(own > 0, c.repeat_factor, 1.0)
     own *= g
     popularity /= popularity.sum()
-    return popularity if own.sum() == 0 else weight * own / own.sum() + (1 - weight) * popularity
+    q = again * (popularity if own.sum() == 0 else weight * own / own.sum() + (1 - weight) * popularity)
+    return q / q.sum()
 
 
-@pytest.mark.parametrize("constants", [CONSTANTS, SHRUNK])
+@pytest.mark.parametrize("constants", [CONSTANTS, SHRUNK, ONCE])
 def test_probabilities_follow_the_formula(log: Log, constants: AnchorConstants) -> None:
     anchor = Anchor(Counts.of(log), constants)
     users, periods = np.array([0, 3, 7]), np.array([4, 8, 8])
@@ -123,8 +126,9 @@ def test_no_term_has_better_constants_beside_the_others(log: Log, kind: str) -> 
         "popularity": {"popularity_decay": [0.6, 0.9, 1.0], "smoothing": [0.1, 1.0, 5.0], "plan_exponent": [0.0, 0.7]},
         "history": {"own_weight": [0.2, 0.6], "own_decay": [0.7, 1.0], "own_shrinkage": [0.0, 5.0]},
         "cooccurrence": {"co_weight": [0.1, 0.3], "co_decay": [0.6, 0.9], "co_shrinkage": [1.0, 10.0]},
+        "history again": {"repeat_factor": [0.3, 1.0, 2.0]},
     }
-    terms = {name: values for name, values in terms.items() if name in kind}
+    terms = {name: values for name, values in terms.items() if name.split()[0] in kind}
     grid: dict[str, Any] = {name: values for term in terms.values() for name, values in term.items()}
     chosen, trials = choose_constants(counts, targets, AnchorConfig(kind=kind, **grid))
 
@@ -138,7 +142,7 @@ def test_no_term_has_better_constants_beside_the_others(log: Log, kind: str) -> 
     for name in ("popularity_decay", "smoothing", "plan_exponent"):
         assert getattr(alone, name) == getattr(popularity, name)
     assert chosen.alone_plan_exponent == popularity.plan_exponent
-    assert alone.own_weight == alone.co_weight == 0
+    assert (alone.own_weight, alone.co_weight, alone.repeat_factor) == (0, 0, 1)
     lowest = nll(chosen)
     assert lowest == pytest.approx(min(trial["nll"] for trial in trials))
     for values in terms.values():
@@ -166,12 +170,15 @@ def test_popularity_alone_has_a_plan_exponent_of_its_own(log: Log, told: float |
 def test_plain_form_gives_the_same_anchor_back(log: Log, tmp_path: Path) -> None:
     ids = random_ids(log)
     trie, counts = Trie.from_codes(ids.codes_AL, ids.level_sizes), Counts.of(log)
-    tuned = TunedAnchor(
-        Anchor(counts, CONSTANTS), trie, np.array([0.5, 1.0, 2.0]), [np.ones(4), np.zeros(4), np.ones(4)]
-    )
-    again = TunedAnchor.from_plain(tuned.to_plain(), counts, trie)
-    users, periods = np.arange(5), np.full(5, 5)
-    np.testing.assert_array_equal(again.log_probs(users, periods), tuned.log_probs(users, periods))
+    for constants in (CONSTANTS, ONCE):
+        tuned = TunedAnchor(
+            Anchor(counts, constants), trie, np.array([0.5, 1.0, 2.0]), [np.ones(4), np.zeros(4), np.ones(4)]
+        )
+        # A constant of later stays out where it says nothing, so that forecasts of before keep their version.
+        assert ("repeat_factor" in tuned.to_plain()["constants"]) == (constants is ONCE)
+        again = TunedAnchor.from_plain(tuned.to_plain(), counts, trie)
+        users, periods = np.arange(5), np.full(5, 5)
+        np.testing.assert_array_equal(again.log_probs(users, periods), tuned.log_probs(users, periods))
 
 
 def test_without_an_anchor_every_legal_child_is_as_likely(log: Log) -> None:
@@ -196,6 +203,7 @@ def test_without_an_anchor_every_legal_child_is_as_likely(log: Log) -> None:
         ({"own_decay": [1.5]}, r"(?s)prior\.anchor\.own_decay=\[1\.5\].*at most 1"),
         ({"own_shrinkage": [-1.0]}, r"(?s)prior\.anchor\.own_shrinkage=\[-1\.0\].*at least 0"),
         ({"co_shrinkage": [-1.0]}, r"(?s)prior\.anchor\.co_shrinkage=\[-1\.0\].*at least 0"),
+        ({"repeat_factor": [0.0]}, r"(?s)prior\.anchor\.repeat_factor=\[0\.0\].*buying again possible"),
         ({"select_rows": 0}, r"prior\.anchor\.select_rows=0"),
     ],
 )

@@ -111,10 +111,11 @@ def world(
 def counts(n_advertisers: int, rng: np.random.Generator) -> Counts:
     """Random purchases, six in ten of them promoted; user 0 has none."""
     n_events = rng.poisson(N_USERS * N_PERIODS * n_advertisers * 0.2)
+    user, period = np.sort(rng.integers(1, N_USERS, n_events)), rng.integers(1, N_PERIODS, n_events)
     log: Any = SimpleNamespace(
         events=SimpleNamespace(
-            user=np.sort(rng.integers(1, N_USERS, n_events)),
-            period=rng.integers(1, N_PERIODS, n_events),
+            user=user,
+            counted_period=period,
             advertiser=rng.integers(0, n_advertisers, n_events),
         ),
         is_purchase=np.ones(n_events, bool),
