@@ -317,6 +317,11 @@ class IdHead(nn.Module):
         return rows_VH, -rows_VH @ self.mean_LH[level]
 
     @property
+    def reads_hidden(self) -> bool:
+        """Whether any weight lets a hidden state change a score; where none does, none need be computed."""
+        return any(bool(weight.any()) for weight in [*self.projections, *self.rows.values()])
+
+    @property
     def repeats(self) -> bool:
         """Whether it asks what of a code is the user's own purchases."""
         return self.history is not None and self.history.repeat is not None
@@ -473,6 +478,12 @@ class PriorLM(nn.Module):
         ids = self.id_rows((input_ids - self.first_id_token).clamp_min(0)).to(words.dtype)
         return torch.where(is_id[..., None], ids, words)
 
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether a prompt can change a forecast: not where training was not kept and every head is of zeros."""
+        heads = (self.head, self.interest_head)
+        return any(head is not None and head.reads_hidden for head in heads)
+
     def hidden(self, batch: TreeBatch) -> Tensor:
         """Last hidden states of all tokens, ``(B, T, H)``."""
         return self.run_decoder(
@@ -481,6 +492,13 @@ class PriorLM(nn.Module):
             position_ids=batch.position_ids_BT,
             use_cache=False,
         ).last_hidden_state
+
+    def hidden_read(self, batch: TreeBatch) -> Tensor:
+        """:meth:`hidden`, or zeros at no cost where no head reads it (:attr:`reads_prompt`): scores are the same."""
+        if self.reads_prompt:
+            return self.hidden(batch)
+        width = self.id_rows.embedding_dim
+        return torch.zeros(*batch.input_ids_BT.shape, width, device=batch.input_ids_BT.device)
 
     def extend(self, cache: DynamicCache, input_ids_BK: Tensor, position_ids_BK: Tensor, visible_BKT: Tensor) -> Tensor:
         """Hidden states of further tokens on top of what the cache holds, which grows by them.

@@ -271,11 +271,12 @@ class TreeDecoder:
         if min(len(prompt) for prompt in prompts) == 0:
             raise UserError("an empty prompt", expected="at least one token", action="raise prior.prompt.max_tokens")
         active = ActiveSets(self.flat, active_GA, group_B, len(prompts))
+        reading = self.reader.prefill(prompts)
         return _Search(
-            reading=self.reader.prefill(prompts),
+            reading=reading,
             active=active,
             anchor=self.anchor.open(user_B, period_B, active),
-            tokens_B=torch.tensor([len(prompt) for prompt in prompts], device=self.device),
+            tokens_B=torch.tensor([len(prompt) * reading.computes for prompt in prompts], device=self.device),
             n_levels=self.flat.n_levels,
             place_B=torch.arange(len(prompts), device=self.device),
         )
@@ -341,7 +342,8 @@ class TreeDecoder:
         if keep:
             depth_E = self.flat.depth_N[entries.node_E].long()
             entries.chain_ED.scatter_(1, depth_E[:, None] - 1, column_E[:, None])
-        search.tokens_B += torch.bincount(entries.row_E, minlength=len(search.tokens_B))
+        if search.reading.computes:
+            search.tokens_B += torch.bincount(entries.row_E, minlength=len(search.tokens_B))
         return hidden_EH
 
     def _paths(self) -> Tensor:

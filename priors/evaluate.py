@@ -233,7 +233,7 @@ def head_logits(
     logits = []
     for batch in tree_batches:
         if constant_LH is None:
-            hidden = model.hidden(batch)
+            hidden = model.hidden_read(batch)
             at = [batch.states(hidden, decisions) for decisions in batch.levels]
         else:
             history_BF = batch.history_BF if own_history else None

@@ -8,6 +8,8 @@ values of the prompt are never copied. A prefix that all prompts of a job begin 
 
 What is given back is what the head reads: hidden states, and beside them the history vector of a prompt that has one.
 
+Where no head reads a hidden state (`PriorLM.reads_prompt`: no training was kept), nothing is computed.
+
 A model that takes no 4-D mask (positions by ALiBi, for example) is noticed when the reader is made. For it every
 prefix gets a copy of its prompt's cache, in groups of prompts of equal length.
 
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -39,6 +42,8 @@ class Reading(Protocol):
 
     end_BH: Tensor
     """What the head reads at the end of each prompt."""
+    computes: bool
+    """Whether the LM runs."""
 
     def read(self, row_E: Tensor, path_ED: Tensor, chain_ED: Tensor, *, keep: bool) -> tuple[Tensor, Tensor]:
         """Read prefixes.
@@ -108,14 +113,16 @@ class TreeReader:
             prefix: token ids.
         """
         self._shared = None
-        if len(prefix):
+        if len(prefix) and self.model.reads_prompt:
             cache = DynamicCache()
             ids = torch.from_numpy(np.asarray(prefix, dtype=np.int64))[None].to(self.device)
             self.model.run_decoder(inputs_embeds=self.model.embed(ids), past_key_values=cache, use_cache=True)
             self._shared = ([int(token) for token in prefix], cache)
 
-    def prefill(self, prompts: Prompts) -> TreeReading:
+    def prefill(self, prompts: Prompts) -> Reading:
         """Read the prompts of a batch."""
+        if not self.model.reads_prompt:
+            return Unread.of(prompts, self.model)
         shared, cache = self._prefix_of(prompts)
         rest = [prompt.token_ids[len(shared) :] for prompt in prompts]
         length_B = torch.tensor([len(prompt) for prompt in rest], device=self.device)
@@ -154,6 +161,8 @@ class TreeReader:
 
 class TreeReading:
     """Prompts in a cache, and the prefixes read on top of them."""
+
+    computes = True
 
     def __init__(
         self,
@@ -212,8 +221,10 @@ class CopyReader:
     def share(self, prefix: NDArray[np.integer]) -> None:
         """Nothing is shared between batches."""
 
-    def prefill(self, prompts: Prompts) -> CopyReading:
+    def prefill(self, prompts: Prompts) -> Reading:
         """Read the prompts of a batch, those of one length at a time."""
+        if not self.model.reads_prompt:
+            return Unread.of(prompts, self.model)
         length_B = np.array([len(prompt) for prompt in prompts])
         groups, end = [], dict[int, Tensor]()
         for length in np.unique(length_B):
@@ -233,6 +244,8 @@ class CopyReader:
 
 class CopyReading:
     """Prompts in caches, one for each length."""
+
+    computes = True
 
     def __init__(
         self,
@@ -268,6 +281,31 @@ class CopyReading:
                 kept.append((torch.searchsorted(rows, of_group[place]), cache))
         history_BF = None if self.history_BF is None else self.history_BF[rows]
         return CopyReading(self.model, kept, self.end_BH[rows], history_BF)
+
+
+@dataclass
+class Unread:
+    """Prompts that no head reads: zeros for hidden states, and the history vectors.
+
+    Attributes:
+        end_BH: what the head reads at the end of each prompt, and at every prefix below it.
+    """
+
+    end_BH: Tensor
+    computes = False
+
+    @classmethod
+    def of(cls, prompts: Prompts, model: PriorLM) -> Unread:
+        """Prompts of a model."""
+        device = model.word_embedding.weight.device
+        zeros_BH = torch.zeros(len(prompts), model.id_rows.embedding_dim, device=device)
+        return cls(_beside(zeros_BH, _history(prompts, device)))
+
+    def read(self, row_E: Tensor, path_ED: Tensor, chain_ED: Tensor, *, keep: bool) -> tuple[Tensor, Tensor]:
+        return self.end_BH[row_E], torch.full_like(row_E, -1)
+
+    def only(self, rows: Tensor) -> Unread:
+        return Unread(self.end_BH[rows])
 
 
 def _history(prompts: Prompts, device: torch.device) -> Tensor | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from data.log import Log
 from models.training import TrainerConfig
@@ -53,10 +54,15 @@ class Fitted:
 
 @pytest.fixture(scope="session")
 def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
+    """A forecaster whose LM has something to say: training as short as this is not kept, and zeros read no prompt."""
     directory: Path = tmp_path_factory.mktemp("prior")
     log = tiny_log(directory)
     ids, cfg = random_ids(log), tiny_prior_config()
     prior, metrics = fit_prior(log, ids, cfg, work_dir=directory / "work")
+    generator = torch.Generator().manual_seed(0)
+    for head in (prior.model.head, prior.model.interest_head):
+        for weight in [] if head is None else [*head.projections, *head.rows.values()]:
+            torch.nn.init.normal_(weight, std=0.3, generator=generator)
     return Fitted(log, ids, prior, cfg, metrics)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from transformers import BloomConfig, BloomModel
 
 from data.errors import UserError
 from priors.anchor_tree import AnchorTree
+from priors.dataset import Example, TreeCollator
+from priors.evaluate import exact_log_prob
 from priors.flat_trie import ActiveSets, FlatTrie
 from priors.prompt import Prompt
 from priors.tree_reader import CopyReader, TreeReader
@@ -193,6 +196,33 @@ def test_a_model_without_a_tree_mask_reads_copies_and_is_exact() -> None:
             np.testing.assert_allclose(one.log_prob_K, truth_A[one.advertiser_K], atol=ATOL)
             if exact:
                 assert_top(one, truth_A, 9)
+
+
+@pytest.mark.parametrize("reader", [TreeReader, CopyReader])
+def test_prompts_that_no_head_reads_cost_nothing_and_change_nothing(
+    reader: type[TreeReader | CopyReader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the LM was trained to say was not kept: anchor and history vectors forecast, exactly as it would with it."""
+    w = world(codes_of(40, (4, 4, 4)), (4, 4, 4))
+    for weight in [*w.model.head.projections, *w.model.head.rows.values()]:
+        torch.nn.init.zeros_(weight)
+    truth = brute_force(w)
+    asked = [np.array([3, 0, 39]) for _ in w.prompts]
+    examples = [
+        Example(int(user), int(period), prompt.token_ids, asked[0], prompt.history_F)
+        for prompt, user, period in zip(*w.asked, strict=True)
+    ]
+    batch = TreeCollator(w.base, first_id_token=w.model.first_id_token, repeats=True)(examples)
+    decoder = w.decoder(beam=4, top_k=9)
+    decoder.reader = reader(w.model)
+    monkeypatch.setattr(w.model, "run_decoder", Mock(side_effect=AssertionError("the LM ran")))
+    decoder.reader.share(np.arange(3))
+    for row, one in enumerate(decoder.decode(*w.asked)):
+        np.testing.assert_allclose(one.log_prob_K, truth[row][one.advertiser_K], atol=ATOL)
+        assert one.tokens == 0
+    for row, (ours, _) in enumerate(decoder.score(*w.asked, asked)):
+        np.testing.assert_allclose(ours, truth[row][asked[row]], atol=ATOL)
+    np.testing.assert_allclose(exact_log_prob(w.model, [batch], w.calibration), truth[:, asked[0]].ravel(), atol=ATOL)
 
 
 def test_ten_thousand_users_get_no_invalid_and_no_duplicate_advertiser() -> None:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -249,13 +248,13 @@ def test_saved_and_loaded_it_forecasts_the_same(fitted: Fitted, tmp_path: Path) 
 
 def test_what_was_said_before_the_last_calibration_is_kept(fitted: Fitted, tmp_path: Path) -> None:
     """Its NLL on the selection prompts is the one that the fit ended with, before their calibration."""
-    fitted.prior.save(tmp_path)
+    prior, metrics = fit_prior(fitted.log, fitted.ids, fitted.cfg, work_dir=tmp_path / "work")
+    prior.save(tmp_path)
     loaded = PriorModel.load(tmp_path, fitted.log, fitted.ids, fitted.cfg)
-    assert loaded.anchor_calibration == tuple(fitted.metrics["anchor_calibration"])  # type: ignore[arg-type]
+    assert loaded.anchor_calibration == tuple(metrics["anchor_calibration"])
     select = selection_rows(fitted.log.advertiser_targets("prior_select"), fitted.cfg)
     tree = list(batches(PromptDataset(select, loaded.compiler), loaded.collator, 16))
     log_prob_T = exact_log_prob(loaded.model, tree, loaded.uncalibrated)
-    metrics: Any = fitted.metrics
     best = metrics["best_part"]
     expected = metrics["start"]["select_nll"] if best < 0 else metrics["select_nll_by_part"][best]
     assert mean_target_nll(log_prob_T, select).mean() == pytest.approx(expected, abs=1e-4)
