@@ -61,7 +61,8 @@ class PriorModel:
         base: the tuned anchor over the trie.
         calibration: weights of logits and base.
         compiler: writes its prompts.
-        constant_LH: mean of what the head reads of the selection prompts at each level, for the controls.
+        constant_LH: mean of what the head reads of the selection prompts at each level, for the controls; zeros for
+            hidden states that it does not read.
         cfg: what it was fitted with.
         base_reference: name of the base model.
         fitted_ids: the advertiser IDs it was fitted on; those in use may have grown since.

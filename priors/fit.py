@@ -549,7 +549,7 @@ def logits_at_decisions(model: PriorLM, select: list[TreeBatch]) -> Scores:
     logits, sums = [], [torch.zeros(()) for _ in range(model.head.n_levels)]
     counts = torch.zeros(model.head.n_levels)
     for batch in select:
-        hidden, levels = model.hidden(batch), []
+        hidden, levels = model.hidden_read(batch), []
         for level, decisions in enumerate(batch.levels):
             state_NS = batch.states(hidden, decisions)
             levels.append(model.scores(state_NS, level, decisions))
