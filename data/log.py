@@ -216,6 +216,8 @@ class Log:
         user_ptr: events of user ``u`` are ``user_ptr[u]:user_ptr[u + 1]``.
         label_kinds: codes of the kinds that are labels.
         placements: running ads by market and period.
+        next_ads: ads that run in the period after the last, once for each market: what is booked when that period is
+            forecast, before anything has happened in it.
     """
 
     tables: Tables
@@ -239,6 +241,12 @@ class Log:
     user_ptr: I64
     label_kinds: tuple[int, ...]
     placements: Placements
+    next_ads: I32
+
+    @property
+    def last_period(self) -> int:
+        """The last period that may have events."""
+        return _last_period(self.split, self.evaluate)
 
     @property
     def purchase_kinds(self) -> tuple[int, ...]:
@@ -404,7 +412,8 @@ def load_log(tables_dir: Path, cfg: DataConfig, *, evaluate: str, entity: str = 
         entity: ``"item"`` makes every ad an advertiser of its own, see `Tables.of_items`; nothing else changes.
 
     Returns:
-        The log; without ``evaluate="test"`` its events and placements end before the test span.
+        The log; without ``evaluate="test"`` its events and placements end before the test span, and of the test span
+        it knows what is booked for the first period alone.
 
     Raises:
         UserError: files or columns are missing, an id is dangling, ``evaluate`` or ``entity`` is unknown, or items are
@@ -425,6 +434,7 @@ def load_log(tables_dir: Path, cfg: DataConfig, *, evaluate: str, entity: str = 
         ads=tables.ads.sort("ad_id"),
         users=tables.users.sort("user_id"),
     )
+    booked = tables.placements
     if evaluate != "test":
         closed = calendar.start(split.test[0])
         tables = replace(
@@ -444,7 +454,7 @@ def load_log(tables_dir: Path, cfg: DataConfig, *, evaluate: str, entity: str = 
             expected="conversions with an ad_id: an item is an ad",
             action="set semantic_ids.entity=advertiser",
         )
-    last = split.test[0] - 1 if evaluate != "test" else split.test[1]
+    last = _last_period(split, evaluate)
     ad_features, ad_vocabularies = _features(tables.ads, cfg.ad_columns)
     user_features, user_vocabularies = _features(tables.users, cfg.profile_columns)
     return Log(
@@ -469,7 +479,12 @@ def load_log(tables_dir: Path, cfg: DataConfig, *, evaluate: str, entity: str = 
         user_ptr=np.searchsorted(events.user, np.arange(len(tables.users) + 1)).astype(np.int64),
         label_kinds=label_kinds,
         placements=_load_placements(tables, calendar, market_ids, ad_ids, display=display, mailer=mailer, last=last),
+        next_ads=_load_running(booked, calendar, ad_ids, last + 1),
     )
+
+
+def _last_period(split: TimeSplit, evaluate: str) -> int:
+    return split.test[1] if evaluate == "test" else split.test[0] - 1
 
 
 def _index(column: str, ids: pl.Series) -> pl.Expr:
@@ -628,6 +643,16 @@ def _load_placements(
         display=display_P[row],
         mailer=mailer_P[row],
     )
+
+
+def _load_running(placements: pl.LazyFrame, calendar: Calendar, ad_ids: pl.Series, period: int) -> I32:
+    """Indexes of the ads that run in a period, rising, once for each market."""
+    begins, ends = (calendar.period_expr(expr) for expr in (_micros("start"), _micros("end") - 1))
+    running = placements.filter(begins <= period, ends >= period).select("market_id", "ad_id").unique().collect()
+    found = running.select(_index("ad_id", ad_ids)).to_series()
+    if found.null_count():
+        raise _dangling("placements", ["ad_id"])
+    return np.sort(found.to_numpy())
 
 
 def _targets(events: Events, item: I32, *, by_market: bool) -> Targets:

@@ -5,7 +5,8 @@ and leaflets are booked ahead. What users did tells the demand, the plan tells h
 
     r_t(a) = (ads of a running in t + 1) / (ads of a running in a period before t, on average, + 1)
 
-An ad counts once in each market it runs in. The plan of a period is taken as known at its start, and no event is read.
+An ad counts once in each market it runs in. The plan of a period is taken as known at its start, that of the first one
+after the log too: that is the one to be served. No event is read.
 
 Shapes: P periods, A advertisers.
 """
@@ -47,8 +48,12 @@ def running_ads(log: Log, n_periods: int) -> NDArray[np.int64]:
 
 
 def planned(log: Log, n_periods: int) -> Float | None:
-    """:func:`compared` of the running ads of a log, as of :func:`running_ads`."""
-    return compared(running_ads(log, n_periods))
+    """:func:`compared` of the running ads of a log, as of :func:`running_ads`, and of the period after it."""
+    running_PA = running_ads(log, n_periods)
+    if log.last_period + 1 < n_periods:
+        advertiser_P = log.ad_advertiser[log.next_ads]
+        running_PA[log.last_period + 1] = np.bincount(advertiser_P[advertiser_P >= 0], minlength=running_PA.shape[1])
+    return compared(running_PA)
 
 
 def compared(running_PA: NDArray[np.int64]) -> Float | None:

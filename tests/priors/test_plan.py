@@ -49,11 +49,17 @@ def test_a_plan_compares_a_period_with_those_before_it(log: Log) -> None:
     np.testing.assert_allclose(plan_PA[7], np.log((by_hand(log, 7) + 1) / (before + 1)))
 
 
-def test_a_period_of_which_nothing_is_known_has_no_plan(log: Log) -> None:
-    """The log of a validation run ends before the test span, and so do its placements."""
-    plan_PA = planned(log, 14)
+def test_the_period_after_the_log_has_the_plan_that_is_booked_and_those_after_it_none(log: Log, tmp_path: Path) -> None:
+    """A validation run's log ends before the test span; what is served is a forecast of that span's first period."""
+    plan_PA, opened = planned(log, 15), tiny_log(tmp_path, evaluate="test")
     assert plan_PA is not None
-    np.testing.assert_array_equal(plan_PA[12:], 0.0)
+    before = np.mean([by_hand(log, period) for period in range(1, 12)], axis=0)
+    np.testing.assert_allclose(plan_PA[12], np.log((by_hand(opened, 12) + 1) / (before + 1)))
+    assert plan_PA[12].any()
+    np.testing.assert_array_equal(plan_PA[13:], 0.0)
+    counted = Counts.of(log).plan_PA
+    assert counted is not None
+    np.testing.assert_array_equal(counted[-1], plan_PA[12])
 
 
 def test_what_runs_later_changes_no_plan_of_before(log: Log, tmp_path: Path) -> None:
@@ -77,7 +83,7 @@ def test_ads_that_always_run_are_no_plan(log: Log) -> None:
         ptr=np.concatenate(([0], np.cumsum([len(part) for part in rows]))),
         ad=placements.ad[np.concatenate(rows)],
     )
-    fixed = replace(log, placements=always)
+    fixed = replace(log, placements=always, next_ads=always.ad)
     assert running_ads(fixed, 12)[1:].any()
     assert planned(fixed, 12) is None
     counts = Counts.of(fixed)

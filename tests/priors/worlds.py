@@ -124,6 +124,8 @@ def counts(n_advertisers: int, rng: np.random.Generator) -> Counts:
         user_ids=np.arange(N_USERS),
         ad_advertiser=np.zeros(0, np.int32),
         placements=NOTHING_RUNS,
+        last_period=N_PERIODS,
+        next_ads=np.zeros(0, np.int32),
     )
     return Counts.of(log)
 
