@@ -125,7 +125,7 @@ class ShardMaker:
         """Fingerprint of what a shard is made of."""
         previous = self._previous(shard.period, directory) if self.incremental else None
         users = self.log.user_ids[shard.user_R].tolist()  # their numbers in the log change when users come in
-        read = self._sources.before(shard.period)
+        read = [self._sources.before(shard.period), self._sources.profiles(shard.user_R)]
         return fingerprint([self.settings, shard.period, users, read, previous])
 
     def make(self, shard: Shard, directory: Path, key: str) -> Cost:

@@ -3,18 +3,21 @@
     events of period 1 ─► digest ─► with those of period 2 ─► digest ─► …      everything before a period: one look-up
 
 Both are hashed once, period after period, column by column. Users, ads, advertisers, markets and categories are told by
-their ids, not by their numbers in the log, which change when others come in.
+their ids, not by their numbers in the log, which change when others come in; ads and advertisers by their words and
+features too, which prompts and interests read. An ad without an event before a period has no say in it.
 
 Shapes: P periods, A advertisers, E events of one period.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from hashlib import blake2b
 from typing import Any
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
 from data.artifacts import fingerprint
@@ -40,12 +43,20 @@ class Sources:
         """Fingerprint of all events before a period, and of the plan up to the period itself.
 
         The same for two logs that differ in later events or later placements alone. An event is its user, kind, ad,
-        advertiser, market, category and time.
+        advertiser, market, category and time, and what is known of ad and advertiser.
         """
         period_P, events_P = self._events
         last = int(np.searchsorted(period_P, period))
         plan = self._plan[min(max(period, 0), len(self._plan) - 1)]
-        return fingerprint([events_P[last], plan])
+        return fingerprint([list(self._log.label_kinds), events_P[last], plan])
+
+    def profiles(self, user_R: NDArray[np.integer]) -> dict[str, list[str]]:
+        """What prompts read of users, in words."""
+        log = self._log
+        return {
+            column: np.array(log.user_vocabularies[column], dtype=np.str_)[code_U[user_R]].tolist()
+            for column, code_U in sorted(log.user_features.items())
+        }
 
     @cached_property
     def _events(self) -> tuple[NDArray[np.integer], list[bytes]]:
@@ -53,8 +64,8 @@ class Sources:
         log, events = self._log, self._log.events
         columns = [
             (events.user, _by_code(log.user_ids)),
-            (events.ad, _by_code(log.ad_ids)),
-            (events.advertiser, _by_code(log.advertiser_ids)),
+            (events.ad, _by_code(self._ads())),
+            (events.advertiser, _by_code(_told(log.tables.advertisers, ("advertiser_id", "name", "text")))),
             (events.market, _by_code(log.market_ids)),
             (events.category, _by_code(np.array(log.category_names, dtype=np.str_))),
         ]
@@ -71,6 +82,15 @@ class Sources:
             found.append(digest.digest())
         return period_P, found
 
+    def _ads(self) -> NDArray[np.str_]:
+        """What is known of each ad."""
+        features = {
+            column: np.array(self._log.ad_vocabularies[column], dtype=np.str_)[code_I]
+            for column, code_I in sorted(self._log.ad_features.items())
+        }
+        ads = self._log.tables.ads.select("ad_id", "text")
+        return _told(ads.with_columns(**{f"feature {c}": pl.Series(v) for c, v in features.items()}))
+
     @cached_property
     def _plan(self) -> list[bytes]:
         """Digest of the plan up to each period; a period without a plan adds nothing, as where there is none at all."""
@@ -82,6 +102,12 @@ class Sources:
                 digest.update(plan_A.tobytes())
             found.append(digest.digest())
         return found
+
+
+def _told(frame: pl.DataFrame, columns: Sequence[str] | None = None) -> NDArray[np.str_]:
+    """The columns of each row, as one word."""
+    parts = [pl.col(column).cast(pl.String).fill_null("\0") for column in columns or frame.columns]
+    return frame.select(pl.concat_str(parts, separator="\x1f").alias("told"))["told"].to_numpy().astype(np.str_)
 
 
 def _by_code(ids: NDArray[Any]) -> NDArray[np.uint64]:

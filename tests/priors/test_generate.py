@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from data.errors import UserError
+from data.log import Log
 from priors.anchor import Anchor
 from priors.artifact import PriorModel
 from priors.config import DecodeConfig
@@ -74,6 +75,44 @@ def test_shards_of_another_decoding_or_of_other_events_are_made_anew(fitted: Fit
     assert run_job(maker_of(fitted, beam=4), USERS[:5], [7], tmp_path).damaged == 1
     late = replace(fitted.log, events=fitted.log.events.select(np.arange(3, len(fitted.log.events))))
     assert run_job(replace(maker_of(fitted, beam=4), log=late), USERS[:5], [7], tmp_path).damaged == 1
+
+
+def other_words(log: Log, table: str, column: str, rows: np.ndarray) -> Log:
+    """The log with other words in some rows of a table of its catalogue."""
+    frame = getattr(log.tables, table)
+    words = pl.when(pl.Series(np.isin(np.arange(len(frame)), rows))).then(pl.lit("other")).otherwise(column)
+    return replace(log, tables=replace(log.tables, **{table: frame.with_columns(words.alias(column))}))
+
+
+def changed_logs(log: Log) -> dict[str, tuple[Log, bool]]:
+    """Logs whose prompts, interests or labels differ as of period 7, and some that do not."""
+    before = log.events.period < 7
+    seen, bought = np.unique(log.events.ad[before]), np.unique(log.events.advertiser[before])
+    column, codes_U = next(iter(log.user_features.items()))
+    others_U = np.where(np.arange(len(codes_U)) == USERS[3], 1 - np.minimum(codes_U, 1), codes_U).astype(np.int32)
+    strangers_U = np.where(np.arange(len(codes_U)) > USERS[-1], 1, codes_U).astype(np.int32)
+    return {
+        "text of an ad": (other_words(log, "ads", "text", seen[seen >= 0][:1]), True),
+        "text of an ad that nobody saw": (
+            other_words(log, "ads", "text", np.setdiff1d(np.arange(len(log.ad_ids)), seen)),
+            False,
+        ),
+        "name of an advertiser": (other_words(log, "advertisers", "name", bought[bought >= 0][:1]), True),
+        "profile of a user": (replace(log, user_features={**log.user_features, column: others_U}), True),
+        "profiles of others": (replace(log, user_features={**log.user_features, column: strangers_U}), False),
+        "label kinds": (replace(log, label_kinds=log.label_kinds[:-1]), True),
+    }
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["text of an ad", "text of an ad that nobody saw", "name of an advertiser", "profile of a user",
+     "profiles of others", "label kinds"],
+)  # fmt: skip
+def test_a_shard_is_of_all_that_its_prompts_read(fitted: Fitted, what: str) -> None:
+    log, stale = changed_logs(fitted.log)[what]
+    shard, nowhere = Shard(7, 0, USERS), Path("nowhere")
+    assert (replace(maker_of(fitted), log=log).key(shard, nowhere) != maker_of(fitted).key(shard, nowhere)) == stale
 
 
 def told(fitted: Fitted, plan_PA: np.ndarray | None, *, exponent: float = 0.5) -> PriorModel:
@@ -157,6 +196,7 @@ def test_who_comes_in_later_leaves_shards_as_they_are(fitted: Fitted) -> None:
         log,
         events=replace(without.select(without.user != gone), user=_without(without.user[without.user != gone], gone)),
         user_ids=np.delete(log.user_ids, gone),
+        user_features={column: np.delete(codes_U, gone) for column, codes_U in log.user_features.items()},
     )
     others = np.array([user for user in USERS if user != gone])
     keys = [
