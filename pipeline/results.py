@@ -262,13 +262,19 @@ def _cost(run: Run) -> tuple[str, ...]:
     return (
         run.name,
         number(prior.metrics["prompts"], 0),
-        "kept" if prior.metrics["best_part"] >= 0 else "not kept",
+        f"{_base(prior.config)}, {'kept' if prior.metrics['best_part'] >= 0 else 'not kept'}",
         _seconds(prior.seconds),
         f"{number(prior.peak_memory_mb / 1024, 1)} GiB",
         number(forecasts.metrics["forecasts_made"], 0),
         _seconds(forecasts.metrics["seconds_per_forecast"], 3),
         "" if rankers is None else f"{rankers.metrics.get('rankers', '')}, {_seconds(rankers.seconds)}",
     )
+
+
+def _base(config: Mapping[str, Any]) -> str:
+    base = config["prior"]["base"]
+    random = ", random weights" if base["random_weights"] else ""
+    return str(base["name"]).removeprefix("packaged:") + random
 
 
 def _seconds(value: Any, digits: int = 0) -> str:

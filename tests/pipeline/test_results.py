@@ -44,7 +44,8 @@ def run_of(
 
     def stage(name: str, metrics: Mapping[str, object], rows: Sequence[Row]) -> None:
         (directory / name).mkdir(parents=True)
-        config = {"data": {"source": "simulator"}, "evaluate": "validation"}
+        base = {"name": "packaged:tiny", "random_weights": best_part >= 0}
+        config = {"data": {"source": "simulator"}, "evaluate": "validation", "prior": {"base": base}}
         inputs = {"forecasts": made_from[name]} if name in made_from else {}
         manifest = Manifest(
             name, "key", config, inputs=inputs, content_hash=f"of {name}", versions={"torch": "9.9"},
@@ -85,8 +86,8 @@ def test_the_page_shows_what_the_stages_left(tmp_path: Path) -> None:
     assert cells(page, "At a glance") == [["One", "−0.2000 ▲", ""], ["Two", "−0.2000 ▲", "+0.4000 ▲"]]
     assert "| forecast − none | NLL |" in page  # of the ranker there is no row without a forecast
     assert cells(page, "What it cost") == [
-        ["One", "3,000", "not kept", "60 s", "0.0 GiB", "5,000", "0.125 s", ""],
-        ["Two", "3,000", "kept", "60 s", "0.0 GiB", "5,000", "0.125 s", "12, 60 s"],
+        ["One", "3,000", "tiny, not kept", "60 s", "0.0 GiB", "5,000", "0.125 s", ""],
+        ["Two", "3,000", "tiny, random weights, kept", "60 s", "0.0 GiB", "5,000", "0.125 s", "12, 60 s"],
     ]
     assert "torch 9.9" in page
     assert "simulator, span validation, forecasts of 1,234 users, NLL of 77 user-periods" in page
