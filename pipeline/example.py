@@ -51,7 +51,7 @@ def user_example(
         users: the panel.
 
     Returns:
-        The example; None where nobody converted.
+        The example; None where nobody converted where an ad ran.
     """
     anchor, lm = forecasts["anchor"], forecasts["lm"]
     targets = log.ad_targets(log.evaluate, users)
@@ -60,8 +60,11 @@ def user_example(
     sizes = np.diff(targets.ptr)
     place = {int(user): place for place, user in enumerate(users)}
     order = sorted(range(len(targets)), key=lambda row: (place[int(targets.user[row])], targets.period[row]))
-    enough = [row for row in order if sizes[row] >= min(MIN_TARGETS, int(sizes.max()))]
-    row = enough[0]
+    order.sort(key=lambda row: sizes[row] < min(MIN_TARGETS, int(sizes.max())))
+    offered = (row for row in order if len(log.active_ads(int(targets.market[row]), int(targets.period[row])).ad))
+    row = next(offered, None)
+    if row is None:
+        return None
     user, market, period = (int(column[row]) for column in (targets.user, targets.market, targets.period))
     bought = set(targets.of(row).tolist())
     bought_from = {int(log.ad_advertiser[ad]) for ad in bought} - {-1}

@@ -53,10 +53,16 @@ def run_stages(
     directory = configuration.run_directory(config)
     if follows:
         console.quiet = True
+
+    def begin() -> None:
+        # What only needs some of a run's stages leaves the configuration of the others as it is.
+        if overrides is not None or not (directory / CONFIG_FILE).exists():
+            configuration.save(config, directory / CONFIG_FILE, overrides)
+
     run = Run(
         directory, stages(), config, observer=ConsoleObserver(console), follows=follows,
         # Before the first stage: artifacts of a run that stops half-way are read by the configuration that made them.
-        on_begin=lambda: configuration.save(config, directory / CONFIG_FILE, overrides),
+        on_begin=begin,
     )  # fmt: skip
     if shared is not None:
         run.shared = shared

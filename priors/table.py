@@ -141,7 +141,7 @@ class PriorTable:
 
         Raises:
             UserError: there is no table, or it is damaged.
-            LineageError: its files were made with different IDs.
+            LineageError: its files were made with different IDs, or of advertisers that the log does not have.
         """
         frame = read_frame(directory)
         tries = frame["trie"].unique().to_list()
@@ -158,6 +158,13 @@ class PriorTable:
         lists = {name: frame[name].to_list() for name in (*_LISTS, *_INTERESTS) if name not in unread}
         interests = sorted({name for row in lists["interest"] for name in row})
         place = {name: index for index, name in enumerate(interests)}
+        unknown = {id_ for row in lists["advertiser_id"] for id_ in row} - advertiser.keys()
+        if unknown:
+            raise LineageError(
+                f"priors in {directory} of advertiser {min(unknown)!r}, which the log does not have",
+                expected="forecasts of this log's advertisers",
+                action="name the forecasts of this run, or make them again: adsid run run.until=forecasts",
+            )
         indexes = [[advertiser[id_] for id_ in row] for row in lists["advertiser_id"]]
         return cls(
             user_R=frame["user"].to_numpy().astype(np.int64),

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.artifacts import fingerprint
+from data.errors import UserError
 from data.statistics import TIERS, Row, activity_tiers
 from priors.forecast import Forecast
 from ranking.config import TASKS_SHARE, RankerConfig
@@ -187,6 +188,12 @@ def arms(spans: RankerSpans, forecasts: Mapping[str, Forecast | None], cfg: Rank
     lm = remembered.get("lm")
     if cfg.shuffled_control and lm is not None:
         everybody = np.concatenate([part.rows.user for part in (spans.fit, spans.stop, spans.evaluation)])
+        if len(np.unique(everybody)) < 2:
+            raise UserError(
+                "rows of one user, and a control that gives each user another's forecast",
+                expected="at least two users",
+                action="raise prior.panel, or set ranker.shuffled_control=false",
+            )
         remembered[SHUFFLED] = RememberedForecast(ShuffledForecast(lm, everybody))
     return [Variant(arm, forecast, cfg) for arm, forecast in remembered.items()]
 

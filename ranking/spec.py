@@ -64,8 +64,15 @@ class FeatureSpec:
             The spec.
 
         Raises:
-            UserError: a feature is of another type, a number is infinite, or unknown where that cannot be.
+            UserError: there is no dense feature, one is of another type, a number is infinite, or unknown where that
+                cannot be.
         """
+        if not features.dense:
+            raise UserError(
+                "a ranker without any dense feature",
+                expected="at least one: rankers weigh numbers beside the embeddings of ids",
+                action="name some in ranker.features.dense or ranker.features.prior",
+            )
         _check(features)
         tables: dict[str, list[Any]] = {}
         for table in dict.fromkeys(feature.table for feature in features.sparse.values()):

@@ -305,11 +305,15 @@ def train_two_tower(
 
 
 def _selection(log: Log, span: str | Span, users: UserInputs, cfg: RetrievalConfig) -> DataLoader | None:
-    """A sample of the requests of a span; None where it has none."""
+    """A sample of the requests of a span; None where none of them converted with an ad that runs there."""
     select = log.ad_targets(span)
     rng = np.random.default_rng(cfg.seed)
     chosen = np.sort(rng.permutation(len(select))[: cfg.pairs.validation_requests])
-    if not len(chosen):
+
+    def runs(row: int) -> bool:
+        return bool(np.isin(select.of(row), log.active_ads(int(select.market[row]), int(select.period[row])).ad).any())
+
+    if not any(runs(row) for row in chosen.tolist()):
         return None
     validation = ValidationBatches(log, select, users, cfg.pairs, seed=cfg.seed)
     return DataLoader(chosen.tolist(), batch_size=128, collate_fn=validation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,6 +56,15 @@ def test_it_makes_what_it_needs_and_writes_a_page_and_json(run: Path) -> None:
     page = (run / "bench" / "retrieval.html").read_text()
     assert "<svg" in page
     assert "Channels alone" in page
+
+
+def test_a_run_keeps_the_configuration_that_it_was_made_with(run: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(run, tmp_path / "run")
+    before, source = (copied / "config.yaml").read_text(), load_run(copied, action="").data.path
+    others = [override for override in TINY if "channels" not in override]
+    shown = bench(*others, f"data.path={source}", f"run.dir={copied}", "retrieval.channels=[own]")
+    assert shown.exit_code == 0, shown.output
+    assert (copied / "config.yaml").read_text() == before
 
 
 @pytest.mark.parametrize(

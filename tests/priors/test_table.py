@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
-from data.errors import UserError
+from data.errors import LineageError, UserError
 from priors.forecast import TableForecast, among_active
 from priors.lookup import PriorLookup, write_lookup
 from priors.table import PriorTable, is_shard, read_frame, shard_files, write_shard
@@ -104,6 +105,12 @@ def test_a_shard_cut_short_is_noticed(fitted: Fitted, directory: Path, tmp_path:
     assert not is_shard(path, key="mine")
     with pytest.raises(UserError, match=r"00000\.parquet, which cannot be read"):
         PriorTable.load(tmp_path, fitted.log)
+
+
+def test_forecasts_of_another_catalogue_are_told(fitted: Fitted, directory: Path) -> None:
+    other = replace(fitted.log, advertiser_ids=np.array([f"x{id_}" for id_ in fitted.log.advertiser_ids]))
+    with pytest.raises(LineageError, match=r"(?s)which the log does not have.*make them again"):
+        PriorTable.load(directory, other)
 
 
 def test_no_table_is_told(fitted: Fitted, tmp_path: Path) -> None:

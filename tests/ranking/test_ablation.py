@@ -9,11 +9,21 @@ import numpy as np
 import pytest
 
 import ranking.ablation as ablation
+from data.errors import UserError
 from data.statistics import Row
 from priors.forecast import PRIOR_FEATURES
-from ranking.ablation import SHUFFLED, RememberedForecast, ShuffledForecast, compare, grid, run_ablation, segments
+from ranking.ablation import (
+    SHUFFLED,
+    RememberedForecast,
+    ShuffledForecast,
+    arms,
+    compare,
+    grid,
+    run_ablation,
+    segments,
+)
 from ranking.config import MODELS, AblationConfig
-from ranking.features import FeatureBuilder
+from ranking.features import FeatureBuilder, Features
 from ranking.metrics import METRICS, Sample, evaluate
 from ranking.prior import GROUPS
 from ranking.ranker import RankerSpans
@@ -151,6 +161,15 @@ def test_in_the_shuffle_everybody_has_the_forecast_of_somebody_else(spans: Ranke
         shuffled.other(np.array([4]))
     with pytest.raises(ValueError, match="at least two"):
         ShuffledForecast(forecast, np.array([3, 3]))
+
+
+def test_a_control_of_one_user_is_told(spans: RankerSpans) -> None:
+    def of_one(part: Features) -> Features:
+        return replace(part, rows=replace(part.rows, user=np.full(len(part.rows), 3)))
+
+    alone = replace(spans, fit=of_one(spans.fit), stop=of_one(spans.stop), evaluation=of_one(spans.evaluation))
+    with pytest.raises(UserError, match=r"(?s)at least two users.*prior\.panel.*ranker\.shuffled_control=false"):
+        arms(alone, {"none": None, "lm": tastes(spans.log)}, CFG)
 
 
 def test_killed_between_arms_it_keeps_the_finished_ones(

@@ -222,6 +222,11 @@ def test_a_prior_that_covers_no_user_is_the_arm_without(log: Log, builder: Featu
         np.testing.assert_array_equal(column, prior_columns(base.rows, None, PRIOR)[name])
 
 
+def test_a_ranker_without_numbers_is_told(features: Features) -> None:
+    with pytest.raises(UserError, match=r"(?s)without any dense feature.*ranker\.features\.dense"):
+        FeatureSpec.fit(replace(features, dense={}), CFG, semantic_ids="v")
+
+
 def test_an_uncovered_user_gets_the_training_mean_and_a_flag(log: Log, builder: FeatureBuilder) -> None:
     base = builder.build(Rows.of_span(log, "ranker_fit"))
     covered = np.arange(len(log.user_ids)) % 2 == 0
