@@ -140,6 +140,17 @@ def test_vectors_read_nothing_of_the_period_or_later(log: Log, tmp_path: Path) -
     assert np.isnan(towers.embedder(log, cfg.pairs)(*first)).all()
 
 
+def test_towers_of_a_selection_span_where_no_converted_ad_ran_train_to_the_end(log: Log, tmp_path: Path) -> None:
+    placed = log.placements
+    nothing = replace(
+        placed, market_ptr=np.zeros_like(placed.market_ptr), first=placed.first[:0], ptr=np.zeros(1, placed.ptr.dtype),
+        ad=placed.ad[:0], display=placed.display[:0], mailer=placed.mailer[:0],
+    )  # fmt: skip
+    _, result = train_tiny(replace(log, placements=nothing), tiny_retrieval(), tmp_path)
+    assert result.best_epoch == 1
+    assert result.history == []
+
+
 def test_refit_towers_read_all_before_a_period_and_nothing_of_it(log: Log, tmp_path: Path) -> None:
     def refit(known: Log, before: int, name: str) -> bytes:
         text = np.zeros((len(log.advertiser_ids), 8), np.float32)
