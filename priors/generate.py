@@ -329,20 +329,22 @@ def generate_priors(prior: PriorModel, log: Log, cfg: PriorConfig, *, out_dir: P
         work_dir: finished shards of an interrupted job.
 
     Returns:
-        Cost and coverage: forecasts, tokens and seconds each, users an hour, mean mass covered.
+        Cost and coverage: forecasts, mean mass covered; tokens and seconds each, of those that this attempt made, None
+        where an earlier one had made all.
     """
     users, periods = log.panel(cfg.panel, cfg.seed), as_of_periods(log, cfg.decode.every)
     shards = work_dir / "shards"
     cost = run_job(ShardMaker(prior, log, cfg), users, periods, shards, progress_bar=cfg.trainer.progress_bar)
     shutil.copytree(shards, out_dir, dirs_exist_ok=True)
+    found = pl.read_parquet(shard_files(out_dir), columns=["mass", "certified"])
     n_made = cost.decoded
     return {
         "users": len(users),
         "as_of_periods": len(periods),
-        "forecasts_made": n_made,
+        "forecasts_made": len(found),
         "tokens_per_forecast": cost.tokens / n_made if n_made else None,
         "seconds_per_forecast": cost.seconds / n_made if n_made else None,
         "users_per_hour": 3600 * n_made / cost.seconds if n_made else None,
-        "mass_in_list": cost.mass / n_made if n_made else None,
-        "certified_share": cost.certified / n_made if n_made else None,
+        "mass_in_list": float(found["mass"].to_numpy().mean()),
+        "certified_share": float(found["certified"].to_numpy().mean()),
     }

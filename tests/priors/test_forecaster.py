@@ -382,14 +382,17 @@ def test_a_user_without_a_forecast_falls_back_to_the_anchor_and_is_flagged(fitte
     assert all(np.isfinite(values).all() for values in features.values())
 
 
-def test_a_finished_as_of_file_is_not_made_again(fitted: Fitted, tmp_path: Path) -> None:
+def test_a_finished_as_of_file_is_not_made_again_and_counts_as_before(fitted: Fitted, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     arguments = {"out_dir": tmp_path / "out", "work_dir": tmp_path / "work"}
-    generate_priors(fitted.prior, fitted.log, fitted.cfg, **arguments)
+    whole = generate_priors(fitted.prior, fitted.log, fitted.cfg, **arguments)
     first = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*.parquet")}
     (tmp_path / "work" / "shards" / "period=0009" / "00000.parquet").unlink()
     metrics = generate_priors(fitted.prior, fitted.log, fitted.cfg, **arguments)
-    assert metrics["forecasts_made"] == 20
+    for name in ("users", "as_of_periods", "forecasts_made", "mass_in_list", "certified_share"):
+        assert metrics[name] == whole[name], name
+    assert metrics["tokens_per_forecast"] > 0, "of the 20 that were made now"
+    assert generate_priors(fitted.prior, fitted.log, fitted.cfg, **arguments)["seconds_per_forecast"] is None
     assert {file: file.read_bytes() for file in (tmp_path / "out").rglob("*.parquet")} == first
 
 
