@@ -14,7 +14,8 @@ Ads come and go without a rebuild: an added ad is a new row, and a removed or ex
 which every search then passes over. Any number of searches run at once; a change waits for those under way.
 
 On a GPU (``faiss-gpu`` and a device that FAISS sees) unrestricted searches run there and restricted ones
-on the CPU copy, since FAISS's GPU indexes take no selector. The GPU path has not been run on a GPU.
+on the CPU copy, since FAISS's GPU indexes take no selector. They are no more thread-safe for reading either, so
+those searches take turns. The GPU path has not been run on a GPU.
 
 Shapes: N rows, D width, B queries, K results.
 """
@@ -48,6 +49,7 @@ BUILT_BY = {
 """Settings of each kind that cannot be changed once it is built."""
 NO_AD = -1
 FOREVER = np.iinfo(np.int64).max
+_GPU_MAX_K = 2048  # neighbours that FAISS's GPU indexes select at the most
 
 
 @dataclass
@@ -133,7 +135,7 @@ class AdIndex:
     ) -> None:
         self._index, self.cfg, self._mapped = index, cfg, mapped
         self.dim = int(index.d)
-        self._gate = _Gate()
+        self._gate, self._gpu_turn = _Gate(), threading.Lock()
         self._set_rows(ads_N, until_N)
 
     def __len__(self) -> int:
@@ -374,8 +376,11 @@ class AdIndex:
         self, queries_BD: NDArray[np.float32], k: int, rows_M: NDArray[np.int64] | None
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         if rows_M is None:
+            if self._gpu is not None and k <= _GPU_MAX_K:
+                with self._gpu_turn:
+                    return self._gpu.search(queries_BD, k)
             if self._passing is None:
-                return (self._gpu or self._index).search(queries_BD, k)
+                return self._index.search(queries_BD, k)
             return self._index.search(queries_BD, k, params=self._parameters(self._passing.selector))
         if len(rows_M) <= self.cfg.exact_up_to:
             return self._search_exhaustively(queries_BD, k, rows_M)

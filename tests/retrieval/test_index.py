@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,6 +120,42 @@ def test_an_index_that_no_gpu_knows_is_searched_on_the_cpu(monkeypatch: pytest.M
     monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", refuses, raising=False)
     index = AdIndex.build(VECTORS, ADS, config("exact"))
     np.testing.assert_array_equal(index.search(QUERIES, 10)[0], exact(10))
+
+
+class OneAtATime:
+    """Stands for an index on a GPU, which bears one search at a time and few neighbours."""
+
+    def __init__(self, index: Any) -> None:
+        self.index, self.busy, self.asked = index, threading.Lock(), list[int]()
+
+    def search(self, queries: np.ndarray, k: int) -> Any:
+        assert self.busy.acquire(blocking=False), "two searches at once"
+        self.asked.append(k)
+        time.sleep(0.001)
+        found = self.index.search(queries, k)
+        self.busy.release()
+        return found
+
+
+def test_searches_of_a_gpu_take_turns_and_long_lists_are_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    import faiss
+
+    made: list[OneAtATime] = []
+
+    def copied(index: Any) -> OneAtATime:
+        made.append(OneAtATime(index))
+        return made[-1]
+
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", copied, raising=False)
+    monkeypatch.setattr("retrieval.index._GPU_MAX_K", 20)
+    index = AdIndex.build(VECTORS, ADS, config("exact"))
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: index.search(QUERIES, 10)[0], range(16)):
+            np.testing.assert_array_equal(found, exact(10))
+    assert made[-1].asked == [10] * 16
+    np.testing.assert_array_equal(index.search(QUERIES, 30)[0], exact(30))
+    assert made[-1].asked == [10] * 16
 
 
 def test_concurrent_searches_see_the_index_before_or_after_a_change() -> None:
