@@ -59,8 +59,11 @@ def user_example(
         return None
     sizes = np.diff(targets.ptr)
     place = {int(user): place for place, user in enumerate(users)}
-    order = sorted(range(len(targets)), key=lambda row: (place[int(targets.user[row])], targets.period[row]))
-    order.sort(key=lambda row: sizes[row] < min(MIN_TARGETS, int(sizes.max())))
+    enough_R = sizes >= min(MIN_TARGETS, int(sizes.max()))
+    order = sorted(
+        range(len(targets)),
+        key=lambda row: (not enough_R[row], place[int(targets.user[row])], targets.period[row]),
+    )
     offered = (row for row in order if len(log.active_ads(int(targets.market[row]), int(targets.period[row])).ad))
     row = next(offered, None)
     if row is None:

@@ -152,7 +152,7 @@ def period_of(log: Log, as_of: str) -> int:
     Raises:
         UserError: it is neither a date nor a number, or the log does not reach there.
     """
-    last = log.split.test[1] + 1 if log.evaluate == "test" else log.split.test[0]
+    last = log.last_period + 1
     period = _period(log.calendar, as_of)
     if period is None or not 1 <= period <= last:
         begins = [f"{log.calendar.start(one):%Y-%m-%d}" for one in (1, last)]

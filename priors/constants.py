@@ -49,7 +49,8 @@ def choose_constants(
         The constants and the trials with their NLL.
     """
     trials: list[dict[str, float]] = []
-    parts = _Parts(counts, targets)
+    terms = _terms(cfg, planned=counts.plan_PA is not None)
+    parts = _Parts(counts, targets, apart=any("repeat_factor" in values for term in terms for values in term))
 
     def nll(constants: AnchorConstants) -> float:
         value = float(mean_target_nll(np.log(parts.probability(constants)), targets, share_T).mean())
@@ -57,7 +58,6 @@ def choose_constants(
         return value
 
     best, lowest = AnchorConstants(0.0, 1.0, 1.0, 1.0), np.inf
-    terms = _terms(cfg, planned=counts.plan_PA is not None)
     for _ in range(_ROUNDS):
         before = lowest
         for term in terms:
@@ -97,12 +97,14 @@ class _Parts:
 
     Attributes:
         counts, targets: as of :func:`choose_constants`.
+        apart: the sums of what was bought before will be asked for; else they are left at 0.
         known: what was counted.
         pairs: the co-conversions counted last; those of every decay would take memory.
     """
 
     counts: Counts
     targets: Targets
+    apart: bool
     known: dict[tuple[Any, ...], NDArray[Any]] = field(default_factory=dict)
     pairs: CoConversions | None = None
 
@@ -169,9 +171,11 @@ class _Parts:
             inside = (row_T >= rows[0]) & (row_T <= rows[-1])
             dense_BA = values(targets.user[rows], targets.period[rows])
             weighted_BA = dense_BA * np.exp(anchor.plan(targets.period[rows]))
-            bought_BA = np.where(anchor.bought(targets.user[rows], targets.period[rows]), weighted_BA, 0.0)
+            bought_B = np.zeros(len(rows))
+            if self.apart:
+                bought_B = weighted_BA.sum(1, where=anchor.bought(targets.user[rows], targets.period[rows]))
             row_B = row_T[inside] - rows[0]
             at_target = weighted_BA[row_B, targets.item[inside]]
-            sums = [values_BA.sum(1)[row_B] for values_BA in (dense_BA, weighted_BA, bought_BA)]
+            sums = [sum_B[row_B] for sum_B in (dense_BA.sum(1), weighted_BA.sum(1), bought_B)]
             picked.append(np.stack([at_target, *sums], axis=1))
         return np.concatenate(picked)

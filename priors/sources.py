@@ -11,7 +11,6 @@ Shapes: P periods, A advertisers, E events of one period.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 from hashlib import blake2b
 from typing import Any
@@ -65,7 +64,7 @@ class Sources:
         columns = [
             (events.user, _by_code(log.user_ids)),
             (events.ad, _by_code(self._ads())),
-            (events.advertiser, _by_code(_told(log.tables.advertisers, ("advertiser_id", "name", "text")))),
+            (events.advertiser, _by_code(_told(log.tables.advertisers.select("advertiser_id", "name", "text")))),
             (events.market, _by_code(log.market_ids)),
             (events.category, _by_code(np.array(log.category_names, dtype=np.str_))),
         ]
@@ -82,14 +81,13 @@ class Sources:
             found.append(digest.digest())
         return period_P, found
 
-    def _ads(self) -> NDArray[np.str_]:
+    def _ads(self) -> NDArray[Any]:
         """What is known of each ad."""
         features = {
-            column: np.array(self._log.ad_vocabularies[column], dtype=np.str_)[code_I]
+            f"feature {column}": pl.Series(self._log.ad_vocabularies[column]).gather(code_I)
             for column, code_I in sorted(self._log.ad_features.items())
         }
-        ads = self._log.tables.ads.select("ad_id", "text")
-        return _told(ads.with_columns(**{f"feature {c}": pl.Series(v) for c, v in features.items()}))
+        return _told(self._log.tables.ads.select("ad_id", "text").with_columns(**features))
 
     @cached_property
     def _plan(self) -> list[bytes]:
@@ -104,10 +102,10 @@ class Sources:
         return found
 
 
-def _told(frame: pl.DataFrame, columns: Sequence[str] | None = None) -> NDArray[np.str_]:
-    """The columns of each row, as one word."""
-    parts = [pl.col(column).cast(pl.String).fill_null("\0") for column in columns or frame.columns]
-    return frame.select(pl.concat_str(parts, separator="\x1f").alias("told"))["told"].to_numpy().astype(np.str_)
+def _told(frame: pl.DataFrame) -> NDArray[Any]:
+    """Each row as one word."""
+    parts = pl.all().cast(pl.String).fill_null("\0")
+    return frame.select(pl.concat_str(parts, separator="\x1f").alias("told"))["told"].to_numpy()
 
 
 def _by_code(ids: NDArray[Any]) -> NDArray[np.uint64]:

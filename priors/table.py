@@ -158,7 +158,7 @@ class PriorTable:
         lists = {name: frame[name].to_list() for name in (*_LISTS, *_INTERESTS) if name not in unread}
         interests = sorted({name for row in lists["interest"] for name in row})
         place = {name: index for index, name in enumerate(interests)}
-        unknown = {id_ for row in lists["advertiser_id"] for id_ in row} - advertiser.keys()
+        unknown = set(frame["advertiser_id"].explode().unique().drop_nulls()) - advertiser.keys()
         if unknown:
             raise LineageError(
                 f"priors in {directory} of advertiser {min(unknown)!r}, which the log does not have",
