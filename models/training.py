@@ -331,6 +331,14 @@ class History(Callback):
         self.values = list(state_dict["values"])
 
 
+class _Patience(EarlyStopping):
+    """Early stopping that also holds for a fit that is started again after it had stopped."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.stopped_epoch:
+            trainer.should_stop = True
+
+
 class _StepLog(Logger):
     """Every logged figure, one JSON object a step; on disk at once, so that a kill leaves all but the last.
 
@@ -467,17 +475,22 @@ def fit(
         )
     checkpoints = work_dir / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
-    best = ModelCheckpoint(
-        dirpath=checkpoints, filename="best", monitor=monitor, mode=mode, save_last=True, save_top_k=1,
-        enable_version_counter=False, save_on_train_epoch_end=True,
+    best, newest = (
+        ModelCheckpoint(
+            dirpath=checkpoints, filename=name, monitor=by, mode=mode, enable_version_counter=False,
+            save_on_train_epoch_end=True,
+        )
+        for name, by in (("best", monitor), ("last", None))
     )  # fmt: skip
     history = History(monitor)
     last = checkpoints / "last.ckpt"
-    used: list[Callback] = [best, history, _SeededBatches(seed), _StopOnNaN(describe), *callbacks]
+    # The newest comes after the best, whose state it holds.
+    kept: list[Callback] = [newest] if monitor is None else [best, newest]
+    used: list[Callback] = [history, _SeededBatches(seed), _StopOnNaN(describe), *callbacks, *kept]
     if cfg.checkpoint_every is not None:
         used.append(_CheckpointEvery(last, cfg.checkpoint_every))
     if monitor is not None and cfg.patience is not None:
-        used.append(EarlyStopping(monitor=monitor, mode=mode, patience=cfg.patience, check_on_train_epoch_end=True))
+        used.append(_Patience(monitor=monitor, mode=mode, patience=cfg.patience, check_on_train_epoch_end=True))
     if cfg.progress_bar:
         used.append(TQDMProgressBar(refresh_rate=10, leave=False))
     trainer = L.Trainer(

@@ -82,6 +82,20 @@ def test_the_best_epoch_is_kept_and_patience_ends_the_fit(tmp_path: Path) -> Non
     assert result.best_score == min(result.history)
     assert result.best_epoch == result.history.index(min(result.history))
     assert float((module.layer(X) - Y).square().mean()) == pytest.approx(result.best_score, rel=1e-5)
+    for _ in range(2):  # started again, it stays stopped
+        again = Noisy()
+        assert run(again, tmp_path, max_epochs=60, patience=2) == result
+        assert not again.losses
+        torch.testing.assert_close(again.layer.weight, module.layer.weight, atol=0, rtol=0)
+
+
+def test_epochs_without_a_gain_are_not_trained_again(tmp_path: Path) -> None:
+    expected = run(Noisy(), tmp_path / "whole", max_epochs=60, patience=4)
+    with pytest.raises(RuntimeError, match="killed"):
+        run(Noisy(dies_in=expected.epochs - 1), tmp_path / "killed", max_epochs=60, patience=4)
+    resumed = Noisy()
+    assert run(resumed, tmp_path / "killed", max_epochs=60, patience=4) == expected
+    assert {epoch for epoch, _ in resumed.losses} == {expected.epochs - 1}
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
