@@ -446,7 +446,10 @@ def load_log(tables_dir: Path, cfg: DataConfig, *, evaluate: str, entity: str = 
     market_ids = _market_ids(tables)
     display, mailer = _vocabulary(tables, "display"), _vocabulary(tables, "mailer")
     category = _vocabulary(replace(tables, placements=tables.placements.limit(0)), "category")
-    events = _load_events(tables, calendar, market_ids, display=display, mailer=mailer, category=category)
+    ad_advertiser = tables.ads.select(_index("advertiser_id", advertiser_ids)).to_series().to_numpy()
+    events = _load_events(
+        tables, calendar, market_ids, ad_advertiser, display=display, mailer=mailer, category=category
+    )
     label_kinds = tuple(KINDS.index(kind) for kind in cfg.label_kinds)
     if entity == "item" and not (np.isin(events.kind, label_kinds) & (events.ad >= 0)).any():
         raise UserError(
@@ -467,7 +470,7 @@ def load_log(tables_dir: Path, cfg: DataConfig, *, evaluate: str, entity: str = 
         ad_ids=ad_ids.to_numpy(),
         advertiser_ids=advertiser_ids.to_numpy(),
         market_ids=market_ids.to_numpy(),
-        ad_advertiser=tables.ads.select(_index("advertiser_id", advertiser_ids)).to_series().to_numpy(),
+        ad_advertiser=ad_advertiser,
         ad_features=ad_features,
         ad_vocabularies=ad_vocabularies,
         user_features=user_features,
@@ -547,11 +550,13 @@ def _load_events(
     tables: Tables,
     calendar: Calendar,
     market_ids: pl.Series,
+    ad_advertiser: I32,
     *,
     display: list[str],
     mailer: list[str],
     category: list[str],
 ) -> Events:
+    """Events in order; one that names an ad and no advertiser is of the ad's advertiser."""
     schema = tables.events.collect_schema()
 
     def number(column: str) -> pl.Expr:
@@ -591,7 +596,11 @@ def _load_events(
         user = frame["user_id"].to_numpy()
     order = np.argsort(user, kind="stable")
     columns = [series.to_numpy()[order] for series in frame.drop("event_id")]
-    return Events(**{column.name: values for column, values in zip(fields(Events), columns, strict=True)})
+    events = Events(**{column.name: values for column, values in zip(fields(Events), columns, strict=True)})
+    unsaid = (events.advertiser < 0) & (events.ad >= 0)
+    if not unsaid.any():
+        return events
+    return replace(events, advertiser=np.where(unsaid, ad_advertiser[events.ad], events.advertiser))
 
 
 def _load_placements(

@@ -49,8 +49,9 @@ _WINDOW_BATCHES = 32
 
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
-PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
-"""Lightning's names of what stages train on, and in."""
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
+"""Lightning's names of what stages train on, and in. Weights that learn are float32; what is frozen has a dtype of its
+own (``prior.base.dtype``)."""
 
 
 @dataclass

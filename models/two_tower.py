@@ -403,7 +403,7 @@ class UserTower(nn.Module):
             absent_BH[:, 0] = False  # attention over nothing is not a number; what it says there is not read
             x_BHD = self.sequence(x_BHD + context_BHD, src_key_padding_mask=absent_BH)
         logits_BHK = self.score(x_BHD + context_BHD)
-        logits_BHK = logits_BHK.masked_fill(~there_BH.unsqueeze(-1), -1e9)
+        logits_BHK = logits_BHK.masked_fill(~there_BH.unsqueeze(-1), torch.finfo(logits_BHK.dtype).min)
         weights_BH = (logits_BHK.softmax(1) * self.mix).sum(-1)
         pooled_BD = torch.einsum("bh,bhd->bd", weights_BH, x_BHD)
         return torch.where(there_BH.any(1, keepdim=True), pooled_BD, self.empty)
@@ -505,6 +505,8 @@ def sampled_softmax(scores_BC: Tensor, among: Candidates) -> Tensor:
 class TwoTowerModule(L.LightningModule):
     """Training of the towers; ``val_recall`` is recall@k among the ads active in each request's market.
 
+    Where fewer than ``2 k`` are active the list has half of them.
+
     It is the mean over the requests of all processes that train together, so that all of them choose the same epoch.
 
     Args:
@@ -563,7 +565,10 @@ class TwoTowerModule(L.LightningModule):
         targets_B = target_BN.sum(1)
         nll_B = scores_BN.logsumexp(1) - scores_BN.masked_fill(~target_BN, 0).sum(1) / targets_B.clamp_min(1)
         top_BK = scores_BN.topk(min(self.k, self.n_ads), dim=1).indices
-        recall_B = target_BN.gather(1, top_BK).sum(1) / targets_B.clamp(1, self.k)
+        # Among as many places as there are ads any order recalls all.
+        k_B = ((active_BN.sum(1) + 1) // 2).clamp(1, top_BK.shape[1])
+        listed_BK = torch.arange(top_BK.shape[1], device=top_BK.device) < k_B[:, None]
+        recall_B = (target_BN.gather(1, top_BK) & listed_BK).sum(1) / targets_B.clamp_min(1).minimum(k_B)
         counted = targets_B > 0
         n = int(counted.sum())
         if n:

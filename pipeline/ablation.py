@@ -17,6 +17,8 @@ import importlib.resources
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,7 @@ class Kind:
         name: of the part.
         until: the last stage that an arm needs.
         stages: those whose cost is shown.
-        seed: the override that sets an arm's seed.
+        seed: the override that sets an arm's seed, with braces for its number.
         compare: from the run directories of each arm, one a seed and the first arm first, to rows whose arms are
             ``<arm> / <forecast>`` and differences of two such.
         levels: figures of each arm, and their differences with the first arm.
@@ -74,7 +76,7 @@ class Kind:
     name: str
     until: str
     stages: tuple[str, ...]
-    seed: Callable[[int], str]
+    seed: str
     compare: Callable[[Mapping[str, Sequence[Path]]], list[Row]]
     levels: tuple[Shown, ...]
     within: tuple[Shown, ...]
@@ -270,11 +272,13 @@ def run_study(
     for (arm, seed), config in configs.items():
         directory = Path(config.run.dir)
         console.print(f"\n[bold]{arm}[/], seed {seed}: {directory}", highlight=False)
-        run = Run(directory, stages(), config, observer=ConsoleObserver(console))
+        run = Run(
+            directory, stages(), config, observer=ConsoleObserver(console),
+            on_begin=partial(configuration.save, config, directory / CONFIG_FILE),
+        )  # fmt: skip
         run.shared = shared
         run.take_over([*done, *reuse], until=kind.until)
         run.execute(until=kind.until)
-        configuration.save(config, directory / CONFIG_FILE)
         done.append(directory)
     directories = {arm: [_directory(out, arm, seed) for seed in study.seeds] for arm in study.arms}
     costs = {arm: _cost(kind, runs) for arm, runs in directories.items()}
@@ -301,10 +305,20 @@ def arm_configs(study: Study, kind: Kind, out: Path, overrides: Sequence[str]) -
                 action="name the folder of all with --out",
             )
         )
+    key = kind.seed.partition("=")[0]
+    seeded = [one for one in (*study.overrides, *overrides, *chain(*study.arms.values())) if one.startswith(f"{key}=")]
+    if seeded:
+        errors.append(
+            UserError(
+                " ".join(dict.fromkeys(seeded)),
+                expected=f"no {key}: every arm is trained with each seed of the study",
+                action="leave it out; --seeds N takes 0 .. N-1, and seeds: [...] in a study's file any",
+            )
+        )
     for seed in study.seeds:
         for arm, own in study.arms.items():
             try:
-                config = compose([*study.overrides, *overrides, *own, kind.seed(seed)])
+                config = compose([*study.overrides, *overrides, *own, kind.seed.format(seed)])
             except UserError as error:
                 errors.append(
                     UserError(f"arm {arm}: {error}", expected="overrides that compose", action="correct them")

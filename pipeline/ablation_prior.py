@@ -139,7 +139,7 @@ PRIOR = Kind(
     name="prior",
     until=STAGE,
     stages=("prior", STAGE),
-    seed=lambda seed: f"prior.seed={seed}",
+    seed="prior.seed={}",
     compare=compare_forecasts,
     levels=(
         Shown("NLL", "nll"),

@@ -493,15 +493,26 @@ def load_run(directory: Path, *, action: str) -> AdsidConfig:
     return load(directory / CONFIG_FILE)
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> AdsidConfig:
+def _patterns(keys: Sequence[str]) -> str:
+    return ", ".join(f"{key}*" if key.endswith(".") else key for key in keys)
+
+
+def _is_of(key: str, read: Sequence[str]) -> bool:
+    """Whether a key is one of some, or begins as one of them that ends in a dot."""
+    return any(key.lstrip("+~") == one or (one.endswith(".") and key.lstrip("+~").startswith(one)) for one in read)
+
+
+def load(path: Path, overrides: Sequence[str] = (), *, read: Sequence[str] | None = None) -> AdsidConfig:
     """Read a configuration that `save` wrote.
 
     Args:
         path: the file.
         overrides: of single keys, beside what it says.
+        read: keys that whoever asks has a use for, or their beginnings up to a dot; None for all.
 
     Raises:
-        UserError: the file is missing, is no YAML, or does not fit this adsid's schema; and as of `recompose`.
+        UserError: the file is missing, is no YAML, or does not fit this adsid's schema; an override that would change
+            nothing; and as of `recompose`.
     """
     try:
         plain = OmegaConf.load(path)
@@ -512,4 +523,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> AdsidConfig:
             action="give the folder of a run, or make one with `adsid run`",
         ) from error
     config = _instantiate(_merge(_writable(OmegaConf.structured(AdsidConfig)), plain))
+    idle = [] if read is None else [one for one in overrides if not _is_of(one.partition("=")[0], read)]
+    if idle and read is not None:
+        raise UserError(
+            f"{' '.join(idle)} beside {path.parent}",
+            expected=f"overrides of single keys that are read here: {_patterns(read)}",
+            action="leave it out; what was trained is changed by another run",
+        )
     return recompose(to_plain(config), overrides) if overrides else config

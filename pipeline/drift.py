@@ -16,7 +16,7 @@ from rich.console import Group
 from data.artifacts import atomic_write_text, package_versions, to_plain
 from data.statistics import LEVEL, Row
 from pipeline.figures import ageing
-from pipeline.forecasts import open_prior
+from pipeline.forecasts import PANEL, open_prior
 from pipeline.grids import NONE, Grid, Plot, Section, count, sections_to_console
 from pipeline.pages import template
 from pipeline.report import DATASET_NOTES
@@ -35,6 +35,9 @@ from priors.drift import (
 )
 
 FOLDER, JSON_FILE, PAGE = "drift", "drift.json", "drift.html"
+_READ = (*PANEL, "prior.prompts", "prior.select_prompts", "prior.max_targets", "prior.batch_size",
+         "prior.anchor.", "prior.history.", "prior.head.")  # fmt: skip
+"""What is followed, and what a refit reads."""
 _FROZEN = tuple(f"{arm}{DIFFERENCE}{ANCHOR}" for arm in (POPULARITY, FORECAST, RECALIBRATED, REFIT))
 _FRESH = (
     *(f"{arm}{DIFFERENCE}{FORECAST}" for arm in (REWEIGHTED, RECALIBRATED, REFIT)),
@@ -73,7 +76,7 @@ def follow_run(run: Path, overrides: Sequence[str] = (), *, every: int, lm_promp
     Raises:
         UserError: no such run, or as of `priors.drift.follow`.
     """
-    config, log, prior = open_prior(run, overrides)
+    config, log, prior = open_prior(run, overrides, read=_READ)
     steps = follow(prior, log, every=every, lm_prompts=lm_prompts)
     return Followed(config.data.source, every, steps, package_versions())
 

@@ -104,7 +104,7 @@ def explain(run: Path, user: str, as_of: str, top_k: str = "10", overrides: Sequ
     """
     if top_k != "all" and not (top_k.isdecimal() and int(top_k) > 0):
         raise UserError(f"--top-k {top_k}", expected="a whole number, at least 1, or all", action="give one of them")
-    config, log, prior = open_prior(run, overrides)
+    config, log, prior = open_prior(run, overrides, read=("prior.decode.", "evaluate"))
     index, period = user_of(log, user), period_of(log, as_of)
     prompt = prior.compiler.compile(index, period)
     cfg, trie = config.prior.decode, prior.base.trie

@@ -34,6 +34,8 @@ from semantic_ids.advertiser_ids import AdvertiserIds
 
 ENGINES = ("local", "ray")
 JOB = "job.json"
+PANEL = ("prior.panel", "prior.seed")
+"""What says which users are forecast."""
 _NEEDED = ("data", "semantic_ids", "prior")
 
 
@@ -161,17 +163,24 @@ def generate(run: Path, job: JobConfig, overrides: Sequence[str] = ()) -> CostSh
 
 
 def _maker(run: Path, overrides: tuple[str, ...], *, incremental: bool) -> ShardMaker:
-    config, log, prior = open_prior(run, overrides)
+    config, log, prior = open_prior(run, overrides, read=("prior.decode.", *PANEL, "evaluate"))
     return ShardMaker(prior, log, config.prior, incremental)
 
 
-def open_prior(run: Path, overrides: Sequence[str] = ()) -> tuple[AdsidConfig, Log, PriorModel]:
+def open_prior(
+    run: Path, overrides: Sequence[str] = (), *, read: Sequence[str] = ()
+) -> tuple[AdsidConfig, Log, PriorModel]:
     """Configuration, log and fitted forecaster of a run.
 
+    Args:
+        run: its directory.
+        overrides: of single keys, beside its configuration.
+        read: those that are read of it, as of `pipeline.config.load`.
+
     Raises:
-        UserError: the run has no fitted forecaster.
+        UserError: the run has no fitted forecaster, or an override is not read.
     """
-    config = load(run / CONFIG_FILE, overrides)
+    config = load(run / CONFIG_FILE, overrides, read=read)
     missing = [name for name in _NEEDED if not (run / name).is_dir()]
     if missing:
         raise UserError(

@@ -47,7 +47,7 @@ def monitor(run: Path, priors: Path, overrides: Sequence[str] = ()) -> Monitored
     Raises:
         UserError: no such run or table, or nothing happened to those it forecasts.
     """
-    config, log, prior = open_prior(run, overrides)
+    config, log, prior = open_prior(run, overrides, read=("prior.evaluation_prompts", "prior.seed", "evaluate"))
     table = PriorTable.load(priors, log)
     targets = rows_of(log.advertiser_targets(log.evaluate), table.user_R)
     periods = drift(TableForecast(table, prior.base, arm="lm", keep=False), targets)

@@ -88,7 +88,7 @@ def prompt_of(run: Path, user: str, as_of: str, overrides: Sequence[str] = ()) -
     Raises:
         UserError: no such run, user or time, or a prompt configuration that has no room.
     """
-    config = load(run / CONFIG_FILE, overrides)
+    config = load(run / CONFIG_FILE, overrides, read=("prior.prompt.", "evaluate"))
     if not (run / DATA).is_dir():
         raise UserError(
             f"{run}, without tables",

@@ -154,7 +154,7 @@ def _kind(stage: str, seed: str, compare: Callable[[Mapping[str, Sequence[Path]]
         name=stage,
         until=stage,
         stages=(stage,),
-        seed=lambda number: seed.format(number),
+        seed=seed,
         compare=compare,
         levels=shown,
         within=tuple(one for one in PRIOR.within if one.metric == "select_nll") if stage == "prior" else (),

@@ -46,7 +46,7 @@ class PairsConfig:
         sampled_negatives: ads a batch draws from its own placements, beside the batch's targets.
         requests_per_epoch: an epoch's share of the requests of the fit span; None is all of them.
         validation_requests: requests of the selection span that the best epoch is chosen by.
-        recall_at: list length of the recall that it is chosen by.
+        recall_at: list length of the recall that it is chosen by; half of the active ads where that is less.
         popularity: how the two-tower's bias counts conversions; the channel of that name has its own.
     """
 

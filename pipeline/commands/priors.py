@@ -206,7 +206,8 @@ def priors_monitor(
     run: FittedRun,
     priors: Annotated[Path, path_option("DIR", "The table: of adsid priors generate, or of a run.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value, beside what the run's config.yaml says.")
+        list[str] | None,
+        typer.Argument(help="prior.evaluation_prompts=N or prior.seed=N, beside what the run's config.yaml says."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Machine-readable, with the reliability curves.")] = False,
     debug: Debug = False,

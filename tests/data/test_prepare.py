@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 
@@ -55,6 +56,21 @@ def test_features_may_be_numbers_or_flags(tmp_path: Path, values: list[object], 
     found = [log.user_vocabularies["age"][code] for code in log.user_features["age"][:3]]
     assert [found[0], found[2]] == [str(values[0]).lower(), str(values[2]).lower()]
     assert log.user_features["age"][1] == 0
+
+
+def test_an_event_of_an_ad_is_of_its_advertiser_whether_it_says_so_or_not(tmp_path: Path) -> None:
+    tables = tiny_tables()
+    silent = tables.events.with_columns(advertiser_id=pl.lit(None, pl.Int32))
+    logs = []
+    for name, events in (("said", tables.events), ("silent", silent)):
+        (tmp_path / name).mkdir()
+        write_tables(replace(tables, events=events), tmp_path / name)
+        logs.append(load_log(tmp_path / name, tiny_config(), evaluate="validation"))
+    said, silent_log = logs
+    assert (said.events.ad >= 0).any()
+    of_ads = said.events.ad >= 0
+    np.testing.assert_array_equal(silent_log.events.advertiser[of_ads], said.events.advertiser[of_ads])
+    assert (silent_log.events.advertiser[~of_ads] == -1).all()
 
 
 def nan_value(frame: pl.DataFrame) -> pl.DataFrame:

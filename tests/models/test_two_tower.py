@@ -94,6 +94,31 @@ def test_processes_that_validate_together_see_the_figures_of_all_requests(log: L
     assert validated(parts[2:])[0] == {}
 
 
+def test_the_epoch_is_not_chosen_by_a_list_of_all_that_runs(log: Log, tmp_path: Path) -> None:
+    """A list as long as what is active recalls everything, whatever the towers are worth; half of it does not."""
+    cfg = tiny_retrieval()
+    towers, _ = train_tiny(log, cfg, tmp_path)
+    targets = log.ad_targets("prior_select")
+    collate = ValidationBatches(log, targets, UserInputs(log, cfg.pairs), cfg.pairs, seed=0)
+    module, batch = TwoTowerModule(towers.model, cfg.model, n_ads=len(log.ad_ids), k=10_000), collate(range(25))
+    silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = L.Trainer(accelerator="cpu", **silent)  # type: ignore[arg-type]
+    [found] = trainer.validate(module, DataLoader([batch], batch_size=None), verbose=False)  # type: ignore[arg-type]
+
+    user_BD = towers.embedder(log, cfg.pairs)(targets.user[:25], targets.market[:25], targets.period[:25])
+    recalls = []
+    for row in range(25):
+        active = np.flatnonzero(batch["active_BN"][row])
+        score = towers.index.vectors(active.astype(np.int32)) @ user_BD[row] / cfg.model.temperature
+        score = score + towers.popularity_weight * batch["popularity_BN"][row, active].numpy()
+        wanted = np.intersect1d(targets.of(row), active)
+        k = (len(active) + 1) // 2
+        if len(wanted):
+            recalls.append(np.isin(active[np.argsort(-score)[:k]], wanted).sum() / min(k, len(wanted)))
+    assert found["val_recall"] == pytest.approx(np.mean(recalls), abs=0.02)
+    assert 0.3 < found["val_recall"] < 1.0
+
+
 def test_a_killed_fit_ends_like_an_undisturbed_one(log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = tiny_retrieval(trainer=TrainerConfig(max_epochs=3, patience=None, progress_bar=False))
     whole, expected = train_tiny(log, cfg, tmp_path / "whole")

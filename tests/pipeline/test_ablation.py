@@ -215,6 +215,7 @@ def test_a_bad_study_is_told(text: str, message: str, tmp_path: Path) -> None:
         (["nowhere.yaml"], "No such file"),
         (["prior_head", "--seeds", "0,1"], "valid integer"),
         (["prior_head", "run.dir=x"], "--out"),
+        (["prior_head", "prior.seed=3"], "no prior.seed: every arm is trained with each seed of the study"),
     ],
 )
 def test_mistakes_on_the_command_line(

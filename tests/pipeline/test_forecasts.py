@@ -123,6 +123,8 @@ BAD = [
     (["explain", "--user", "u001", "--as-of", "9", "--top-k", "0"], "--top-k 0"),
     (["explain", "--user", "nobody", "--as-of", "9"], "--user nobody"),
     (["explain", "--user", "u001", "--as-of", "soon"], "--as-of soon"),
+    (["explain", "--user", "u001", "--as-of", "9", "prior.panel=5"], "read here: prior.decode.*, evaluate"),
+    (["generate", "prior.prompts=5", "prior.decode.beam=9"], "prior.prompts=5 beside"),
 ]
 
 

@@ -299,14 +299,14 @@ from pipeline.config import compose
 from pipeline.engine import Run
 from pipeline.stages import stages
 
-save = ModelCheckpoint._save_last_checkpoint
+save = ModelCheckpoint.on_train_epoch_end
 
-def save_and_die(self, trainer, candidates):
-    save(self, trainer, candidates)
-    if "prior-" in str(self.dirpath):
+def save_and_die(self, trainer, module):
+    save(self, trainer, module)
+    if "prior-" in str(self.dirpath) and self.filename == "last":
         os.kill(os.getpid(), signal.SIGKILL)
 
-ModelCheckpoint._save_last_checkpoint = save_and_die
+ModelCheckpoint.on_train_epoch_end = save_and_die
 Run(Path(sys.argv[1]), stages(), compose(sys.argv[2:])).execute()
 """
     root = Path(__file__).parents[2]
