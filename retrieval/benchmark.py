@@ -2,7 +2,8 @@
 
     arms      none, anchor, LM: what the forecast adds
     alone     each channel has the whole budget; popularity fills what it leaves free. With an advertiser tower its
-              channel is the rival of the forecast's: one rule, one budget, no language model
+              channel is the rival of the forecast's: one rule, one budget, no language model. Either has the weight
+              with which it finds most by itself on the tuning requests
     without   all channels but one, tuned again: what that one adds beside the others
     blends    quota, rrf, calibrated, each tuned: what the way of merging is worth
     sweep     recall and concentration by the forecast channels' quota
@@ -31,13 +32,13 @@ from numpy.typing import NDArray
 from data.errors import UserError
 from data.statistics import Row
 from priors.forecast import Forecast
-from retrieval.blend import QuotaBlend, merge
+from retrieval.blend import merge
 from retrieval.channels import Ads
 from retrieval.config import ADVERTISER, BLENDS, FORECAST, POPULARITY, RetrievalConfig
 from retrieval.evaluate import Arms, Values
 from retrieval.factors import TOWER, Factors
 from retrieval.retriever import Retriever, with_forecast
-from retrieval.tuning import Plan, tuning_span
+from retrieval.tuning import tuning_span
 
 ALONE, WITHOUT, BLEND, ALL = "alone", "without", "blends", "all channels"
 ADVERTISERS, PRODUCT = "factors", "product"
@@ -142,12 +143,12 @@ class _Bench:
     def compare_channels(self) -> None:
         whole = self.arms.judged(self.head, self.cfg)
         names = self._of_head()
-        alone = {
-            name: self.arms.judged_by(
-                self.head, Plan(QuotaBlend({name: 1.0}), prior_weight=whole.plan.prior_weight)
-            ).values
-            for name in names
-        }
+        alone: dict[str, Values] = {}
+        for name in names:
+            judged = self.arms.alone(self.head, name)
+            alone[name] = judged.values
+            if name in RIVALS:
+                self.found.plans[f"{self.head}, {name} alone"] = judged.plan.to_plain()
         differences = [(ALL, name) for name in names] + [RIVALS] * set(RIVALS).issubset(names)
         self._add(ALONE, {ALL: whole.values} | alone, differences)
         without: dict[str, Values] = {}

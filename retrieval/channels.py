@@ -267,6 +267,10 @@ class AdvertiserChannel:
         log_prob_A = self.scores(request.vector_D, request.market, request.period)
         return self.rule.candidates(replace(request, log_prob_A=log_prob_A, prior_weight=self.prior_weight), k)
 
+    def weighing(self, prior_weight: float) -> AdvertiserChannel:
+        """The same channel under another weight."""
+        return AdvertiserChannel(self.scores, self.rule, prior_weight)
+
 
 class SeededChannel:
     """Ads nearest to the forecast advertisers, one of each in turn.

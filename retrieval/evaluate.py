@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from data.log import Log, Targets
 from data.statistics import TIERS, Row, activity_tiers, bootstrap_mean, paired_bootstrap
 from priors.forecast import Forecast
-from retrieval.blend import Blend, Blended, merge
-from retrieval.channels import Ads, Request
+from retrieval.blend import Blend, Blended, QuotaBlend, merge
+from retrieval.channels import Ads, AdvertiserChannel, Request
 from retrieval.config import FORECAST, RetrievalConfig
 from retrieval.metrics import (
     coverage,
@@ -35,7 +35,7 @@ from retrieval.metrics import (
     value_recall_at_k,
 )
 from retrieval.retriever import Retriever, with_forecast
-from retrieval.tuning import Plan, as_matrix, choose_plan, choose_shares, tuning_targets, with_quota
+from retrieval.tuning import Plan, as_matrix, choose_plan, choose_shares, choose_weight, tuning_targets, with_quota
 
 SECTION = "retrieval"
 NONE = "none"
@@ -101,6 +101,22 @@ class Requests:
         cfg = self.retriever.cfg
         chosen = self.forecasts[arm] is not None and FORECAST in cfg.channels
         return {weight: self.lists(arm, weight) for weight in (cfg.forecast.prior_weights if chosen else [0.0])}
+
+    def alone_by_weight(self, arm: str, name: str, weights: Sequence[float]) -> dict[float, list[dict[str, Ads]]]:
+        """`lists` with those of one channel under each of some weights, where the channel reads one."""
+        if name == FORECAST and self.forecasts[arm] is not None:
+            return {weight: self.lists(arm, weight) for weight in weights}
+        lists_R, channel = self.lists(arm), self.retriever.channels[name]
+        if not isinstance(channel, AdvertiserChannel):
+            return {0.0: lists_R}
+        depth = 2 * self.retriever.cfg.budget
+        return {
+            weight: [
+                lists | {name: channel.weighing(weight).candidates(request, depth)}
+                for request, lists in zip(self.requests, lists_R, strict=True)
+            ]
+            for weight in weights
+        }
 
     def _found(self, arm: str, names: Sequence[str], weight: float | None) -> list[dict[str, Ads]]:
         """What channels find by an arm's forecast; under no weight, those that read none."""
@@ -281,6 +297,16 @@ class Arms:
     def judged_by(self, arm: str, plan: Plan) -> Judged:
         """Of an arm under any plan."""
         blended = self.evaluated.merged(self.evaluated.lists(arm, plan.prior_weight), plan.blend)
+        return Judged(plan, blended, self.judge.values(blended))
+
+    def alone(self, arm: str, name: str) -> Judged:
+        """Of an arm whose places are all one channel's, under the weight that finds most of the tuning requests."""
+        limits, weights = self.retriever.limits, self.cfg.forecast.prior_weights
+        tried = self.tuning.alone_by_weight(arm, name, weights)
+        weight = choose_weight(tried, name, self.tuning.targets, limits)
+        lists_R = self.evaluated.alone_by_weight(arm, name, [weight])[weight]
+        plan = Plan(QuotaBlend({name: 1.0}), prior_weight=weight)
+        blended = self.evaluated.merged(lists_R, plan.blend)
         return Judged(plan, blended, self.judge.values(blended))
 
     def compare(self) -> RetrievalEvaluation:

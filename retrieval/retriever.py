@@ -65,6 +65,8 @@ class Retriever:
     def lists(self, requests: Sequence[Request], names: Sequence[str] | None = None) -> list[dict[str, Ads]]:
         """What channels find for each request, twice the budget long so that no duplicate costs a place.
 
+        Under a cap of an advertiser's ads popularity, which fills what the others leave free, has all that are active.
+
         Args:
             requests: asked.
             names: of the channels; None for those without a forecast, and popularity.
@@ -72,9 +74,13 @@ class Retriever:
         if names is None:
             names = [name for name in self.channels if name not in FORECASTING]
         return [
-            {name: self.channels[name].candidates(request, 2 * self.cfg.budget) for name in names}
+            {name: self.channels[name].candidates(request, self._depth(name, request)) for name in names}
             for request in requests
         ]
+
+    def _depth(self, name: str, request: Request) -> int:
+        twice = 2 * self.cfg.budget
+        return max(twice, len(request.active)) if name == POPULARITY and self.limits.per_advertiser else twice
 
     def candidates(self, user: int, market: int, period: int, plan: Plan, forecast: Forecast | None = None) -> Blended:
         """Candidates of one request, with the channels that found each.

@@ -100,7 +100,10 @@ def choose_plan(
     base_shares: Mapping[str, float],
     forecast: bool,
 ) -> Plan:
-    """The best plan of an arm; of equal ones that with the smallest quota and prior weight.
+    """The best plan of an arm; of equal ones that with the smallest quota.
+
+    Under a quota of 0 no weight of the forecast changes anything. Then the weight is the one that is best over the
+    other quotas, so that whoever looks at the forecast's channel all the same sees it as well set as it can be.
 
     Args:
         lists_by_weight: the channels' lists of the tuning requests under each prior weight.
@@ -110,17 +113,39 @@ def choose_plan(
         base_shares: of the channels without a forecast; of `choose_shares`.
         forecast: whether the arm has a forecast.
     """
-    trials: list[tuple[float, Plan]] = []
+    trials: list[tuple[tuple[float, ...], Plan]] = []
     channels = cfg.channels if forecast else cfg.base_channels
     for weight, lists_R in sorted(lists_by_weight.items()):
         if cfg.blend.kind == "calibrated":
             plan = Plan(fit_calibrated(lists_R, targets, channels), None, weight)
-            trials.append((mean_recall(lists_R, targets, plan.blend, limits), plan))
+            trials.append(((mean_recall(lists_R, targets, plan.blend, limits), -weight), plan))
             continue
-        for quota in sorted(cfg.quotas) if forecast and cfg.forecast_channels else [0.0]:
-            blend = with_quota(base_shares, quota, cfg, forecast=forecast)
-            trials.append((mean_recall(lists_R, targets, blend, limits), Plan(blend, quota, weight)))
-    return max(trials, key=lambda trial: (trial[0], -(trial[1].quota or 0.0), -trial[1].prior_weight))[1]
+        plans = [
+            Plan(with_quota(base_shares, quota, cfg, forecast=forecast), quota, weight)
+            for quota in (sorted(cfg.quotas) if forecast and cfg.forecast_channels else [0.0])
+        ]
+        recalls = [mean_recall(lists_R, targets, plan.blend, limits) for plan in plans]
+        of_forecast = [recall for recall, plan in zip(recalls, plans, strict=True) if plan.quota]
+        worth = float(np.mean(of_forecast)) if of_forecast else 0.0
+        trials += [
+            ((recall, -(plan.quota or 0.0), worth, -weight), plan) for recall, plan in zip(recalls, plans, strict=True)
+        ]
+    return max(trials, key=lambda trial: trial[0])[1]
+
+
+def choose_weight(
+    lists_by_weight: Mapping[float, Sequence[Lists]], channel: str, targets: Targets, limits: Limits
+) -> float:
+    """The weight under which a channel recalls most with the whole budget; of equal ones the smallest.
+
+    Args:
+        lists_by_weight: with the channel's lists of the tuning requests under each.
+        channel: its name.
+        targets: of these requests.
+        limits: budget, fallback and cap.
+    """
+    alone = QuotaBlend({channel: 1.0})
+    return max(sorted(lists_by_weight), key=lambda weight: mean_recall(lists_by_weight[weight], targets, alone, limits))
 
 
 def with_quota(base_shares: Mapping[str, float], quota: float, cfg: RetrievalConfig, *, forecast: bool) -> Blend:

@@ -270,8 +270,9 @@ def train_two_tower(
     if not len(targets):
         raise UserError(
             f"{fit_span} without a converted ad",
-            expected="at least one request with a conversion of a placed ad",
-            action="check data.label_kinds and data.split.prior_fit.",
+            expected="at least one conversion that names an ad and the market it was made in",
+            action="check data.label_kinds, data.split.prior_fit, and ad_id and market_id of the events; a log without "
+            "markets has one for all.",
         )
     # torch's generator is left alone: Lightning seeds what is drawn later, this seeds the weights.
     with torch.random.fork_rng(devices=[]):

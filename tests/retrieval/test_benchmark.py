@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ from data.log import Log
 from models.two_tower import TwoTowerConfig
 from retrieval import evaluate
 from retrieval.benchmark import ADVERTISERS, ALL, ALONE, BLEND, PRODUCT, WITHOUT, RetrievalBenchmark, bench_retrieval
+from retrieval.blend import QuotaBlend
 from retrieval.channels import Request
-from retrieval.config import CHANNELS, POPULARITY, AdvertiserChannelConfig, BlendConfig
+from retrieval.config import CHANNELS, POPULARITY, AdvertiserChannelConfig, BlendConfig, ForecastChannelConfig
 from retrieval.retriever import Retriever
+from retrieval.tuning import mean_recall
 from retrieval.two_tower import TrainedTwoTower
 from tests.logs import tiny_log
 from tests.ranking.common import tastes
@@ -56,6 +59,28 @@ def test_every_channel_stands_alone_and_is_left_out(found: RetrievalBenchmark) -
         for name in CHANNELS:
             assert study[f"{ALL} - {name}"] == pytest.approx(study[ALL] - study[name])
     assert alone[ALL] == without[ALL] == recall(found, "retrieval")["lm"]
+
+
+def test_rivals_stand_alone_under_the_weights_that_find_most(
+    found: RetrievalBenchmark, log: Log, towers: TrainedTwoTower
+) -> None:
+    assert {"lm, forecast alone", "lm, advertiser alone"} <= set(found.plans)
+    weights = [0.0, 0.3, 3.0]
+    cfg = replace(
+        EVERYTHING,
+        forecast=ForecastChannelConfig(advertisers=30, prior_weights=weights, seed_advertisers=4),
+        advertiser=AdvertiserChannelConfig(advertisers=30),
+    )
+    retriever = retriever_of(log, towers, cfg)
+    arms = evaluate.Arms(retriever, {"lm": tastes(log)}, np.arange(30))
+    for name in ("forecast", "advertiser"):
+        plan, blend = arms.alone("lm", name).plan, QuotaBlend({name: 1.0})
+        assert plan.blend == blend
+        recalls = {
+            weight: mean_recall(lists, arms.tuning.targets, blend, retriever.limits)
+            for weight, lists in arms.tuning.alone_by_weight("lm", name, weights).items()
+        }
+        assert recalls[plan.prior_weight] == max(recalls.values()) > min(recalls.values())
 
 
 def test_every_blend_is_compared_with_the_configured(found: RetrievalBenchmark) -> None:

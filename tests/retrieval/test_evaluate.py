@@ -11,7 +11,7 @@ from scipy.special import log_softmax
 from data.log import Log
 from retrieval.config import BlendConfig
 from retrieval.evaluate import Arms, evaluate_retrieval
-from retrieval.tuning import Plan, tuning_span
+from retrieval.tuning import Plan, choose_plan, choose_weight, limits_of, tuning_span
 from retrieval.two_tower import TrainedTwoTower
 from tests.logs import tiny_log
 from tests.ranking.common import KnownForecast
@@ -72,6 +72,38 @@ def test_the_quota_is_chosen_before_the_evaluated_span(log: Log, towers: Trained
     assert quota < max(swept, key=lambda point: swept[point])
     recall = next(r for r in evaluation.rows if (r.metric, r.arm, r.segment, r.k) == ("recall", "lm", "all", 20))
     assert recall.value == pytest.approx(swept[quota])
+
+
+def test_where_no_quota_pays_the_forecasts_weight_is_still_the_best_one(log: Log) -> None:
+    """Under a quota of 0 every weight finds the same; what the sweep shows hangs on it."""
+    cfg = tiny_retrieval(channels=["own", "forecast"])
+    targets = log.ad_targets("validation", EVERYBODY)
+    right = [targets.of(row)[:20] for row in range(len(targets))]
+    wrong = [
+        np.setdiff1d(np.arange(len(log.ad_ids), dtype=np.int32), targets.of(row))[:20] for row in range(len(targets))
+    ]
+    nothing = np.zeros(0, np.int32)
+    lists = {
+        weight: [
+            {"own": own, "forecast": found, "popularity": nothing} for own, found in zip(right, of_weight, strict=True)
+        ]
+        for weight, of_weight in ((0.0, wrong), (0.5, right))
+    }
+    limits = limits_of(cfg, log)
+    plan = choose_plan(lists, targets, cfg, limits, base_shares={"own": 1.0}, forecast=True)
+    assert (plan.quota, plan.prior_weight) == (0.0, 0.5)
+    assert choose_weight(lists, "forecast", targets, limits) == 0.5
+    assert choose_weight(lists, "own", targets, limits) == 0.0
+
+
+def test_a_cap_leaves_no_place_empty_while_an_advertiser_has_an_ad(log: Log, towers: TrainedTwoTower) -> None:
+    cfg = tiny_retrieval(blend=BlendConfig(per_advertiser=1))
+    arms = Arms(retriever_of(log, towers, cfg), {"none": None, "lm": knowing(log, "validation")}, EVERYBODY)
+    for arm in ("none", "lm"):
+        for request, one in zip(arms.evaluated.requests, arms.judged(arm, cfg).blended, strict=True):
+            own = log.ad_advertiser[one.ads]
+            active = np.unique(log.ad_advertiser[request.active])
+            assert len(np.unique(own)) == len(own) == min(20, len(active))
 
 
 def test_other_towers_may_answer_what_blends_are_chosen_on(log: Log, towers: TrainedTwoTower, tmp_path: Path) -> None:
