@@ -28,7 +28,7 @@ from data.prepare import prepare
 from data.statistics import Row
 from pipeline.config import CONFIG_FILE, AdsidConfig, compose
 from pipeline.dataset import config_of
-from pipeline.forecasts import open_prior
+from pipeline.forecasts import PANEL, open_prior
 from pipeline.quiet import quiet_libraries
 from priors.anchor import Anchor, Counts
 from priors.artifact import PriorModel
@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> None:
     overrides = [argument for argument in arguments if "=" in argument]
     with tempfile.TemporaryDirectory() as temporary:
         if folders and (Path(folders[0]) / CONFIG_FILE).exists():
-            config, log, prior = open_prior(Path(folders[0]), overrides)
+            config, log, prior = open_prior(Path(folders[0]), overrides, read=(*PANEL, "prior.baselines.", "evaluate"))
             return measure(log, config, Path(temporary), prior)
         config = _config(Path(folders[0]) if folders else None, overrides)
         tables = Path(folders[0]) if folders else Path(temporary) / "tables"
