@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -476,13 +477,10 @@ def fit(
         )
     checkpoints = work_dir / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
-    best, newest = (
-        ModelCheckpoint(
-            dirpath=checkpoints, filename=name, monitor=by, mode=mode, enable_version_counter=False,
-            save_on_train_epoch_end=True,
-        )
-        for name, by in (("best", monitor), ("last", None))
-    )  # fmt: skip
+    checkpoint = partial(
+        ModelCheckpoint, dirpath=checkpoints, enable_version_counter=False, save_on_train_epoch_end=True
+    )
+    best, newest = checkpoint(filename="best", monitor=monitor, mode=mode), checkpoint(filename="last")
     history = History(monitor)
     last = checkpoints / "last.ckpt"
     # The newest comes after the best, whose state it holds.

@@ -82,16 +82,8 @@ def ab_of_run(run: Path, overrides: Sequence[str], out: Path) -> tuple[AdsidConf
     Raises:
         UserError: no such run, an artifact is missing, another override, or data that is not simulated.
     """
-    saved = configuration.load_run(run, action=_RUN)
-    foreign = [one for one in overrides if not one.startswith(f"{AUCTION}.")]
-    if foreign:
-        raise UserError(
-            f"{' '.join(foreign)} beside the artifacts of {run}",
-            expected="auction.key=value: the stacks are those of the run",
-            action="leave it out, or make another run with it",
-        )
-    asked = recompose(to_plain(asdict(saved)), overrides).auction
-    config = replace(saved, auction=asked, run=replace(saved.run, dir=str(run)))
+    saved = configuration.load_run(run, overrides, action=_RUN, read=(f"{AUCTION}.",))  # the stacks are the run's
+    config = replace(saved, run=replace(saved.run, dir=str(run)))
     _check_artifacts(run, AB_ARTIFACTS)
     make_directory(out / AB_RANKERS)
     return config, ab_bench(_context(config, AB_ARTIFACTS, {}), out / AB_RANKERS)

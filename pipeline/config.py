@@ -478,28 +478,22 @@ def made_by(directory: Path) -> str:
     return f"adsid run, as configured in {path}"
 
 
-def load_run(directory: Path, *, action: str) -> AdsidConfig:
+def load_run(
+    directory: Path, overrides: Sequence[str] = (), *, action: str, read: Sequence[str] | None = None
+) -> AdsidConfig:
     """The configuration of a run directory.
 
     Args:
         directory: of the run.
         action: what to do where it is none.
+        overrides, read: as of `load`.
 
     Raises:
         UserError: it is none, and everything `load` raises.
     """
     if not (directory / CONFIG_FILE).is_file():
         raise UserError(f"{directory}", expected=f"a run directory, with a {CONFIG_FILE}", action=action)
-    return load(directory / CONFIG_FILE)
-
-
-def _patterns(keys: Sequence[str]) -> str:
-    return ", ".join(f"{key}*" if key.endswith(".") else key for key in keys)
-
-
-def _is_of(key: str, read: Sequence[str]) -> bool:
-    """Whether a key is one of some, or begins as one of them that ends in a dot."""
-    return any(key.lstrip("+~") == one or (one.endswith(".") and key.lstrip("+~").startswith(one)) for one in read)
+    return load(directory / CONFIG_FILE, overrides, read=read)
 
 
 def load(path: Path, overrides: Sequence[str] = (), *, read: Sequence[str] | None = None) -> AdsidConfig:
@@ -523,11 +517,22 @@ def load(path: Path, overrides: Sequence[str] = (), *, read: Sequence[str] | Non
             action="give the folder of a run, or make one with `adsid run`",
         ) from error
     config = _instantiate(_merge(_writable(OmegaConf.structured(AdsidConfig)), plain))
-    idle = [] if read is None else [one for one in overrides if not _is_of(one.partition("=")[0], read)]
-    if idle and read is not None:
+    if read is not None:
+        _check_read(path.parent, overrides, read)
+    return recompose(to_plain(config), overrides) if overrides else config
+
+
+def _check_read(run: Path, overrides: Sequence[str], read: Sequence[str]) -> None:
+    """Raise UserError for overrides of other keys than those of `load`."""
+
+    def is_read(override: str) -> bool:
+        key = override.partition("=")[0].lstrip("+~")
+        return any(key == one or (one.endswith(".") and key.startswith(one)) for one in read)
+
+    if idle := [one for one in overrides if not is_read(one)]:
+        keys = ", ".join(f"{one}*" if one.endswith(".") else one for one in read)
         raise UserError(
-            f"{' '.join(idle)} beside {path.parent}",
-            expected=f"overrides of single keys that are read here: {_patterns(read)}",
+            f"{' '.join(idle)} beside {run}",
+            expected=f"overrides of single keys that are read here: {keys}",
             action="leave it out; what was trained is changed by another run",
         )
-    return recompose(to_plain(config), overrides) if overrides else config

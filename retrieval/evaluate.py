@@ -85,16 +85,17 @@ class Requests:
 
     def lists(self, arm: str, prior_weight: float = 0.0) -> list[dict[str, Ads]]:
         """Lists of all channels of an arm, by name, one dict a request."""
-        names = self.retriever.cfg.forecast_channels
+        steady_R = self.steady(arm)
+        if self.forecasts[arm] is None or FORECAST not in self.retriever.cfg.channels:
+            return steady_R
+        return _joined(steady_R, self._found(arm, [FORECAST], prior_weight))
+
+    def steady(self, arm: str) -> list[dict[str, Ads]]:
+        """Those of `lists` that are the same under every prior weight."""
+        names = [name for name in self.retriever.cfg.forecast_channels if name != FORECAST]
         if self.forecasts[arm] is None or not names:
             return self.base
-        weighted = [name for name in names if name == FORECAST]
-        parts = (
-            self.base,
-            self._found(arm, [name for name in names if name != FORECAST], None),
-            self._found(arm, weighted, prior_weight if weighted else None),
-        )
-        return [base | steady | own for base, steady, own in zip(*parts, strict=True)]
+        return _joined(self.base, self._found(arm, names, None))
 
     def by_weight(self, arm: str) -> dict[float, list[dict[str, Ads]]]:
         """`lists` under each prior weight that the configuration chooses from."""
@@ -103,25 +104,22 @@ class Requests:
         return {weight: self.lists(arm, weight) for weight in (cfg.forecast.prior_weights if chosen else [0.0])}
 
     def alone_by_weight(self, arm: str, name: str, weights: Sequence[float]) -> dict[float, list[dict[str, Ads]]]:
-        """`lists` with those of one channel under each of some weights, where the channel reads one."""
-        if name == FORECAST and self.forecasts[arm] is not None:
+        """Lists of one channel, those that read no prior weight beside it, under each of some weights.
+
+        A channel that reads none has the weight 0 alone.
+        """
+        if name == FORECAST:
             return {weight: self.lists(arm, weight) for weight in weights}
-        lists_R, channel = self.lists(arm), self.retriever.channels[name]
+        channel, retriever = self.retriever.channels[name], self.retriever
         if not isinstance(channel, AdvertiserChannel):
-            return {0.0: lists_R}
-        depth = 2 * self.retriever.cfg.budget
+            return {0.0: self.steady(arm)}
         return {
-            weight: [
-                lists | {name: channel.weighing(weight).candidates(request, depth)}
-                for request, lists in zip(self.requests, lists_R, strict=True)
-            ]
+            weight: _joined(self.steady(arm), retriever.ask({name: channel.weighing(weight)}, self.requests))
             for weight in weights
         }
 
     def _found(self, arm: str, names: Sequence[str], weight: float | None) -> list[dict[str, Ads]]:
         """What channels find by an arm's forecast; under no weight, those that read none."""
-        if not names:
-            return [{}] * len(self.requests)
         if (arm, weight) not in self._lists:
             forecast = self.forecasts[arm]
             if arm not in self._asked and forecast is not None:
@@ -296,7 +294,10 @@ class Arms:
 
     def judged_by(self, arm: str, plan: Plan) -> Judged:
         """Of an arm under any plan."""
-        blended = self.evaluated.merged(self.evaluated.lists(arm, plan.prior_weight), plan.blend)
+        return self._judge(plan, self.evaluated.lists(arm, plan.prior_weight))
+
+    def _judge(self, plan: Plan, lists_R: Sequence[Mapping[str, Ads]]) -> Judged:
+        blended = self.evaluated.merged(lists_R, plan.blend)
         return Judged(plan, blended, self.judge.values(blended))
 
     def alone(self, arm: str, name: str) -> Judged:
@@ -305,9 +306,7 @@ class Arms:
         tried = self.tuning.alone_by_weight(arm, name, weights)
         weight = choose_weight(tried, name, self.tuning.targets, limits)
         lists_R = self.evaluated.alone_by_weight(arm, name, [weight])[weight]
-        plan = Plan(QuotaBlend({name: 1.0}), prior_weight=weight)
-        blended = self.evaluated.merged(lists_R, plan.blend)
-        return Judged(plan, blended, self.judge.values(blended))
+        return self._judge(Plan(QuotaBlend({name: 1.0}), prior_weight=weight), lists_R)
 
     def compare(self) -> RetrievalEvaluation:
         """All arms, and their differences."""
@@ -332,6 +331,10 @@ def evaluate_retrieval(
 ) -> RetrievalEvaluation:
     """Compare the arms on the requests with a conversion; arguments as of `Arms`."""
     return Arms(retriever, forecasts, users, tuned).compare()
+
+
+def _joined(one_R: Sequence[dict[str, Ads]], other_R: Sequence[dict[str, Ads]]) -> list[dict[str, Ads]]:
+    return [one | other for one, other in zip(one_R, other_R, strict=True)]
 
 
 def _variant(arm: str, cfg: RetrievalConfig, channels: Sequence[str]) -> _Variant:

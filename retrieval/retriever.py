@@ -7,7 +7,7 @@ Shapes: R requests.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +17,7 @@ from data.log import Log, Requests, Targets
 from data.split import Span
 from priors.forecast import Forecast
 from retrieval.blend import Blended, merge
-from retrieval.channels import Ads, Request, Sources, TowerScores, build_channels
+from retrieval.channels import Ads, Channel, Request, Sources, TowerScores, build_channels
 from retrieval.config import FORECASTING, POPULARITY, RetrievalConfig
 from retrieval.tuning import Plan, limits_of
 from retrieval.two_tower import TrainedTwoTower
@@ -73,8 +73,12 @@ class Retriever:
         """
         if names is None:
             names = [name for name in self.channels if name not in FORECASTING]
+        return self.ask({name: self.channels[name] for name in names}, requests)
+
+    def ask(self, channels: Mapping[str, Channel], requests: Sequence[Request]) -> list[dict[str, Ads]]:
+        """`lists` of any channels, by the names they are given."""
         return [
-            {name: self.channels[name].candidates(request, self._depth(name, request)) for name in names}
+            {name: channel.candidates(request, self._depth(name, request)) for name, channel in channels.items()}
             for request in requests
         ]
 

@@ -115,20 +115,19 @@ def choose_plan(
     """
     trials: list[tuple[tuple[float, ...], Plan]] = []
     channels = cfg.channels if forecast else cfg.base_channels
+    quotas = sorted(cfg.quotas) if forecast and cfg.forecast_channels else [0.0]
+    blends = {quota: with_quota(base_shares, quota, cfg, forecast=forecast) for quota in quotas}
     for weight, lists_R in sorted(lists_by_weight.items()):
         if cfg.blend.kind == "calibrated":
             plan = Plan(fit_calibrated(lists_R, targets, channels), None, weight)
             trials.append(((mean_recall(lists_R, targets, plan.blend, limits), -weight), plan))
             continue
-        plans = [
-            Plan(with_quota(base_shares, quota, cfg, forecast=forecast), quota, weight)
-            for quota in (sorted(cfg.quotas) if forecast and cfg.forecast_channels else [0.0])
-        ]
-        recalls = [mean_recall(lists_R, targets, plan.blend, limits) for plan in plans]
-        of_forecast = [recall for recall, plan in zip(recalls, plans, strict=True) if plan.quota]
-        worth = float(np.mean(of_forecast)) if of_forecast else 0.0
+        recall_by = {quota: mean_recall(lists_R, targets, blend, limits) for quota, blend in blends.items()}
+        elsewhere = [recall for quota, recall in recall_by.items() if quota]
+        worth = float(np.mean(elsewhere)) if elsewhere else 0.0
         trials += [
-            ((recall, -(plan.quota or 0.0), worth, -weight), plan) for recall, plan in zip(recalls, plans, strict=True)
+            ((recall, -quota, worth, -weight), Plan(blends[quota], quota, weight))
+            for quota, recall in recall_by.items()
         ]
     return max(trials, key=lambda trial: trial[0])[1]
 
@@ -144,6 +143,8 @@ def choose_weight(
         targets: of these requests.
         limits: budget, fallback and cap.
     """
+    if len(lists_by_weight) == 1:
+        return next(iter(lists_by_weight))
     alone = QuotaBlend({channel: 1.0})
     return max(sorted(lists_by_weight), key=lambda weight: mean_recall(lists_by_weight[weight], targets, alone, limits))
 

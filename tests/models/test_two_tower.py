@@ -53,6 +53,9 @@ def test_training_beats_chance(log: Log, tmp_path: Path) -> None:
     assert result.best_score > 1.3 * cfg.budget / active  # type: ignore[operator]
 
 
+SILENT: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
 class Beside(SingleDeviceStrategy):
     """One of several processes, the others' sums in hand."""
 
@@ -79,8 +82,7 @@ def test_processes_that_validate_together_see_the_figures_of_all_requests(log: L
 
     def validated(batches: list[ValidationBatch], *others: torch.Tensor) -> tuple[dict[str, float], torch.Tensor]:
         strategy = Beside(*others)
-        silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-        trainer = L.Trainer(strategy=strategy, **silent)  # type: ignore[arg-type]
+        trainer = L.Trainer(strategy=strategy, **SILENT)
         trainer.validate(module, DataLoader(batches, batch_size=None), verbose=False)  # type: ignore[arg-type]
         [summed] = strategy.summed
         return {name: float(value) for name, value in trainer.callback_metrics.items()}, summed
@@ -101,8 +103,7 @@ def test_the_epoch_is_not_chosen_by_a_list_of_all_that_runs(log: Log, tmp_path: 
     targets = log.ad_targets("prior_select")
     collate = ValidationBatches(log, targets, UserInputs(log, cfg.pairs), cfg.pairs, seed=0)
     module, batch = TwoTowerModule(towers.model, cfg.model, n_ads=len(log.ad_ids), k=10_000), collate(range(25))
-    silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = L.Trainer(accelerator="cpu", **silent)  # type: ignore[arg-type]
+    trainer = L.Trainer(accelerator="cpu", **SILENT)
     [found] = trainer.validate(module, DataLoader([batch], batch_size=None), verbose=False)  # type: ignore[arg-type]
 
     user_BD = towers.embedder(log, cfg.pairs)(targets.user[:25], targets.market[:25], targets.period[:25])
