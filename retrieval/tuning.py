@@ -183,22 +183,23 @@ def choose_shares(lists_R: Sequence[Lists], targets: Targets, cfg: RetrievalConf
     def recall(trial: dict[str, float]) -> float:
         return mean_recall(lists_R, targets, weighted(trial, cfg), limits)
 
-    return _ascend(shares, recall)
+    return ascend(shares, recall)
 
 
-def _ascend(shares: dict[str, float], value: Callable[[dict[str, float]], float]) -> dict[str, float]:
+def ascend(shares: dict[str, float], value: Callable[[dict[str, float]], float]) -> dict[str, float]:
+    """Shares that are worth most, channel by channel from those given; they add up to 1 throughout."""
     best = value(shares)
     for _ in range(ROUNDS):
         before = best
         for name in shares:
-            rest = 1.0 - shares[name]
+            others = {other: share for other, share in shares.items() if other != name}
+            rest = sum(others.values())  # not 1 less its own: rounding would leave a rest where nobody has any
+            if not rest:
+                continue
             for step in STEPS:
-                if rest <= 0:
-                    break
-                trial = {other: share * (1.0 - step) / rest for other, share in shares.items()} | {name: step}
+                trial = shares | {other: share * (1.0 - step) / rest for other, share in others.items()} | {name: step}
                 if (found := value(trial)) > best:
                     best, shares = found, trial
-                    rest = 1.0 - step
         if best == before:
             break
     return shares

@@ -9,9 +9,10 @@ import pytest
 from scipy.special import log_softmax
 
 from data.log import Log
+from retrieval.blend import QuotaBlend
 from retrieval.config import BlendConfig
 from retrieval.evaluate import Arms, evaluate_retrieval
-from retrieval.tuning import Plan, choose_plan, choose_weight, limits_of, tuning_span
+from retrieval.tuning import STEPS, Plan, ascend, choose_plan, choose_weight, limits_of, tuning_span
 from retrieval.two_tower import TrainedTwoTower
 from tests.logs import tiny_log
 from tests.ranking.common import KnownForecast
@@ -94,6 +95,20 @@ def test_where_no_quota_pays_the_forecasts_weight_is_still_the_best_one(log: Log
     assert (plan.quota, plan.prior_weight) == (0.0, 0.5)
     assert choose_weight(lists, "forecast", targets, limits) == 0.5
     assert choose_weight(lists, "own", targets, limits) == 0.0
+
+
+def test_shares_are_tuned_on_from_a_channel_that_has_them_all() -> None:
+    """Also where rounding leaves it a hair less than 1."""
+    for own in (1.0, np.nextafter(1.0, 0.0), np.nextafter(1.0, 2.0)):
+        tried: list[dict[str, float]] = []
+
+        def value(shares: dict[str, float], tried: list[dict[str, float]] = tried) -> float:
+            tried.append(shares)
+            return QuotaBlend(shares).shares["own"]
+
+        found = ascend({"two_tower": 0.0, "own": float(own), "popularity": 0.0}, value)
+        assert found["own"] == pytest.approx(1.0)
+        assert len(tried) > 2 * len(STEPS)
 
 
 def test_a_cap_leaves_no_place_empty_while_an_advertiser_has_an_ad(log: Log, towers: TrainedTwoTower) -> None:
