@@ -5,11 +5,12 @@
     python -m benchmarks.forecast /data/beauty prior.baselines.names=[ease]    with any overrides of the configuration
     python -m benchmarks.forecast runs/beauty                            a run whose stage prior is done
 
-Popularity, the counting anchors of each `prior.anchor.kind` with their constants chosen on the selection span, own
-frequency, EASE, item-kNN and SASRec: all user-periods, the same as-of rule, the same measures. Of a run, whose own
-configuration holds, it is the run's tuned anchor instead, and the forecast by anchor and history vector alone, of which
-the probabilities of everything are as cheap as the anchor's: those of the users of ``prior.panel``. Prints one JSON
-object a row, and on the error stream what was chosen and the table of `docs/results/forecast.md`.
+Popularity, the counting anchors of each `prior.anchor.kind` with their constants chosen on the selection span (and what
+co-conversions change there, by which ``auto`` chooses), own frequency, EASE, item-kNN and SASRec: all user-periods, the
+same as-of rule, the same measures. Of a run, whose own configuration holds, it is the run's tuned anchor instead, and
+the forecast by anchor and history vector alone, of which the probabilities of everything are as cheap as the anchor's:
+those of the users of ``prior.panel``. Prints one JSON object a row, and on the error stream what was chosen and the
+table of `docs/results/forecast.md`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import numpy as np
 from benchmarks.measure import row
 from data.log import Log, load_log
 from data.prepare import prepare
-from data.statistics import Row
+from data.statistics import Row, paired_bootstrap
 from pipeline.config import CONFIG_FILE, AdsidConfig, compose
 from pipeline.dataset import config_of
 from pipeline.forecasts import PANEL, open_prior
@@ -33,8 +34,8 @@ from pipeline.quiet import quiet_libraries
 from priors.anchor import Anchor, Counts
 from priors.artifact import PriorModel
 from priors.baselines import fit_baselines
-from priors.config import ANCHORS, BASELINES
-from priors.constants import choose_constants
+from priors.config import ANCHORS, AUTO_ANCHORS, BASELINES
+from priors.constants import ChosenConstants, choose_constants
 from priors.evaluate import constant_log_probs
 from priors.fit import rows_of, sample_rows
 from priors.judge import Measure, RequestValues, Scorer, compared, judge_lists
@@ -96,15 +97,19 @@ def measure(log: Log, config: AdsidConfig, work_dir: Path, run: PriorModel | Non
     if run is None:
         counts = Counts.of(log)
         select = sample_rows(log.advertiser_targets("prior_select"), prior.anchor.select_rows, prior.seed)
+        chosen: dict[str, ChosenConstants] = {}
         for kind in ANCHORS[1:]:
             began = time.perf_counter()
             prior.anchor.kind = kind
-            constants, trials = choose_constants(counts, select, prior.anchor)
-            anchor = Anchor(counts, constants)
+            chosen[kind] = choose_constants(counts, select, prior.anchor)
+            anchor = Anchor(counts, chosen[kind].constants)
             scorers[kind] = _log_of(anchor)
             seconds[kind] = time.perf_counter() - began
-            nll = min(trial["nll"] for trial in trials)
-            print(f"{kind}: {constants}, NLL of {len(select)} selection rows {nll:.4f}", file=sys.stderr)
+            nll = chosen[kind].nll_R.mean()
+            print(f"{kind}: {chosen[kind].constants}, NLL of {len(select)} selection rows {nll:.4f}", file=sys.stderr)
+        without, with_co = (chosen[kind].nll_R for kind in AUTO_ANCHORS)
+        gain = paired_bootstrap(with_co, without, select.user)
+        print(f"co-conversions there: {gain.value:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]", file=sys.stderr)
     else:
         targets, anchor = rows_of(targets, log.panel(prior.panel, prior.seed)), run.base.anchor
         scorers = {"popularity": _log_of(anchor.popularity_alone()), "anchor": run.base.log_probs}

@@ -79,6 +79,7 @@ def model_card(
         "Steps": metrics.get("steps"),
         "NLL on the selection span, after each part": ", ".join(f"{value:.4f}" for value in nll),
         "NLL of the anchor on the same prompts": f"{metrics.get('select_nll_anchor', float('nan')):.4f}",
+        "Anchor": _anchor(metrics),
         "Kept": _kept(metrics),
         "History vector": _history(history, metrics.get("start")),
         "Interests": _interests(plain.get("interests"), metrics.get("interests")),
@@ -124,6 +125,17 @@ def _trained(prior: Mapping[str, Any], plain: Mapping[str, Any]) -> str:
     }
     told = [name for name, trained in parts.items() if trained]
     return ", ".join([*told, f"a head of kind `{plain['head']['kind']}` over semantic IDs"])
+
+
+def _anchor(metrics: Mapping[str, Any]) -> str:
+    """The terms of the counting model, and why co-conversions are among them or not."""
+    kind, gain = metrics.get("anchor_kind"), metrics.get("anchor_cooccurrence_gain")
+    if kind is None:
+        return "not told"
+    if gain is None:
+        return f"`{kind}`, as configured"
+    change = f"{gain['value']:+.4f} ({gain['low']:+.4f} to {gain['high']:+.4f})"
+    return f"`{kind}`: co-conversions change the NLL on the selection span by {change}"
 
 
 def _kept(metrics: Mapping[str, Any]) -> str:

@@ -21,6 +21,9 @@ ANCHOR_GRID = (
 )  # fmt: skip
 """Keys of ``prior.anchor`` that hold values to choose from."""
 ANCHORS = ("none", "popularity", "popularity+history", "popularity+history+cooccurrence")
+AUTO_ANCHOR = "auto"
+AUTO_ANCHORS = ("popularity+history", "popularity+history+cooccurrence")
+"""What ``prior.anchor.kind=auto`` chooses from."""
 
 
 @dataclass
@@ -171,8 +174,9 @@ class AnchorConfig:
     """The counting model under the LM, and the grid its constants are chosen from.
 
     Attributes:
-        kind: its terms: ``none`` (uniform over the legal children), ``popularity``, ``popularity+history``, or
-            ``popularity+history+cooccurrence``.
+        kind: its terms: ``none`` (uniform over the legal children), ``popularity``, ``popularity+history``,
+            ``popularity+history+cooccurrence``, or ``auto``: the last two, whichever the selection rows ask for, the
+            last only where its gain is certain.
         own_weight: values of λ, the weight of the user's own history against popularity.
         co_weight: values of μ, the weight of co-conversions with what the user bought.
         own_decay: values of δ, by which a purchase's weight falls a period.
@@ -189,7 +193,7 @@ class AnchorConfig:
         select_rows: user-periods of the selection span that the constants are chosen on, at the most.
     """
 
-    kind: str = "popularity+history"
+    kind: str = AUTO_ANCHOR
     own_weight: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
     co_weight: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
     own_decay: list[float] = field(default_factory=lambda: [0.94, 0.97, 0.99, 1.0])
@@ -205,11 +209,11 @@ class AnchorConfig:
 
     def __post_init__(self) -> None:
         errors = []
-        if self.kind not in ANCHORS:
+        if self.kind not in (kinds := (AUTO_ANCHOR, *ANCHORS)):
             errors.append(
                 UserError(
                     f"prior.anchor.kind={self.kind}",
-                    expected=f"one of {', '.join(ANCHORS)}",
+                    expected=f"one of {', '.join(kinds)}",
                     action="set prior.anchor.kind to one of them",
                 )
             )

@@ -7,6 +7,9 @@
 What is best for popularity alone need not be beside own purchases, and the first round does not know what comes next:
 it would keep the wrong ones. A round costs no counting that was done before.
 
+Which terms there are is chosen there too (``prior.anchor.kind=auto``): more constants always fit the rows that they
+were chosen on, so co-conversions are kept only where their gain is certain (`choose_constants`).
+
 Shapes: R user-periods, T targets, B rows, A advertisers.
 """
 
@@ -22,22 +25,57 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data.artifacts import to_plain
 from data.log import Targets
+from data.statistics import Interval, paired_bootstrap
 from priors.anchor import Anchor, AnchorConstants, Counts, mean_target_nll, trust
 from priors.coconversions import CoConversions
-from priors.config import AnchorConfig
+from priors.config import AUTO_ANCHOR, AUTO_ANCHORS, AnchorConfig
 
 Float = NDArray[np.float64]
 _ROUNDS = 10
 
 
+@dataclass(frozen=True)
+class ChosenConstants:
+    """What the selection rows ask for.
+
+    Attributes:
+        constants: of the counting formula.
+        kind: the terms that they belong to, ``auto`` resolved.
+        trials: constants that were tried, each with its NLL, in order.
+        nll_R: NLL of each row with the constants.
+        gain: NLL with co-conversions less that without, with its interval over users; None where ``prior.anchor.kind``
+            names the terms.
+    """
+
+    constants: AnchorConstants
+    kind: str
+    trials: list[dict[str, float]]
+    nll_R: Float
+    gain: Interval | None = None
+
+    def to_plain(self) -> dict[str, Any]:
+        """For the metrics of a stage."""
+        return {
+            "anchor_kind": self.kind,
+            "anchor_constants": vars(self.constants),
+            "anchor_trials": self.trials,
+            "anchor_cooccurrence_gain": None if self.gain is None else to_plain(self.gain),
+        }
+
+
 def choose_constants(
     counts: Counts, targets: Targets, cfg: AnchorConfig, *, share_T: Float | None = None
-) -> tuple[AnchorConstants, list[dict[str, float]]]:
+) -> ChosenConstants:
     """The constants with the lowest NLL on the given targets.
 
     The grid's order settles ties. What popularity would have for itself is kept beside them. Where the plan says
     nothing, its exponent is 0.
+
+    Of kind ``auto`` they are chosen with and without co-conversions. Those are kept only where the interval (95 %, over
+    users) of what they change of the NLL lies below zero: three constants more gain something on these rows by choice
+    alone.
 
     Args:
         counts: of the log; each row of targets uses those before its period only.
@@ -46,14 +84,27 @@ def choose_constants(
         share_T: weight of each target among those of its row; None: all weigh the same.
 
     Returns:
-        The constants and the trials with their NLL.
+        The constants, the terms, and the trials with their NLL.
     """
+    parts = _Parts(counts, targets, apart=list(cfg.repeat_factor) != [1.0])
+    if cfg.kind != AUTO_ANCHOR:
+        return _chosen(parts, cfg, share_T)
+    without, with_co = (_chosen(parts, replace(cfg, kind=kind), share_T) for kind in AUTO_ANCHORS)
+    gain = paired_bootstrap(with_co.nll_R, without.nll_R, targets.user)
+    kept = with_co if gain.high < 0 else without
+    return replace(kept, trials=without.trials + with_co.trials, gain=gain)
+
+
+def _chosen(parts: _Parts, cfg: AnchorConfig, share_T: Float | None) -> ChosenConstants:
+    """:func:`choose_constants` for the terms that are named."""
     trials: list[dict[str, float]] = []
-    terms = _terms(cfg, planned=counts.plan_PA is not None)
-    parts = _Parts(counts, targets, apart=any("repeat_factor" in values for term in terms for values in term))
+    terms = _terms(cfg, planned=parts.counts.plan_PA is not None)
+
+    def of_rows(constants: AnchorConstants) -> Float:
+        return mean_target_nll(np.log(parts.probability(constants)), parts.targets, share_T)
 
     def nll(constants: AnchorConstants) -> float:
-        value = float(mean_target_nll(np.log(parts.probability(constants)), targets, share_T).mean())
+        value = float(of_rows(constants).mean())
         trials.append({**vars(constants), "nll": value})
         return value
 
@@ -73,7 +124,7 @@ def choose_constants(
                 )
         if len(terms) == 1 or not lowest < before:
             break
-    return best, trials
+    return ChosenConstants(best, cfg.kind, trials, of_rows(best))
 
 
 def _terms(cfg: AnchorConfig, *, planned: bool) -> list[list[dict[str, float]]]:

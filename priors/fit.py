@@ -209,13 +209,13 @@ def fit_anchor(
         cfg: the constants and penalties to choose from.
 
     Returns:
-        The anchor and its metrics: constants, their trials, and those of the biases' penalty.
+        The anchor and its metrics: terms, constants, their trials, and those of the biases' penalty.
     """
-    constants, trials = choose_constants(counts, select.targets, cfg)
-    metrics: dict[str, Any] = {"anchor_constants": vars(constants), "anchor_trials": trials, "anchor_level_trials": []}
+    chosen = choose_constants(counts, select.targets, cfg)
+    metrics: dict[str, Any] = {**chosen.to_plain(), "anchor_level_trials": []}
     if cfg.kind == "none":
-        return TunedAnchor.uniform(Anchor(counts, constants), trie), metrics
-    untuned = TunedAnchor.untuned(Anchor(counts, constants), trie)
+        return TunedAnchor.uniform(Anchor(counts, chosen.constants), trie), metrics
+    untuned = TunedAnchor.untuned(Anchor(counts, chosen.constants), trie)
     collator = TreeCollator(untuned, first_id_token=0)
     exponent, bias, level_trials = fit_anchor_levels(
         list(batches(train, collator, 64)), list(batches(select, collator, 64)), cfg.bias_penalty

@@ -265,9 +265,9 @@ def fit_interest_anchor(
             expected="categories of conversions to choose by",
             action="name another column, or set prior.interests.column=null",
         )
-    constants, trials = choose_constants(space.counts, chosen_on, cfg, share_T=shares(chosen_on))
-    metrics: dict[str, Any] = {"anchor_constants": vars(constants), "anchor_trials": trials, "anchor_level_trials": []}
-    untuned = Interests.untuned(space, Anchor(space.counts, constants))
+    chosen = choose_constants(space.counts, chosen_on, cfg, share_T=shares(chosen_on))
+    metrics: dict[str, Any] = {**chosen.to_plain(), "anchor_level_trials": []}
+    untuned = Interests.untuned(space, Anchor(space.counts, chosen.constants))
     if cfg.kind == "none":
         return replace(untuned, base=TunedAnchor.uniform(untuned.base.anchor, space.trie)), metrics
 

@@ -130,21 +130,22 @@ def test_no_term_has_better_constants_beside_the_others(log: Log, kind: str) -> 
     }
     terms = {name: values for name, values in terms.items() if name.split()[0] in kind}
     grid: dict[str, Any] = {name: values for term in terms.values() for name, values in term.items()}
-    chosen, trials = choose_constants(counts, targets, AnchorConfig(kind=kind, **grid))
+    found = choose_constants(counts, targets, AnchorConfig(kind=kind, **grid))
+    chosen = found.constants
 
     def nll(constants: AnchorConstants) -> float:
         q = Anchor(counts, constants).probabilities(targets.user, targets.period)
         by_row = np.bincount(targets.row, -np.log(q[targets.row, targets.item])) / np.diff(targets.ptr)
         return float(by_row.mean())
 
-    popularity = choose_constants(counts, targets, AnchorConfig(kind="popularity", **grid))[0]
+    popularity = choose_constants(counts, targets, AnchorConfig(kind="popularity", **grid)).constants
     alone = Anchor(counts, chosen).popularity_alone().constants
     for name in ("popularity_decay", "smoothing", "plan_exponent"):
         assert getattr(alone, name) == getattr(popularity, name)
     assert chosen.alone_plan_exponent == popularity.plan_exponent
     assert (alone.own_weight, alone.co_weight, alone.repeat_factor) == (0, 0, 1)
     lowest = nll(chosen)
-    assert lowest == pytest.approx(min(trial["nll"] for trial in trials))
+    assert lowest == pytest.approx(min(trial["nll"] for trial in found.trials))
     for values in terms.values():
         for other in product(*values.values()):
             assert nll(replace(chosen, **dict(zip(values, other, strict=True)))) >= lowest - 1e-9

@@ -8,7 +8,7 @@ import pytest
 from data.log import Log
 from priors.anchor import Anchor, AnchorConstants, Counts
 from priors.coconversions import REVERSE, CoConversions
-from priors.config import AnchorConfig
+from priors.config import AUTO_ANCHORS, AnchorConfig
 from priors.constants import choose_constants
 from tests.logs import tiny_log
 
@@ -92,10 +92,48 @@ def test_weights_are_the_best_of_the_grid(log: Log, kind: str) -> None:
         kind=kind, own_weight=[0.2, 0.6], co_weight=[0.1, 0.3, 0.5], own_decay=[0.9], own_shrinkage=[0.0],
         popularity_decay=[0.9], smoothing=[0.1, 1.0], co_decay=[0.6, 0.9], co_shrinkage=[1.0, 10.0],
     )  # fmt: skip
-    chosen, trials = choose_constants(counts, targets, grid)
+    found = choose_constants(counts, targets, grid)
+    chosen = found.constants
     q = Anchor(counts, chosen).probabilities(targets.user, targets.period)
     nll = -np.bincount(targets.row, np.log(q[targets.row, targets.item])) / np.diff(targets.ptr)
     last = {"popularity": 2, "popularity+history": 2, "popularity+history+cooccurrence": 4 * 5}[kind]
-    assert nll.mean() == pytest.approx(min(trial["nll"] for trial in trials[-last:]))
+    assert nll.mean() == pytest.approx(min(trial["nll"] for trial in found.trials[-last:]))
     assert (chosen.own_weight > 0) == ("history" in kind)
     assert (chosen.co_weight > 0) == ("cooccurrence" in kind)
+
+
+def relabelled(log: Log, *, chained: bool) -> Log:
+    """Each user goes through the advertisers in turn, or buys from one of them for good."""
+    events, n = log.events, len(log.advertiser_ids)
+    steps = events.period if chained else 0
+    advertiser = (events.user.astype(np.int64) * 7 + steps) % n
+    known = np.where(events.advertiser >= 0, advertiser, -1).astype(events.advertiser.dtype)
+    return replace(log, events=replace(events, advertiser=known))
+
+
+@pytest.mark.parametrize(
+    ("chained", "kind"), [(True, "popularity+history+cooccurrence"), (False, "popularity+history")]
+)
+def test_auto_counts_co_conversions_where_they_tell_more_than_own_purchases(log: Log, chained: bool, kind: str) -> None:
+    log = relabelled(log, chained=chained)
+    targets, counts = log.advertiser_targets("prior_select"), Counts.of(log)
+    auto = choose_constants(counts, targets, AnchorConfig())
+    named = {kind: choose_constants(counts, targets, AnchorConfig(kind=kind)) for kind in AUTO_ANCHORS}
+    assert auto.kind == kind
+    assert auto.constants == named[kind].constants
+    assert len(auto.trials) == sum(len(one.trials) for one in named.values())
+    assert auto.gain is not None
+    assert (auto.gain.high < 0) == chained
+    without, with_co = (named[kind].nll_R.mean() for kind in AUTO_ANCHORS)
+    assert auto.gain.value == pytest.approx(with_co - without)
+    assert all(one.gain is None for one in named.values())
+
+
+def test_a_gain_that_is_not_certain_is_not_taken(log: Log) -> None:
+    """Here co-conversions have the lower NLL on a few rows, and their interval includes zero."""
+    targets, counts = log.advertiser_targets("prior_select"), Counts.of(log)
+    chosen = choose_constants(counts, targets, AnchorConfig())
+    assert chosen.gain is not None
+    assert chosen.gain.value < 0 < chosen.gain.high
+    assert chosen.kind == "popularity+history"
+    assert not chosen.constants.co_weight

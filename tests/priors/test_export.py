@@ -110,6 +110,9 @@ def test_the_card_says_what_the_manifest_says(fitted: Fitted, exported: Path) ->
     assert f"{fitted.metrics['start']['select_change']['value']:+.4f}" in card  # type: ignore[index]
     kept = "| Kept | the weights that training started from" in card
     assert kept == (fitted.metrics["best_part"] == -1)
+    gain = fitted.metrics["anchor_cooccurrence_gain"]["value"]  # type: ignore[index]
+    told = f"| Anchor | `{fitted.metrics['anchor_kind']}`: co-conversions change the NLL on the selection span by"
+    assert f"{told} {gain:+.4f} (" in card
     assert "What the history vector adds" in card  # a forecast by these logits alone is not the forecaster's
 
 

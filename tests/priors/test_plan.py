@@ -88,7 +88,7 @@ def test_ads_that_always_run_are_no_plan(log: Log) -> None:
     assert planned(fixed, 12) is None
     counts = Counts.of(fixed)
     grid = AnchorConfig(own_weight=[0.5], own_decay=[0.9], popularity_decay=[0.9], smoothing=[1.0], plan_exponent=[1.0])
-    assert choose_constants(counts, fixed.advertiser_targets("prior_select"), grid)[0].plan_exponent == 0
+    assert choose_constants(counts, fixed.advertiser_targets("prior_select"), grid).constants.plan_exponent == 0
 
 
 def test_interests_have_no_plan(log: Log) -> None:
@@ -112,11 +112,11 @@ def test_the_exponent_is_chosen_by_what_followed(log: Log, kind: str) -> None:
         kind=kind, own_weight=[0.2, 0.6], co_weight=[0.1], own_decay=[0.9], co_decay=[0.9], co_shrinkage=[1.0],
         popularity_decay=[1.0], smoothing=[1.0], plan_exponent=[0.0, 1.0],
     )  # fmt: skip
-    chosen, trials = choose_constants(counts, targets, grid)
-    assert chosen.plan_exponent == 1.0
-    q = Anchor(counts, chosen).probabilities(targets.user, targets.period)
+    chosen = choose_constants(counts, targets, grid)
+    assert chosen.constants.plan_exponent == 1.0
+    q = Anchor(counts, chosen.constants).probabilities(targets.user, targets.period)
     nll = -np.bincount(targets.row, np.log(q[targets.row, targets.item])) / np.diff(targets.ptr)
-    assert nll.mean() == pytest.approx(min(trial["nll"] for trial in trials))
+    assert nll.mean() == pytest.approx(min(trial["nll"] for trial in chosen.trials))
 
 
 def test_baselines_are_told_the_plan(log: Log, tmp_path: Path) -> None:
