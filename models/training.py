@@ -108,6 +108,11 @@ class TrainerConfig:
         if errors:
             raise UserError.collect(errors)
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a fit runs on a CUDA device here."""
+        return self.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+
     def steps(self, batches: int) -> int:
         """Optimiser steps of a fit whose epochs have so many batches, which the devices share."""
         return self.max_epochs * -(-max(1, batches // self.devices) // self.accumulate)
@@ -534,8 +539,7 @@ def resolve_precision(cfg: TrainerConfig) -> str:
     """Lightning's precision name for ``cfg.precision``; ``auto`` autocasts to bf16 on a GPU alone."""
     if cfg.precision != "auto":
         return cfg.precision
-    on_gpu = cfg.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return "bf16-mixed" if on_gpu else "32-true"
+    return "bf16-mixed" if cfg.on_gpu else "32-true"
 
 
 def _steps_in(checkpoint: Path) -> int:

@@ -246,8 +246,7 @@ def quick_attention(decoder: Any, cfg: TrainerConfig) -> Iterator[None]:
     """Train with plain products on a CPU, where the backward pass of the fused attention takes longer."""
     plain = without_adapters(decoder)
     usual = plain.config._attn_implementation
-    on_gpu = cfg.accelerator != "cpu" and torch.cuda.is_available()
-    plain.set_attn_implementation(usual if on_gpu else "eager")
+    plain.set_attn_implementation(usual if cfg.on_gpu else "eager")
     try:
         yield
     finally:

@@ -264,8 +264,14 @@ def train_two_tower(
         The trained towers with their index, and what the fit did.
 
     Raises:
-        UserError: the fit span has no converted ad.
+        UserError: the fit span has no converted ad, or several GPUs are asked for.
     """
+    if cfg.trainer.devices > 1 and cfg.trainer.on_gpu:
+        raise UserError(
+            f"retrieval.trainer.devices={cfg.trainer.devices} on GPUs",
+            expected="one GPU, for NCCL does not reduce the sparse gradients of the towers' tables, or CPU processes",
+            action="set retrieval.trainer.devices=1, or retrieval.trainer.accelerator=cpu",
+        )
     targets = log.ad_targets(fit_span)
     if not len(targets):
         raise UserError(

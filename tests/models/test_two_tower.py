@@ -177,6 +177,18 @@ def test_towers_of_a_selection_span_where_no_converted_ad_ran_train_to_the_end(l
     assert result.history == []
 
 
+@pytest.mark.parametrize(("accelerator", "told"), [("auto", "expected: one GPU"), ("cpu", "more than train one stage")])
+def test_several_gpus_are_refused_before_any_training(
+    log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accelerator: str, told: str
+) -> None:
+    """Several processes of the CPU are stopped by what stops any stage that a larger command trains."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    trainer = TrainerConfig(max_epochs=1, devices=2, accelerator=accelerator, progress_bar=False)
+    with pytest.raises(UserError, match=told):
+        train_tiny(log, tiny_retrieval(trainer=trainer), tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_refit_towers_read_all_before_a_period_and_nothing_of_it(log: Log, tmp_path: Path) -> None:
     def refit(known: Log, before: int, name: str) -> bytes:
         text = np.zeros((len(log.advertiser_ids), 8), np.float32)
