@@ -26,7 +26,7 @@ import numpy as np
 from benchmarks.measure import row
 from data.log import Log, load_log
 from data.prepare import prepare
-from data.statistics import Row, paired_bootstrap
+from data.statistics import Row
 from pipeline.config import CONFIG_FILE, AdsidConfig, compose
 from pipeline.dataset import config_of
 from pipeline.forecasts import PANEL, open_prior
@@ -35,7 +35,7 @@ from priors.anchor import Anchor, Counts
 from priors.artifact import PriorModel
 from priors.baselines import fit_baselines
 from priors.config import ANCHORS, AUTO_ANCHORS, BASELINES
-from priors.constants import ChosenConstants, choose_constants
+from priors.constants import ChosenConstants, change_of_nll, choose_constants
 from priors.evaluate import constant_log_probs
 from priors.fit import rows_of, sample_rows
 from priors.judge import Measure, RequestValues, Scorer, compared, judge_lists
@@ -107,8 +107,8 @@ def measure(log: Log, config: AdsidConfig, work_dir: Path, run: PriorModel | Non
             seconds[kind] = time.perf_counter() - began
             nll = chosen[kind].nll_R.mean()
             print(f"{kind}: {chosen[kind].constants}, NLL of {len(select)} selection rows {nll:.4f}", file=sys.stderr)
-        without, with_co = (chosen[kind].nll_R for kind in AUTO_ANCHORS)
-        gain = paired_bootstrap(with_co, without, select.user)
+        without, with_co = (chosen[kind] for kind in AUTO_ANCHORS)
+        gain = change_of_nll(with_co, without, select)
         print(f"co-conversions there: {gain.value:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]", file=sys.stderr)
     else:
         targets, anchor = rows_of(targets, log.panel(prior.panel, prior.seed)), run.base.anchor

@@ -86,13 +86,18 @@ def choose_constants(
     Returns:
         The constants, the terms, and the trials with their NLL.
     """
-    parts = _Parts(counts, targets, apart=list(cfg.repeat_factor) != [1.0])
+    parts = _Parts(counts, targets, apart=_chooses_repeats(cfg))
     if cfg.kind != AUTO_ANCHOR:
         return _chosen(parts, cfg, share_T)
     without, with_co = (_chosen(parts, replace(cfg, kind=kind), share_T) for kind in AUTO_ANCHORS)
-    gain = paired_bootstrap(with_co.nll_R, without.nll_R, targets.user)
+    gain = change_of_nll(with_co, without, targets)
     kept = with_co if gain.high < 0 else without
     return replace(kept, trials=without.trials + with_co.trials, gain=gain)
+
+
+def change_of_nll(found: ChosenConstants, other: ChosenConstants, targets: Targets) -> Interval:
+    """The NLL of the targets that both were chosen on, of one less the other's, with its interval over users."""
+    return paired_bootstrap(found.nll_R, other.nll_R, targets.user)
 
 
 def _chosen(parts: _Parts, cfg: AnchorConfig, share_T: Float | None) -> ChosenConstants:
@@ -138,8 +143,12 @@ def _terms(cfg: AnchorConfig, *, planned: bool) -> list[list[dict[str, float]]]:
     own = grid(own_decay=cfg.own_decay, own_shrinkage=cfg.own_shrinkage, own_weight=cfg.own_weight)
     co = grid(co_decay=cfg.co_decay, co_shrinkage=cfg.co_shrinkage, own_weight=cfg.own_weight, co_weight=cfg.co_weight)
     terms = [popularity, *([own] if "history" in cfg.kind else []), *([co] if "cooccurrence" in cfg.kind else [])]
-    again = grid(repeat_factor=cfg.repeat_factor)
-    return [*terms, again] if len(terms) > 1 and again != [{"repeat_factor": 1.0}] else terms
+    return [*terms, grid(repeat_factor=cfg.repeat_factor)] if _chooses_repeats(cfg) else terms
+
+
+def _chooses_repeats(cfg: AnchorConfig) -> bool:
+    """Whether there is a factor to choose; popularity by itself knows nothing of what a user bought."""
+    return cfg.kind not in ("none", "popularity") and list(cfg.repeat_factor) != [1.0]
 
 
 @dataclass
